@@ -1,0 +1,141 @@
+"""Checkpoints: what a run needs to go on from the end of a round, and nothing that can run code.
+
+A checkpoint is a folder ``round-000012`` with one safetensors file a party and ``checkpoint.json``, which holds the
+counters and the SHA-256 of each file. It is written beside its place and renamed into it, so a checkpoint is there
+whole or not at all, whenever the process dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cutlayer.errors import CheckpointError, OutputError
+
+VERSION = 1
+KEEP = 2
+MANIFEST = "checkpoint.json"
+NAME = re.compile(r"round-(\d{6,})")
+
+
+def save(folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> Path:
+    """Write the checkpoint after round ``number`` and remove all but the newest ``KEEP``.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        number: how many rounds are done.
+        states: tensors by name, by party.
+        counters: whatever JSON can hold.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written; older checkpoints are untouched.
+    """
+    final = folder / f"round-{number:06d}"
+    draft = folder / f".draft-{number:06d}"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        digests = {}
+        for party, state in states.items():
+            file = f"{party}.safetensors"
+            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, draft / file)
+            digests[file] = _digest(draft / file)
+            _sync(draft / file)
+        manifest = {"version": VERSION, "round": number, "files": digests, **counters}
+        write_text(draft / MANIFEST, json.dumps(manifest, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+        _sync(folder)
+    except (OSError, Exception) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError) or "No space" in str(error) or "os error" in str(error):
+            raise OutputError(f"The checkpoint after round {number} cannot be written to {folder}: {error}. {_ADVICE}") from error
+        raise
+    for old in sorted(_found(folder))[:-KEEP]:
+        shutil.rmtree(folder / f"round-{old:06d}", ignore_errors=True)
+    return final
+
+
+_ADVICE = "Free some space (or mend the rights), then go on with: cutlayer train --resume"
+
+
+def _found(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return [int(m.group(1)) for p in folder.iterdir() if (m := NAME.fullmatch(p.name)) and p.is_dir()]
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's ``checkpoints`` folder, or None."""
+    numbers = _found(folder)
+    return folder / f"round-{max(numbers):06d}" if numbers else None
+
+
+def load(path: Path, *, expect: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Read a checkpoint and prove that it is whole and of this run.
+
+    Args:
+        path: its folder.
+        expect: counters that must be equal (what the run is, what its data are).
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another run.
+    """
+    remedy = f"Delete the folder {path} to go on from the checkpoint before it."
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("not a mapping")
+        files, version = dict(manifest["files"]), manifest["version"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {MANIFEST} is missing or damaged. {remedy}") from error
+    if version != VERSION:
+        raise CheckpointError(f"The checkpoint {path} is of version {version}; this cutlayer reads version {VERSION}.")
+    for key, value in expect.items():
+        if manifest.get(key) != value:
+            raise CheckpointError(
+                f"The checkpoint {path} belongs to another run: its {key} differs. "
+                "Resume with the same model, data and settings, or start a new run with another --out."
+            )
+    states = {}
+    for file, digest in files.items():
+        if not (path / file).is_file() or _digest(path / file) != digest:
+            raise CheckpointError(f"The checkpoint {path} is damaged: {file} is missing or has a wrong checksum. {remedy}")
+        states[file.removesuffix(".safetensors")] = load_file(path / file)
+    return manifest, states
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,105 @@
+"""Where commands print, and how an error looks: one paragraph on stderr and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from cutlayer.errors import CutlayerError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PIPED_WIDTH = 160  # of a table that goes to a file or a pipe, where nothing tells a width
+ADVICE = {
+    errno.ENOSPC: "The disk is full. Free some space there, or give a folder on another disk.",
+    errno.EDQUOT: "Your quota on this disk is used up. Free some space there, or give a folder on another disk.",
+    errno.EFBIG: "The file system or your limit (ulimit -f) allows no file of this size. Raise it, or write elsewhere.",
+    errno.EACCES: "You have no right to do that there. Change the rights, or give another folder.",
+    errno.EPERM: "You have no right to do that there. Change the rights, or give another folder.",
+    errno.EROFS: "The file system is read-only. Give a folder on another one.",
+    errno.ENOTDIR: "A part of this path is a file, not a folder. Check the path.",
+    errno.EISDIR: "This is a folder, not a file. Check the path.",
+    errno.ENAMETOOLONG: "The path is too long. Give a shorter one.",
+    errno.EMFILE: "Too many files are open. Raise the limit (ulimit -n).",
+    errno.ENFILE: "Too many files are open on this machine. Close some programs.",
+    errno.EIO: "The disk or the network drive does not work. Check it, or give another folder.",
+}
+MEMORY = (
+    "There is not enough memory. Take a smaller batch_size (and a larger gradient_accumulation), "
+    "gradient_checkpointing: true, a smaller data.max_length, or precision: bfloat16."
+)
+
+
+def console() -> Console:
+    """The console of standard output; a table is not squeezed where there is no terminal."""
+    terminal = sys.stdout.isatty()
+    return Console(width=None if terminal else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
+
+
+def complain(message: str, head: str = "Error") -> None:
+    """Print one paragraph on stderr, its head in red where there are colours; the message is printed as it stands."""
+    paragraph = Text.assemble((head, "bold red"), ": ", message)
+    Console(stderr=True, highlight=False, emoji=False).print(paragraph, soft_wrap=True)
+
+
+def guarded(interrupted: str = "Interrupted.") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """For a command: errors of the user and of the machine as one paragraph (exit code 2), ours with a traceback.
+
+    Args:
+        interrupted: what to say when the user stops the command (exit code 130).
+    """
+
+    def wrap(command: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return command(*args, **kwargs)
+            except KeyboardInterrupt:
+                complain(interrupted, head="Stopped")
+                raise typer.Exit(130) from None
+            except (typer.Exit, typer.Abort):
+                raise
+            except Exception as error:
+                message = str(error) if isinstance(error, CutlayerError) else _machine(error)
+                if message is None:
+                    if not _usage(error) and getattr(error, "errno", None) != errno.EPIPE:
+                        error.add_note("\nThis is a mistake in cutlayer. Please report it, with the lines above.")
+                    raise
+                if os.environ.get("CUTLAYER_DEBUG") == "1":
+                    traceback.print_exception(error)
+                complain(message)
+                raise typer.Exit(2) from None
+
+        return run
+
+    return wrap
+
+
+def _usage(error: Exception) -> bool:
+    """Whether it is one of Typer's own errors, which Typer shows itself."""
+    return any(base.__name__ == "ClickException" for base in type(error).__mro__)
+
+
+def _machine(error: Exception) -> str | None:
+    """What to say of an error that the machine makes (disk, rights, memory), or None for any other."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"{MEMORY} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:  # safetensors and others that are not written in Python say the number in their text
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    if number is None or number not in ADVICE:
+        return None
+    names = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
+    return f"{' -> '.join(names) or 'A file'}: {os.strerror(number).lower()}. {ADVICE[number]}"

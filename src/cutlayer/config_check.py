@@ -1,0 +1,189 @@
+"""All rules of a run that need no model: each is a small function that yields one sentence for each mistake."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from cutlayer import registry
+from cutlayer.config_optimizer import optimizer_problems
+from cutlayer.errors import ConfigError, CutlayerError, suggest
+
+if TYPE_CHECKING:
+    from cutlayer.config import RunConfig
+
+Rule = Callable[["RunConfig"], Iterator[str]]
+RULES: list[tuple[tuple[str, ...], Rule]] = []
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+RESERVED = ("server",)
+
+
+def _rule(*keys: str) -> Callable[[Rule], Rule]:
+    """A rule over these dotted keys; it is left out when the value of one of them is known to be wrong anyway."""
+
+    def add(rule: Rule) -> Rule:
+        RULES.append((keys, rule))
+        return rule
+
+    return add
+
+
+def problems(config: RunConfig, doubtful: frozenset[str] = frozenset()) -> list[str]:
+    """Every mistake in a run, as sentences.
+
+    Args:
+        config: the run.
+        doubtful: dotted keys that hold a stand-in, since what was given there is refused already.
+    """
+    found = [said for keys, rule in RULES if not any(_touches(key, doubtful) for key in keys) for said in rule(config)]
+    for key, family, spec in config.methods():
+        if not _touches(key, doubtful):
+            found += _method_problems(key, family, spec.name, spec.options)
+    if not _touches("optimizer", doubtful):
+        found += optimizer_problems(config.optimizer)
+    return list(dict.fromkeys(found))
+
+
+def _touches(key: str, doubtful: frozenset[str]) -> bool:
+    return any(key == other or key.startswith(other + ".") or other.startswith(key + ".") for other in doubtful)
+
+
+def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) -> list[str]:
+    try:
+        registry.create(family, name, options)
+    except CutlayerError as error:
+        return [f"{key}: {error}"]
+    return []
+
+
+def check_profile(value: str | dict[str, Any] | None) -> list[str]:
+    """What is wrong with a profile of the virtual clock: a preset's name, numbers, or nothing."""
+    if value is None:
+        return []
+    from cutlayer.costs import profile_from
+
+    try:
+        profile_from(value)
+    except ConfigError as error:
+        return error.problems
+    except CutlayerError as error:
+        return [str(error)]
+    return []
+
+
+@_rule("data.train", "clients")
+def _some_text(config: RunConfig) -> Iterator[str]:
+    for name in config.client_names:
+        if not config.data_of(name).train:
+            yield f"data.train is missing, and the client '{name}' has no data of its own. Name a file or a data set."
+
+
+@_rule("data.eval", "data.eval_fraction")
+def _one_evaluation(config: RunConfig) -> Iterator[str]:
+    if config.data.eval is not None and config.data.eval_fraction is not None:
+        yield "data.eval and data.eval_fraction are both given. Keep one: a file to evaluate on, or a part of train."
+
+
+@_rule("data.eval", "data.eval_fraction", "eval_every", "early_stop")
+def _evaluated(config: RunConfig) -> Iterator[str]:
+    nothing = config.data.eval is None and config.data.eval_fraction is None
+    for key in ("eval_every", "early_stop"):
+        if nothing and getattr(config, key) is not None:
+            yield f"{key} is given, but there is nothing to evaluate on. Give data.eval or data.eval_fraction."
+    if config.early_stop is not None and config.eval_every is None:
+        yield "early_stop is given, but without eval_every it would never look. Set eval_every: 1 (in rounds)."
+
+
+@_rule("data.packing", "data.format", "clients")
+def _packing(config: RunConfig) -> Iterator[str]:
+    if config.data.packing and any(config.data_of(n).format == "classification" for n in config.client_names):
+        yield "data.packing cannot be used with the format 'classification' (a row has one label). Set it to false."
+
+
+@_rule("data.format", "clients")
+def _one_task(config: RunConfig) -> Iterator[str]:
+    tasks = {config.data_of(name).format == "classification" for name in config.client_names}
+    if len(tasks) > 1:
+        yield "Some clients have the format 'classification' and others not. All clients of a run train one task."
+
+
+@_rule("data.columns", "data.format", "clients")
+def _columns(config: RunConfig) -> Iterator[str]:
+    from cutlayer.data.fields import FIELDS
+
+    places = [("data", config.data)]
+    places += [(f"clients.{n}.data", config.data_of(c.name)) for n, c in enumerate(config.client_list) if c.data]
+    for key, data in places:
+        known = list(dict.fromkeys([*FIELDS[data.format], "label"]))
+        for ours in data.columns:
+            if ours not in known:
+                yield (
+                    f"{key}.columns.{ours}: the format '{data.format}' has no '{ours}'.{suggest(ours, known)} "
+                    f"It has: {', '.join(known)}. Our name comes first, then the file's column."
+                )
+
+
+@_rule("clients")
+def _clients(config: RunConfig) -> Iterator[str]:
+    names = config.client_names
+    if not names:
+        yield "clients is an empty list. A run needs at least one client."
+    for number, name in enumerate(names):
+        key = f"clients.{number}.name"
+        if not NAME.fullmatch(name):
+            yield (
+                f"{key} is '{name}'. A name has letters, digits, '-', '_' and '.', starts with none of '-' and '.', "
+                "and has at most 64 characters."
+            )
+        elif name.lower() in RESERVED:
+            yield f"{key} is '{name}', which is the name of a party of every run. Choose another."
+        first = [other.lower() for other in names].index(name.lower())
+        if first < number:
+            yield f"{key} is '{name}', as clients.{first}.name ('{names[first]}'). Give each client a name of its own."
+
+
+@_rule("clients", "profile")
+def _profiles(config: RunConfig) -> Iterator[str]:
+    places = [("profile", config.profile)]
+    places += [(f"clients.{number}.profile", client.profile) for number, client in enumerate(config.client_list)]
+    for key, profile in places:
+        for problem in check_profile(profile):
+            yield f"{key}: {problem}"
+
+
+@_rule("clients", "partition")
+def _cuts(config: RunConfig) -> Iterator[str]:
+    for number, client in enumerate(config.client_list):
+        if client.head_blocks is not None or client.tail_blocks is not None:
+            spec = config.partition_spec(client.name)
+            if not _method_problems("partition", "partition", config.partition.name, config.partition.options):
+                yield from _method_problems(f"clients.{number}", "partition", spec.name, spec.options)
+
+
+@_rule("rounds", "steps", "epochs")
+def _length(config: RunConfig) -> Iterator[str]:
+    given = [key for key in ("rounds", "steps", "epochs") if getattr(config, key) is not None]
+    if len(given) > 1:
+        yield f"{' and '.join(given)} are given; a run has one length. Keep one, and leave the rest out or null."
+
+
+@_rule("device")
+def _device(config: RunConfig) -> Iterator[str]:
+    if not DEVICE.fullmatch(config.device):
+        near = suggest(config.device, ["auto", "cpu", "cuda"])
+        yield f"device is '{config.device}'.{near} Allowed: auto, cpu, cuda, cuda:0, ..."
+
+
+@_rule("engine")
+def _engine(config: RunConfig) -> Iterator[str]:
+    if config.engine != "local":
+        yield f"engine is '{config.engine}', which does not work yet. Take engine: local."
+
+
+@_rule("report_to")
+def _report_to(config: RunConfig) -> Iterator[str]:
+    if config.report_to:
+        listed = ", ".join(config.report_to)
+        yield f"report_to is {listed}, which does not work yet. Leave it out; all numbers are in metrics.jsonl."

@@ -1,0 +1,80 @@
+"""Every error that a user can meet, drawn as one tree.
+
+    CutlayerError            a user's (or the outside world's) mistake: shown as one paragraph, exit code 2
+    ├── ConfigError          the run file or an option; carries ALL mistakes found
+    ├── MethodError          a method that does not exist, or cannot work in this run
+    ├── DataError            files, columns, formats, empty clients
+    ├── ModelError           a model that cannot be loaded or cut
+    │   └── NotExact         a cut model that does not equal the uncut one
+    ├── WireError            a frame that is malformed, too large, or of another version
+    ├── NonFinite            a loss or tensor that is NaN or infinite
+    ├── CheckpointError      a checkpoint that is missing, corrupt, or of another run
+    ├── OutputError          the output folder cannot be written (full disk, rights, already in use)
+    └── Deadlock             the virtual clock has nothing left to do while somebody waits
+
+A message says what happened, where, and what to do. Our own invariants use ``assert``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class CutlayerError(Exception):
+    """Base of all errors that are shown to a user without a traceback."""
+
+
+class ConfigError(CutlayerError):
+    """One or more mistakes in a run file; ``problems`` lists them all."""
+
+    def __init__(self, problems: Sequence[str], where: str = "the run file") -> None:
+        self.problems = list(problems)
+        head = f"{len(self.problems)} mistake{'s' if len(self.problems) > 1 else ''} in {where}:"
+        super().__init__("\n".join([head, *(f"  - {p}" for p in self.problems)]))
+
+
+class MethodError(CutlayerError):
+    """A method is unknown, misused, or cannot work together with the rest of the run."""
+
+
+class DataError(CutlayerError):
+    """The data cannot be read or used."""
+
+
+class ModelError(CutlayerError):
+    """The model cannot be loaded or cut."""
+
+
+class NotExact(ModelError):
+    """The cut model does not compute what the uncut one computes; ``difference`` is the largest one seen."""
+
+    def __init__(self, message: str, difference: float) -> None:
+        super().__init__(message)
+        self.difference = difference
+
+
+class WireError(CutlayerError):
+    """A frame is malformed, larger than allowed, or of another version."""
+
+
+class NonFinite(CutlayerError):
+    """A loss or a tensor is NaN or infinite."""
+
+
+class CheckpointError(CutlayerError):
+    """A checkpoint is missing, corrupt, or belongs to another run."""
+
+
+class OutputError(CutlayerError):
+    """The output folder cannot be written."""
+
+
+class Deadlock(CutlayerError):
+    """Nothing is left to happen on the virtual clock, yet somebody waits."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest of ``known``, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,62 @@
+"""One trunk for all: clients run their heads in parallel, the server serves them one after another, heads are averaged.
+
+The trunk is updated after each client and never averaged; the clients' parts (head, and tail in the U-shape) are
+merged at the end of the round. Each client's optimizer state stays with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from cutlayer.clock import Turnstile
+from cutlayer.methods.framework._cohort import check_options, cohort, ordered
+from cutlayer.methods.framework._turn import Turn
+from cutlayer.registry import method
+
+if TYPE_CHECKING:
+    from cutlayer.run import Run
+
+
+@method("framework", paper="Thapa et al., arXiv:2004.12088")
+@dataclass(frozen=True)
+class SFLV2:
+    """Heads in parallel, one trunk that serves the clients in turn, heads averaged each round."""
+
+    local_steps: int = 1  # optimizer steps of a client in a round
+    participation: float = 1.0
+    order: Literal["random", "listed"] = "random"  # random: a new permutation, from the seed, each time
+    interleave: Literal["step", "client"] = "step"  # client: all local steps of a client in one turn
+
+    travels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self.local_steps, self.participation)
+
+    async def round(self, run: Run, number: int) -> None:
+        """Local steps in turns, then one merge."""
+        clients = cohort(run, number, self.participation)
+        if self.interleave == "client":
+            for client in ordered(run, clients, self.order, number):
+                for _ in range(min(self.local_steps, run.steps_left(client))):
+                    await run.step(client)
+        else:
+            for local in range(self.local_steps):
+                able = [client for client in clients if run.steps_left(client)]
+                turnstile = Turnstile(ordered(run, able, self.order, number, local), run.clock)
+                async with asyncio.TaskGroup() as together:
+                    for client in able:
+                        together.create_task(self._turn(run, client, turnstile), name=client)
+        await run.merge(clients)
+
+    async def _turn(self, run: Run, client: str, turnstile: Turnstile) -> None:
+        try:
+            await run.step(client, wrap=lambda stop: Turn(stop, turnstile, client, hold=run.clips))
+        finally:
+            turnstile.leave(client)
+
+    def evaluators(self, run: Run) -> Sequence[str]:
+        """Any one client: after the merge all hold the same."""
+        return run.clients[:1]

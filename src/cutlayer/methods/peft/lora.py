@@ -1,0 +1,42 @@
+"""Low-rank adapters by PEFT: a trained B·A beside each frozen matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+
+from cutlayer.models.adapters import TASK_TYPES, inject
+from cutlayer.models.families import Anatomy
+from cutlayer.models.segment import Base
+from cutlayer.registry import method
+
+
+@method("peft", paper="Hu et al., arXiv:2106.09685")
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on frozen weights (PEFT's LoRA)."""
+
+    rank: int = 8
+    alpha: float = 16  # the update is scaled by alpha / rank
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"  # PEFT's target_modules
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # PEFT's: a layer's name or pattern -> its rank
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or any(rank < 1 for rank in self.rank_pattern.values()):
+            raise ValueError("a rank must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def prepare(self, model: Any, anatomy: Anatomy, *, task: str, seed: int) -> Base:
+        """Inject the adapters into a model, whole or in part."""
+        # PEFT's all-linear leaves out a classifier's last layer; DistilBERT has one more before it, which PEFT would
+        # adapt and save as a trained module at once.
+        exclude = ["pre_classifier"] if self.targets == "all-linear" and model.config.model_type == "distilbert" else None
+        config = LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.targets,
+            exclude_modules=exclude, rank_pattern=dict(self.rank_pattern), task_type=TASK_TYPES[task],
+        )  # fmt: skip
+        return inject(model, anatomy, config, seed=seed)

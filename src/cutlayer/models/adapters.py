@@ -1,0 +1,88 @@
+"""Adapters: PEFT injects them, this module seeds, names and saves them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from cutlayer.errors import ModelError
+from cutlayer.models.families import Anatomy
+from cutlayer.models.segment import Base
+from cutlayer.seeds import derive
+
+TASK_TYPES = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
+
+
+def inject(model: Any, anatomy: Anatomy, config: LoraConfig, *, seed: int) -> Base:
+    """Inject a PEFT adapter into a model (whole or part) and start it from ``seed`` and each layer's name.
+
+    The start of a layer does not depend on which other layers are there, so every cut and every party begins with
+    the same adapter.
+
+    Raises:
+        ModelError: no module of the model matches the targets.
+    """
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"PEFT cannot put its adapter into this model: {' '.join(str(error).split())}") from error
+    with torch.random.fork_rng(devices=[]):
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer) and "default" in module.lora_A:
+                torch.manual_seed(derive(seed, "adapter", name))
+                module.reset_lora_parameters("default", True)
+    return Base(model, anatomy, peft_model=peft_model)
+
+
+def full(model: Any, anatomy: Anatomy) -> Base:
+    """Make every weight trainable."""
+    model.requires_grad_(True)
+    return Base(model, anatomy)
+
+
+def save_adapter(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_name: str) -> None:
+    """Write ``state`` (all trainable tensors of the whole model, by name) as an ordinary PEFT adapter or model.
+
+    With PEFT: ``folder`` can be given to ``PeftModel.from_pretrained``. Full fine-tuning: to ``from_pretrained``.
+    """
+    missing = set(base.initial) - set(state)
+    assert not missing, f"no value for {sorted(missing)[:3]}"
+    base.install(None)
+    with torch.no_grad():
+        held = {n: torch.nn.Parameter(state[n].to(base.device), requires_grad=True) for n in base.initial}
+        base.bind(held)
+    try:
+        if base.peft_model is not None:
+            base.peft_model.peft_config["default"].base_model_name_or_path = base_name
+            base.peft_model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            _save_full(base, state, folder)
+    finally:
+        base.bind(base.initial)
+
+
+def _save_full(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
+    model = base.model
+    config = model.config
+    tied = getattr(config, "tie_word_embeddings", False)
+    head = model.get_output_embeddings() if base.anatomy.causal else None
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        same = torch.equal(head.weight, model.get_input_embeddings().weight)
+        config.tie_word_embeddings = same  # a two-part split trains the two copies apart
+        try:
+            model.save_pretrained(folder, state_dict={n: t.detach().cpu() for n, t in model.state_dict().items()})
+        finally:
+            config.tie_word_embeddings = True
+        return
+    model.save_pretrained(folder)
+
+
+def load_adapter_into(model: Any, folder: Path) -> Any:
+    """A PeftModel of ``model`` with the adapter in ``folder``."""
+    return PeftModel.from_pretrained(model, str(folder))

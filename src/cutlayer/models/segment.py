@@ -1,0 +1,194 @@
+"""One frozen base in memory, and the segments that parties run on it.
+
+A ``Base`` is a Hugging Face model (whole or one party's part) with adapters injected. A ``Segment`` is a run of its
+blocks, with or without the embedding below and the norm and head above. To run a segment, the base is *rebound*: the
+blocks of others become pass-throughs, and the Parameters of the slot that is being served are put into the modules, by
+reference. Nothing is copied, so any number of simulated parties share one base; a further client costs its own
+adapter and optimizer state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from cutlayer.models.families import Anatomy
+from cutlayer.models.standins import Skip, stand_in
+
+Params = Mapping[str, Parameter]
+
+
+class Base:
+    """A model with its trainable parameters found and every place remembered where one is bound.
+
+    ``initial`` maps the name of each trainable parameter (the model's own name, with absolute block numbers) to the
+    Parameter it had after injection: the values that every slot starts from.
+    """
+
+    def __init__(self, model: Any, anatomy: Anatomy, *, peft_model: Any = None) -> None:
+        self.model = model
+        self.peft_model = peft_model
+        self.anatomy = anatomy
+        self.device = next(model.parameters()).device
+        self.initial: dict[str, Parameter] = {}
+        self._sites: dict[str, tuple[nn.Module, str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    name = f"{path}.{leaf}"
+                    self.initial[name] = parameter
+                    self._sites[name] = (module, leaf)
+        self._blocks = list(model.get_submodule(anatomy.blocks))
+        below, above = set(anatomy.below), set(anatomy.above)
+        self._around = {path: _child(model, path) for path in below | above}
+        self._stand_ins = {p: stand_in(k) for p, k in {**anatomy.below, **anatomy.above}.items()}
+        self._installed: Segment | None = None
+        self._training = False
+
+    def owner(self, name: str) -> int | str:
+        """Whose a parameter is: a block's number, ``"bottom"`` or ``"top"``."""
+        return self.anatomy.owner(name)
+
+    def block_list(self, blocks: range) -> nn.ModuleList:
+        """The model's blocks with all but ``blocks`` replaced by pass-throughs, at their own numbers."""
+        skip = self.anatomy.tuples
+        return nn.ModuleList(b if i in blocks else Skip(b, as_tuple=skip) for i, b in enumerate(self._blocks))
+
+    def block(self, number: int) -> nn.Module:
+        """Block ``number``."""
+        return self._blocks[number]
+
+    def train(self, mode: bool) -> None:
+        """Dropout on or off; does nothing where it already is so (walking a large model costs milliseconds)."""
+        if mode != self._training:
+            self.model.train(mode)
+            self._training = mode
+
+    def bind(self, params: Params) -> None:
+        """Put ``params`` into their modules, by reference."""
+        for name, parameter in params.items():
+            module, leaf = self._sites[name]
+            module._parameters[leaf] = parameter
+
+    def install(self, segment: Segment | None) -> None:
+        """Give the model the shape of ``segment``; None is the whole model."""
+        if self._installed is segment:
+            return
+        anatomy = self.anatomy
+        without = set()
+        if segment is not None:
+            without |= set() if segment.bottom else set(anatomy.below)
+            without |= set() if segment.top else set(anatomy.above)
+        for path, original in self._around.items():
+            _set_child(self.model, path, self._stand_ins[path] if path in without else original)
+        blocks = nn.ModuleList(self._blocks) if segment is None else segment.blocks_list
+        _set_child(self.model, anatomy.blocks, blocks)
+        self._installed = segment
+
+
+class Segment:
+    """Blocks ``blocks`` of a base; ``bottom`` has the embedding, ``top`` the norm and head (and the loss).
+
+    ``name`` is ``head``, ``trunk`` or ``tail``: it seeds the segment's dropout and stands in errors.
+    """
+
+    def __init__(self, base: Base, name: str, blocks: range, *, bottom: bool = False, top: bool = False) -> None:
+        self.base = base
+        self.name = name
+        self.blocks = blocks
+        self.bottom = bottom
+        self.top = top
+        self.blocks_list = base.block_list(blocks)
+        self.names = [n for n in base.initial if self.owns(base.owner(n))]
+
+    def owns(self, owner: int | str) -> bool:
+        """Whether a parameter of that owner lies in this segment."""
+        if isinstance(owner, int):
+            return owner in self.blocks
+        return self.bottom if owner == "bottom" else self.top
+
+    @contextmanager
+    def entered(self, params: Params) -> Iterator[None]:
+        """The base has this segment's shape and these Parameters inside; needed for a forward AND for its backward.
+
+        (A backward with gradient checkpointing runs the forward again, and must meet the same Parameters.)
+        """
+        self.base.install(self)
+        self.base.bind({name: params[name] for name in self.names})
+        yield
+
+    def forward(
+        self,
+        params: Params,
+        *,
+        input_ids: Tensor | None = None,
+        hidden: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        seed: int | None = None,
+    ) -> Any:
+        """Run the segment.
+
+        Args:
+            params: the slot's Parameters; this segment's names are bound.
+            input_ids: [B,T], for the bottom segment.
+            hidden: [B,T,H], for the others.
+            attention_mask: [B,T] or None.
+            position_ids: [B,T] or None.
+            labels: [B,T] or [B]; only the top computes a loss.
+            seed: where dropout is on, the generator's seed at the entry of this segment; None is evaluation.
+
+        Returns:
+            Hidden states [B,T,H]; of the top segment the model's own output, with ``loss`` and ``logits``.
+        """
+        base = self.base
+        base.train(seed is not None)
+        inputs: dict[str, Any] = {"attention_mask": attention_mask}
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
+        else:
+            inputs["inputs_embeds"] = hidden
+        if base.anatomy.causal:
+            inputs["use_cache"] = False
+            inputs["position_ids"] = position_ids
+        with self.entered(params), self._seeded(seed):
+            if self.top:
+                return base.model(**inputs, labels=labels)
+            return base.model.base_model(**inputs)[0]
+
+    @contextmanager
+    def _seeded(self, seed: int | None) -> Iterator[None]:
+        """Seed at the segment's entry.
+
+        That is the first owned block, not the call: some models draw a number for each block that they pass, and an
+        unsplit reference reseeds exactly there.
+        """
+        if seed is None:
+            yield
+            return
+        if self.bottom or not len(self.blocks):
+            torch.manual_seed(seed)
+            yield
+            return
+        first = self.base.block(self.blocks[0])
+        hook = first.register_forward_pre_hook(lambda *_: None if torch.manual_seed(seed) else None)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _child(model: nn.Module, path: str) -> nn.Module | None:
+    parent, _, leaf = path.rpartition(".")
+    return model.get_submodule(parent)._modules[leaf]
+
+
+def _set_child(model: nn.Module, path: str, child: nn.Module | None) -> None:
+    parent, _, leaf = path.rpartition(".")
+    model.get_submodule(parent)._modules[leaf] = child

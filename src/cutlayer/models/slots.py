@@ -1,0 +1,189 @@
+"""A slot: trainable Parameters with their optimizer, their gradients in waiting, and nothing else.
+
+Verbs only *add* gradients; ``update`` is its own act. Contributions are kept apart by (client, step, micro-batch) and
+summed in sorted order, so the order of arrival does not change a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+Key = tuple[str, int, int]  # client, step, micro-batch
+MakeOptimizer = Callable[[list[Parameter]], torch.optim.Optimizer]
+NUMBER = "#number"  # marks optimizer state that is a plain number, carried as a float64 scalar
+
+
+class Slot:
+    """Trainable parameters that one or several clients' steps update.
+
+    Args:
+        name: of the slot; stands in frames and checkpoints.
+        params: name -> Parameter; two names of a tied weight map to one Parameter. The slot owns them.
+        make_optimizer: from the list of parameters (each once) to a PyTorch optimizer.
+        rate: learning rate as a multiple of the base rate, by the number of updates made so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        params: Mapping[str, Parameter],
+        make_optimizer: MakeOptimizer,
+        rate: Callable[[int], float] = lambda _: 1.0,
+    ) -> None:
+        self.name = name
+        self.params = dict(params)
+        self.version = 0
+        self._unique = _unique(self.params)
+        self._make = make_optimizer
+        self._rate = rate
+        self._pending: dict[Key, dict[str, Tensor]] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's state."""
+        values = list(self._unique.values())
+        self.optimizer = self._make(values) if values else None
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+
+    def collect(self, names: Iterable[str], key: Key, *, weight: float = 1.0) -> None:
+        """Take the ``.grad`` of ``names`` (left there by a backward) as the contribution of ``key``."""
+        grads: dict[str, Tensor] = {}
+        for name in names:
+            parameter = self.params[name]
+            if parameter.grad is not None:
+                grads[name] = parameter.grad
+                parameter.grad = None
+        self.add(grads, key=key, weight=weight)
+
+    def add(self, grads: Mapping[str, Tensor], *, key: Key, weight: float = 1.0) -> None:
+        """Add ``weight`` times ``grads`` to the contribution of ``key``."""
+        held = self._pending.setdefault(key, {})
+        for name, grad in grads.items():
+            scaled = grad if weight == 1.0 else grad * weight
+            held[name] = held[name] + scaled if name in held else scaled
+
+    def close(self, key: Key) -> None:
+        """Say that ``key`` gets no more, so that its sum can be folded into the micro-batch before it.
+
+        A client's micro-batches are first-in first-out, so folding (client, step, m) into (client, step, m - 1) keeps
+        the sorted order of the sum, and accumulation costs one set of gradients rather than one a micro-batch.
+        """
+        client, step, micro = key
+        before = max((k for k in self._pending if k[:2] == (client, step) and k[2] < micro), default=None)
+        if before is None or key not in self._pending:
+            return
+        grads = self._pending.pop(key)
+        self.add(grads, key=before)
+
+    def drop(self, client: str) -> None:
+        """Forget what a client that left has contributed since the last update."""
+        for key in [k for k in self._pending if k[0] == client]:
+            del self._pending[key]
+
+    def _total(self) -> dict[str, Tensor]:
+        """The summed gradient, by the unique names."""
+        total: dict[str, Tensor] = {}
+        canonical = {id(parameter): name for name, parameter in self._unique.items()}
+        for key in sorted(self._pending):
+            for name, grad in self._pending[key].items():
+                own = canonical[id(self.params[name])]
+                total[own] = total[own] + grad if own in total else grad
+        return total
+
+    def squared_norm(self) -> float:
+        """The squared L2 norm of the gradient in waiting, summed in float64."""
+        norms = [torch.linalg.vector_norm(g).item() for g in self._total().values()]
+        return sum(n * n for n in norms)
+
+    def update(self, *, scale: float = 1.0) -> int:
+        """Make one optimizer step with ``scale`` times the summed contributions, and forget them.
+
+        Returns:
+            the slot's version: how many updates it has had.
+        """
+        total = self._total()
+        self._pending.clear()
+        if self.optimizer is not None:
+            for name, parameter in self._unique.items():
+                grad = total.get(name)
+                parameter.grad = grad if grad is None or scale == 1.0 else grad * scale
+            for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = base * self._rate(self.version)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.version += 1
+        return self.version
+
+    @property
+    def idle(self) -> bool:
+        """Whether no gradient waits."""
+        return not self._pending
+
+    def get(self, *, optimizer: bool = False) -> dict[str, Tensor]:
+        """The parameters by name (each tied weight once), detached; with the optimizer's state under ``optimizer/``."""
+        state = {name: parameter.detach() for name, parameter in self._unique.items()}
+        if optimizer and self.optimizer is not None:
+            names = list(self._unique)
+            for index, entries in self.optimizer.state_dict()["state"].items():
+                for key, value in entries.items():
+                    if isinstance(value, Tensor):
+                        state[f"optimizer/{names[index]}/{key}"] = value.detach()
+                    elif value is not None:
+                        state[f"optimizer/{names[index]}/{key}{NUMBER}"] = torch.tensor(float(value), dtype=torch.float64)
+        return state
+
+    def put(self, state: Mapping[str, Tensor], *, version: int | None = None) -> None:
+        """Take parameters (and optimizer state, where given) from ``state``; names that are absent stay as they are.
+
+        Values are copied in. There must be no open graph on this slot: a copy under one would change its gradients.
+        """
+        assert self.idle, f"slot {self.name} has gradients in waiting"
+        with torch.no_grad():
+            for name, parameter in self._unique.items():
+                if name in state:
+                    parameter.copy_(state[name])
+        moments = {k: v for k, v in state.items() if k.startswith("optimizer/")}
+        if moments and self.optimizer is not None:
+            self._put_optimizer(moments)
+        if version is not None:
+            self.version = version
+
+    def _put_optimizer(self, moments: Mapping[str, Tensor]) -> None:
+        assert self.optimizer is not None
+        entries: dict[int, dict[str, Any]] = {}
+        index = {name: i for i, name in enumerate(self._unique)}
+        for path, value in moments.items():
+            name, _, key = path.removeprefix("optimizer/").rpartition("/")
+            number = key.endswith(NUMBER)
+            key = key.removesuffix(NUMBER)
+            entries.setdefault(index[name], {})[key] = value.item() if number else value.clone()
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def new_params(initial: Mapping[str, Parameter], names: Iterable[str]) -> dict[str, Parameter]:
+    """Fresh Parameters with the values of ``initial``; names that share a Parameter there share one here."""
+    made: dict[int, Parameter] = {}
+    out = {}
+    for name in names:
+        source = initial[name]
+        if id(source) not in made:
+            made[id(source)] = Parameter(source.detach().clone(), requires_grad=True)
+        out[name] = made[id(source)]
+    return out
+
+
+def _unique(params: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    seen: set[int] = set()
+    out = {}
+    for name, parameter in params.items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            out[name] = parameter
+    return out

@@ -1,0 +1,67 @@
+"""The tail's work, the same for whoever holds it: forward, loss, backward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cutlayer.errors import NonFinite
+from cutlayer.models.segment import Segment
+from cutlayer.models.slots import Slot
+from cutlayer.parties.memory import Watch
+
+
+@dataclass(frozen=True)
+class TailWork:
+    """What the tail needs for one micro-batch.
+
+    ``hidden`` [B,T,H]; ``labels`` [B,T] or [B]; ``weight`` is this micro-batch's share of the step's label tokens, so
+    that the gradients of a step add up to those of the mean over all of them.
+    """
+
+    hidden: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    labels: Tensor
+    label_tokens: int
+    weight: float
+    client: str
+    step: int
+    micro: int
+
+
+def run_tail(
+    segment: Segment, slot: Slot, work: TailWork, *, seed: int | None, slot_weight: float, watch: Watch
+) -> tuple[float, Tensor | None]:
+    """Loss (times ``work.weight``) and the gradient of ``work.hidden`` [B,T,H]; ``seed`` None is evaluation.
+
+    The gradients of the tail's own parameters are added to ``slot``, times ``slot_weight``.
+
+    Raises:
+        NonFinite: the loss is NaN or infinite.
+    """
+    training = seed is not None
+    hidden = work.hidden.requires_grad_(training)
+    with watch:
+        output = segment.forward(
+            slot.params, hidden=hidden, attention_mask=work.attention_mask, position_ids=work.position_ids,
+            labels=work.labels, seed=seed,
+        )  # fmt: skip
+    # Without a single label the mean is 0/0; such a batch (all prompt, cut off) teaches nothing.
+    loss = output.loss if work.label_tokens else output.logits.float().sum() * 0.0
+    if work.weight != 1.0:
+        loss = loss * work.weight
+    value = float(loss.item())
+    if not math.isfinite(value):
+        raise NonFinite(
+            f"The loss of client '{work.client}' is {value} at step {work.step}. Nothing was updated with it. "
+            "Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
+        )
+    if not training:
+        return value, None
+    with segment.entered(slot.params):
+        loss.backward()
+    slot.collect(segment.names, (work.client, work.step, work.micro), weight=slot_weight)
+    return value, hidden.grad

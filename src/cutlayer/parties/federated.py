@@ -1,0 +1,37 @@
+"""The federated server: merges the clients' parts at step 11."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cutlayer.contracts import Aggregator, State
+from cutlayer.errors import NonFinite
+
+
+class FederatedServer:
+    """Holds the aggregator and what it merged last.
+
+    Args:
+        aggregator: the rule.
+        sizes: by client, what its weight is proportional to (examples or label tokens).
+    """
+
+    def __init__(self, aggregator: Aggregator, sizes: Mapping[str, float]) -> None:
+        self.aggregator, self.sizes = aggregator, dict(sizes)
+        self.before: State = {}
+
+    def merge(self, states: Mapping[str, State]) -> Mapping[str, State]:
+        """The new state of each client.
+
+        Raises:
+            NonFinite: a client sent a tensor that is NaN or infinite; nothing is merged.
+        """
+        for client, state in states.items():
+            for name, tensor in state.items():
+                if not tensor.isfinite().all():
+                    raise NonFinite(f"Client '{client}' sent '{name}' with values that are not finite. Nothing was merged.")
+        total = sum(self.sizes[client] for client in states)
+        weights = {client: self.sizes[client] / total for client in states}
+        merged = self.aggregator.merge(self.before, states, weights)
+        self.before = next(iter(merged.values()))
+        return merged

@@ -1,0 +1,200 @@
+"""Where methods are found: one class in one file, its folder is its family, its file name is its id.
+
+``methods/<family>/<file>.py`` holds the method ``<file>`` with dashes for underscores (``sfl_v2.py`` is ``sfl-v2``).
+Nothing is listed anywhere: a file that exists is a method. Files with a leading underscore are helpers. A package
+outside this repository registers under the entry-point group ``cutlayer.methods`` with the name ``family.id``; a run
+file on one's own machine may also name a path ending in ``.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from cutlayer.errors import MethodError, suggest
+
+T = TypeVar("T")
+ROOT = Path(__file__).parent / "methods"
+ENTRY_POINTS = "cutlayer.methods"
+
+FAMILIES = (
+    "framework", "partition", "planner", "peft", "data", "selection", "objective", "defense", "codec", "exchange",
+    "scheduler", "mixing", "optimizer", "overlap", "aggregator", "monitor", "attack", "unlearning",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method says of itself; shown by ``cutlayer methods``.
+
+    ``summary`` is the first sentence of the class's docstring (or of its module's), ``paper`` its source, ``needs`` the
+    things a run must have for it, in words.
+    """
+
+    id: str
+    family: str
+    summary: str
+    paper: str
+    needs: tuple[str, ...] = ()
+
+
+def method(family: str, *, paper: str = "", needs: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
+    """Mark the one class of a method file; ``family`` must be the name of its folder.
+
+    Example::
+
+        @method("aggregator", paper="Yin et al., arXiv:1803.01498")
+        @dataclass
+        class Median: ...
+    """
+    if family not in FAMILIES:
+        raise MethodError(f"'{family}' is no family of methods.{suggest(family, FAMILIES)} Families: {', '.join(FAMILIES)}")
+
+    def mark(cls: type[T]) -> type[T]:
+        module = sys.modules[cls.__module__]
+        text = (cls.__doc__ or "") if not _is_generated_doc(cls) else ""
+        text = text or module.__doc__ or ""
+        summary = " ".join(text.strip().split("\n\n")[0].split())
+        ident = Path(getattr(module, "__file__", None) or cls.__module__).stem.replace("_", "-")
+        cls.__cutlayer_card__ = Card(ident, family, summary, paper, tuple(needs))  # type: ignore[attr-defined]
+        return cls
+
+    return mark
+
+
+def _is_generated_doc(cls: type) -> bool:
+    """Whether the docstring is the signature that ``dataclass`` writes when there is none."""
+    return bool(cls.__doc__ and cls.__doc__.startswith(cls.__name__ + "("))
+
+
+@lru_cache
+def _external(family: str) -> dict[str, Any]:
+    found = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        fam, _, ident = point.name.partition(".")
+        if fam == family:
+            found[ident] = point
+    return found
+
+
+def names(family: str) -> list[str]:
+    """The ids of all methods of a family, sorted, without importing any of them."""
+    own = {p.stem.replace("_", "-") for p in (ROOT / family).glob("*.py") if not p.stem.startswith("_")}
+    clash = own & set(_external(family))
+    if clash:
+        raise MethodError(f"An installed package registers {family} {sorted(clash)}, which cutlayer has itself. Rename it.")
+    return sorted(own | set(_external(family)))
+
+
+def load(family: str, name: str) -> type[Any]:
+    """The class of a method.
+
+    Raises:
+        MethodError: there is no such method, its file is broken, or it belongs to another family.
+    """
+    if name.endswith(".py"):
+        module = _load_file(Path(name))
+    elif name in _external(family):
+        found = _external(family)[name].load()
+        if isinstance(found, type):
+            return found
+        module = found
+    elif name in names(family):
+        module = importlib.import_module(f"cutlayer.methods.{family}.{name.replace('-', '_')}")
+    else:
+        known = names(family)
+        listed = ", ".join(known) if known else "none yet"
+        raise MethodError(f"There is no {family} '{name}'.{suggest(name, known)} Known: {listed}.")
+    marked = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__ and "__cutlayer_card__" in vars(value)
+    ]
+    if len(marked) != 1:
+        raise MethodError(f"{module.__file__} must hold exactly one class marked @method(...); it holds {len(marked)}.")
+    if card(marked[0]).family != family:
+        raise MethodError(f"{module.__file__} is marked as a {card(marked[0]).family}, but used as a {family}.")
+    return marked[0]
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise MethodError(f"The method file {path} does not exist. Give its path, or a method's id.")
+    name = f"cutlayer_file_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise MethodError(f"The method file {path} does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def card(cls: type[Any]) -> Card:
+    """The card of a method class."""
+    found: Card = cls.__cutlayer_card__
+    return found
+
+
+def cards(family: str | None = None) -> list[Card]:
+    """The cards of all methods, or of one family, sorted by family and id."""
+    chosen = [family] if family else list(FAMILIES)
+    return [card(load(fam, ident)) for fam in chosen for ident in names(fam)]
+
+
+def option_fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """The options of a method: the init fields of its dataclass."""
+    return {f.name: f for f in dataclasses.fields(cls) if f.init}
+
+
+def create(family: str, name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """Make a method from its id and options, or say every mistake in them.
+
+    Raises:
+        MethodError: unknown method or option, a value of the wrong type or outside its bounds.
+    """
+    cls = load(family, name)
+    options = dict(options or {})
+    fields = option_fields(cls)
+    problems = []
+    hints = typing.get_type_hints(cls)
+    for key in list(options):
+        if key not in fields:
+            known = ", ".join(fields) if fields else "none"
+            problems.append(f"{family} '{name}' has no option '{key}'.{suggest(key, fields)} Options: {known}.")
+            continue
+        try:
+            adapter = TypeAdapter(hints[key], config=ConfigDict(strict=False, arbitrary_types_allowed=True))
+            options[key] = adapter.validate_python(options[key])
+        except ValidationError as error:
+            said = "; ".join(e["msg"] for e in error.errors())
+            problems.append(f"{family} '{name}': option '{key}' is {options[key]!r}: {said}.")
+    missing = [f.name for f in fields.values() if _required(f) and f.name not in options]
+    problems += [f"{family} '{name}' needs the option '{key}'." for key in missing]
+    if problems:
+        raise MethodError(" ".join(problems))
+    try:
+        return cls(**options)
+    except ValueError as error:
+        raise MethodError(f"{family} '{name}': {error}") from error
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -1,0 +1,543 @@
+"""A run, top to bottom: configuration, parts, rounds, result.
+
+``Run`` is what a framework drives. ``train`` makes one from a run file, drives it round by round, and writes the
+result; ``dry_run`` tells what it would be without reading a weight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cutlayer import checkpoint
+from cutlayer.build import SHARED, Data, Parts, assemble, device_of, load_base, open_model, prepare_data, tokenizer_of
+from cutlayer.clock import VirtualClock
+from cutlayer.config import RunConfig, dump, load_config
+from cutlayer.contracts import How, StepResult
+from cutlayer.errors import CheckpointError, CutlayerError, NonFinite, OutputError
+from cutlayer.links.local import ClientEnd, LocalLink, ServerStation
+from cutlayer.models.adapters import save_adapter
+from cutlayer.models.verify import check_unknown_family
+from cutlayer.pace import paces
+from cutlayer.parties.federated import FederatedServer
+from cutlayer.parties.hops import ServerTail, TrunkHop
+from cutlayer.report.summary import summarize
+from cutlayer.step import split_evaluate, split_step, tallied
+from cutlayer.wire import Meter, keep_lines
+
+
+class Progress(Protocol):
+    """What is told while a run goes on."""
+
+    def start(self, total_steps: int) -> None:
+        """The run begins; ``total_steps`` client-steps are to be made."""
+        ...
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """A line of ``metrics.jsonl``."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        ...
+
+    def stop(self) -> None:
+        """The run is over, one way or the other."""
+        ...
+
+
+class Silent:
+    """Tells nothing."""
+
+    def start(self, total_steps: int) -> None:
+        """Nothing."""
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave. ``summary`` is the content of ``summary.json``; ``adapter`` the folder to load."""
+
+    out: Path
+    adapter: Path
+    summary: Mapping[str, Any]
+
+
+@dataclass
+class Counters:
+    """What of a run's progress is no tensor; kept in its checkpoints."""
+
+    rounds: int = 0
+    steps: dict[str, int] = field(default_factory=dict)
+    lines: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    virtual: dict[str, float] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    holder: str = ""
+    merges: int = 0
+    merged: dict[str, int] = field(default_factory=dict)
+    stopped: bool = False
+
+
+class Run:
+    """What a framework sees and drives."""
+
+    def __init__(
+        self, config: RunConfig, parts: Parts, *, meter: Meter, clock: VirtualClock, out: Path, progress: Progress
+    ) -> None:
+        self.config, self.parts, self.meter, self.clock, self.out, self.progress = config, parts, meter, clock, out, progress
+        self.seed = config.seed
+        self.clients = list(parts.clients)
+        self.framework = config.build("framework")
+        self.selection = config.build("selection")
+        self.scheduler = config.build("scheduler")
+        self.exchange = config.build("exchange")
+        self.counters = Counters(steps=dict.fromkeys(self.clients, 0), holder=self.clients[0])
+        client_paces, server_pace = paces(config, parts)
+        self.ends = {
+            name: ClientEnd(name, LocalLink(party, meter=meter, clock=clock, pace=client_paces[name]))
+            for name, party in parts.clients.items()
+        }
+        self._station = ServerStation(clock, server_pace)
+        self._metrics: list[dict[str, Any]] = []
+        self.federated: FederatedServer | None = None
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped, so that the update is a verb of its own."""
+        return self.config.max_grad_norm is not None
+
+    @property
+    def holder(self) -> str:
+        """Of a travelling client's part: who has it."""
+        return self.counters.holder
+
+    def steps_left(self, client: str) -> int:
+        """How many optimizer steps a client may still make in this run."""
+        return self.parts.planned[client] - self.counters.steps[client]
+
+    async def set_up(self) -> None:
+        """Step 1: tell every client the cut and the length of the run, and learn its sizes."""
+        layout = self.parts.layout
+        weight_by = self.config.aggregator.options.get("weight_by", "examples")
+        sizes: dict[str, float] = {}
+        for name, end in self.ends.items():
+            told = {
+                "head_blocks": len(layout.head),
+                "tail_blocks": len(layout.tail) if layout.tail_at_client else -1,
+                "steps": self.parts.planned[name],
+            }
+            header = (await end.ask("set_up", told)).header
+            by = {"examples": "examples", "tokens": "label_tokens"}.get(weight_by)
+            sizes[name] = float(header.value(by)) if by else 1.0
+        self.federated = FederatedServer(self.config.build("aggregator"), sizes)
+
+    async def step(self, client: str, *, wrap: Callable[[Any], Any] | None = None) -> StepResult:
+        """One optimizer step of a client: all its micro-batches, then the updates.
+
+        Args:
+            client: its name.
+            wrap: puts a framework's own wrapper around the server's stop (a turn, a pool).
+        """
+        end, number = self.ends[client], self.counters.steps[client]
+        middle, tail, stop = self._route(client, wrap)
+        how = How(update=not self.clips)
+        done: list[StepResult] = []
+        with tallied() as tally:
+            try:
+                while not done or not done[-1].last:
+                    done.append(
+                        await self.exchange.step(split_step, end, middle, tail, step=number, micro=len(done), how=how)
+                    )
+                if self.clips:
+                    await self._clipped_update(end)
+            except BaseException:
+                self.parts.trunk.abort(client)
+                self.parts.clients[client].abort()
+                raise
+            finally:
+                await stop.leave(client)
+        self.counters.steps[client] += 1
+        result = StepResult(
+            client, number, sum(d.loss for d in done), sum(d.tokens for d in done), sum(d.label_tokens for d in done), True
+        )
+        record: dict[str, Any] = {
+            "step": number, "round": self.counters.rounds, "client": client, "loss": result.loss, "tokens": result.tokens,
+            "label_tokens": result.label_tokens, "bytes_up": tally.bytes_up, "bytes_down": tally.bytes_down,
+            "seconds": {k: round(v, 6) for k, v in tally.seconds.items()},
+        }  # fmt: skip
+        if tally.virtual:
+            record["virtual_seconds"] = dict(tally.virtual)
+            record["virtual_time"] = self.clock.now()
+        self._metrics.append(record)
+        self.counters.tokens += result.tokens
+        self.progress.update(record)
+        return result
+
+    def _route(self, client: str, wrap: Callable[[Any], Any] | None = None) -> tuple[list[Any], Any, Any]:
+        """The hops, the tail, and of these the stop that is the server's."""
+        kind = TrunkHop if self.parts.layout.tail_at_client else ServerTail
+        stop: Any = kind(self.parts.trunk, SHARED, self._station)
+        stop = self.scheduler.wrap(stop, client)
+        if wrap is not None:
+            stop = wrap(stop)
+        if self.parts.layout.tail_at_client:
+            return [stop], self.ends[client], stop
+        return [], stop, stop
+
+    async def _clipped_update(self, end: ClientEnd) -> None:
+        """Scale the gradient of client and trunk by one factor, as ``clip_grad_norm_`` does, and update both."""
+        slot = self.parts.trunk.slots[SHARED]
+        theirs = float((await end.ask("grad_norm")).header.value("squared_norm"))
+        norm = math.sqrt(theirs + slot.squared_norm())
+        if not math.isfinite(norm):
+            raise NonFinite(f"The gradient of client '{end.name}' is not finite. Lower optimizer.lr or check the data.")
+        assert self.config.max_grad_norm is not None
+        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+        slot.update(scale=scale)
+        await end.ask("update", {"scale": scale})
+
+    async def merge(self, clients: Sequence[str]) -> None:
+        """Step 11: merge the parts of ``clients``, and give each its own back."""
+        if len(self.clients) == 1 or not clients:
+            return  # nobody to average with
+        assert self.federated is not None
+        states = {}
+        for name in clients:
+            states[name] = (await self.ends[name].ask("get_state", {"optimizer": False})).tensors
+        merged = self.federated.merge(states)
+        self.counters.merges += 1
+        for name in clients:
+            await self.ends[name].put(dict(merged[name]))
+            self.counters.merged[name] = self.counters.merges
+
+    async def catch_up(self, clients: Sequence[str]) -> None:
+        """Give the last merge to those that were not in it."""
+        assert self.federated is not None
+        for name in clients:
+            if self.counters.merged.get(name, 0) < self.counters.merges:
+                await self.ends[name].put(dict(self.federated.before))
+                self.counters.merged[name] = self.counters.merges
+
+    async def hand_over(self, giver: str, taker: str, *, optimizer: bool) -> None:
+        """Step 11 of the sequential kind: ``taker`` goes on with the part of ``giver``."""
+        if giver != taker:
+            parcel = await self.ends[giver].ask("get_state", {"optimizer": optimizer})
+            version = int(parcel.header.value("version"))
+            await self.ends[taker].put(dict(parcel.tensors), version=version, reset=not optimizer)
+        self.counters.holder = taker
+
+    async def evaluate(self) -> dict[str, float] | None:
+        """Mean loss over the label tokens of the evaluation data, and its perplexity; None without such data."""
+        names = self.framework.evaluators(self)
+        if not self.parts.clients[names[0]].evaluation:
+            return None
+        await self.catch_up(names)
+        total = tokens = 0.0
+        for name in names:
+            middle, tail, _ = self._route(name)
+            for number in range(len(self.parts.clients[name].evaluation)):
+                result = await split_evaluate(self.ends[name], middle, tail, batch=number)
+                total += result.loss * result.label_tokens
+                tokens += result.label_tokens
+        loss = total / tokens if tokens else math.nan
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def state(self) -> dict[str, Tensor]:
+        """All trainable tensors of the model as it now is, by name: the trunk's slot and one evaluator's part."""
+        client = self.parts.clients[self.framework.evaluators(self)[0]]
+        slots = (client.slot, self.parts.trunk.slots[SHARED])
+        return {name: parameter.detach() for slot in slots for name, parameter in slot.params.items()}
+
+    # What follows is the engine's: the loop around the framework's rounds.
+
+    async def drive(self, *, rounds: int) -> None:
+        """Rounds until the run's length is reached, with evaluation, checkpoints and early stop between."""
+        if self.counters.rounds == 0:
+            await self.set_up_and_begin()
+        else:
+            await self.set_up_again()
+        while self.counters.rounds < rounds and not self.counters.stopped and any(map(self.steps_left, self.clients)):
+            before = time.perf_counter()
+            await self.framework.round(self, self.counters.rounds)
+            self.counters.seconds += time.perf_counter() - before
+            self.counters.rounds += 1
+            assert self.parts.trunk.open_graphs == 0, "a framework left a graph open"
+            ended = self.counters.rounds == rounds or not any(map(self.steps_left, self.clients))
+            every = self.config.eval_every
+            if ended or (every and self.counters.rounds % every == 0):
+                await self._evaluate_and_judge()
+            if ended or self.counters.stopped or self.counters.rounds % self.config.checkpoint_every == 0:
+                self.save()
+        self._flush()
+
+    async def set_up_and_begin(self) -> None:
+        """A run's first moments: set-up and the evaluation before any step."""
+        await self.set_up()
+        await self._evaluate_and_judge()
+
+    async def set_up_again(self) -> None:
+        """A resumed run meets its clients anew, but what that takes was counted when it began."""
+        before = self.meter.state()
+        folder, self.meter.folder = self.meter.folder, None
+        merged = self.federated.before if self.federated else {}
+        await self.set_up()
+        assert self.federated is not None
+        self.federated.before = merged
+        self.meter.folder = folder
+        self.meter.restore(before)
+
+    async def _evaluate_and_judge(self) -> None:
+        found = await self.evaluate()
+        if found is None:
+            return
+        if not math.isfinite(found["loss"]):
+            raise NonFinite("The evaluation loss is not finite. Lower optimizer.lr, set max_grad_norm, or use float32.")
+        record: dict[str, Any] = {"round": self.counters.rounds, **found}
+        self.counters.evaluations.append(record)
+        self.progress.note(f"round {self.counters.rounds}: eval loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}")
+        stop = self.config.early_stop
+        if stop is None:
+            return
+        losses = [e["loss"] for e in self.counters.evaluations]
+        best, since = losses[0], 0
+        for loss in losses[1:]:
+            best, since = (loss, 0) if loss < best - stop.min_delta else (best, since + 1)
+        if since >= stop.patience:
+            self.counters.stopped = True
+            self.progress.note(f"early stop: {since} evaluations without a better loss")
+
+    def _flush(self) -> None:
+        """Write out metrics and the record of frames."""
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            for record in self._metrics:
+                file.write(json.dumps(record) + "\n")
+        self.counters.lines += len(self._metrics)
+        self._metrics.clear()
+        self.meter.flush()
+
+    def save(self) -> None:
+        """A checkpoint of everything, at the end of a round."""
+        self._flush()
+        states: dict[str, dict[str, Tensor]] = {"server": self.parts.trunk.slots[SHARED].get(optimizer=True)}
+        versions = {"server": self.parts.trunk.slots[SHARED].version}
+        for name, party in self.parts.clients.items():
+            states[f"client-{name}"] = party.slot.get(optimizer=True)
+            versions[f"client-{name}"] = party.slot.version
+        if self.federated is not None and self.federated.before:
+            states["federated"] = dict(self.federated.before)
+        counters = {
+            **identity(self.config),
+            "counters": vars(self.counters), "versions": versions, "meter": self.meter.state(), "clock": self.clock.state(),
+            "data": self.data_fingerprint,
+        }  # fmt: skip
+        checkpoint.save(self.out / "checkpoints", self.counters.rounds, states, counters)
+
+    data_fingerprint = ""
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged or of another run.
+        """
+        expect = {**identity(self.config), "data": self.data_fingerprint}
+        manifest, states = checkpoint.load(path, expect=expect)
+        try:
+            self.counters = Counters(**manifest["counters"])
+            versions = manifest["versions"]
+            self.parts.trunk.slots[SHARED].put(states["server"], version=versions["server"])
+            for name, party in self.parts.clients.items():
+                party.slot.put(states[f"client-{name}"], version=versions[f"client-{name}"])
+            self.federated = FederatedServer(self.config.build("aggregator"), {})
+            self.federated.before = states.get("federated", {})
+            self.meter.restore(manifest["meter"])
+            self.clock.restore(manifest["clock"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"The checkpoint {path} does not fit this run: {error}") from error
+
+
+def identity(config: RunConfig) -> dict[str, str]:
+    """What must be equal for a checkpoint to be of this run."""
+    told = config.model_dump(mode="json", exclude={"record_wire", "device", "report_to", "checkpoint_every"})
+    return {"settings": json.dumps(told, sort_keys=True)}
+
+
+def total_rounds(config: RunConfig, planned: Mapping[str, int]) -> int:
+    """How many rounds a run has at most."""
+    kind, count = config.length
+    local = config.build("framework").local_steps
+    return count if kind == "rounds" else max(math.ceil(steps / local) for steps in planned.values())
+
+
+def train(
+    source: str | Path | Mapping[str, Any] | RunConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    progress: Progress | None = None,
+) -> Result:
+    """Make a run, or go on with one.
+
+    Args:
+        source: a run file, a mapping of its keys, or a RunConfig.
+        out: the folder that gets the result; new or empty. By default ``outputs/<name>-<time>``.
+        resume: the folder of a run that was interrupted; then ``source`` is not needed.
+        overrides: ``key=value`` texts, or a mapping.
+        progress: told of every step.
+
+    Raises:
+        CutlayerError: anything that a user can mend; nothing half-written is left.
+    """
+    progress = progress or Silent()
+    if resume is not None:
+        folder = Path(resume)
+        config = _config_of(folder)
+        if (folder / "summary.json").is_file():
+            progress.note(f"The run in {folder} is complete; nothing is left to do.")
+            return _finished(folder, config)
+        return _carry_out(config, folder, progress, fresh=False)
+    assert source is not None
+    config = load_config(source, overrides)
+    open_model(config)
+    folder = Path(out) if out is not None else _new_folder(source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder} exists and is not empty. Give another --out, or go on with it by --resume {folder}.")
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(folder / "run.yaml", dump(config))
+    except OSError as error:
+        raise OutputError(f"The output folder {folder} cannot be written: {error}. Give another --out.") from error
+    try:
+        return _carry_out(config, folder, progress, fresh=True)
+    except BaseException as error:
+        if isinstance(error, Exception) and checkpoint.newest(folder / "checkpoints") is None:
+            _remove(folder, existed)
+        raise
+
+
+def _remove(folder: Path, existed: bool) -> None:
+    """Take back a run that never got as far as a checkpoint."""
+    for child in folder.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+    if not existed:
+        folder.rmdir()
+
+
+def _config_of(folder: Path) -> RunConfig:
+    if not (folder / "run.yaml").is_file():
+        raise CheckpointError(f"There is no run to resume in {folder}: it has no run.yaml.")
+    return load_config(folder / "run.yaml")
+
+
+def _new_folder(source: object) -> Path:
+    name = Path(source).stem if isinstance(source, str | Path) else "run"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("outputs") / f"{name}-{stamp}"
+
+
+def _carry_out(config: RunConfig, out: Path, progress: Progress, *, fresh: bool) -> Result:
+    """From a configuration and a folder to the result."""
+    device = device_of(config)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    data: Data = prepare_data(config, tokenizer_of(config))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
+        base = load_base(config, num_labels=data.num_labels, device=device)
+        parts = assemble(config, base, data)
+        check_unknown_family(base, parts.layout)
+        clock = VirtualClock()
+        with Meter(Path(config.record_wire) if config.record_wire else None) as meter:
+            run = Run(config, parts, meter=meter, clock=clock, out=out, progress=progress)
+            run.data_fingerprint = data.fingerprint
+            found = checkpoint.newest(out / "checkpoints")
+            keep = 0
+            if found is not None:
+                run.restore(found)
+                keep = run.counters.lines
+                progress.note(f"going on after round {run.counters.rounds}")
+            else:
+                meter.restore(None)
+                _adapter(run, out / "adapter_initial")
+            keep_lines(out / "metrics.jsonl", keep)
+            left = sum(run.steps_left(name) for name in run.clients)
+            progress.start(left)
+            try:
+                clock.run(run.drive(rounds=total_rounds(config, parts.planned)))
+            except BaseExceptionGroup as group:
+                raise _first(group) from group
+            finally:
+                progress.stop()
+        adapter = _adapter(run, out / ("adapter" if base.peft_model is not None else "model"))
+        summary = summarize(run, adapter=adapter, device=device)
+        try:
+            checkpoint.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise OutputError(f"{out / 'summary.json'} cannot be written: {error}. Free some space, then --resume {out}.") from error
+    return Result(out, adapter, summary)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error behind a group of tasks that ended together."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+def _adapter(run: Run, folder: Path) -> Path:
+    """Write the model as it now is as one adapter (full fine-tuning: as one model), whole or not at all."""
+    base = run.parts.base
+    if base.peft_model is None and folder.name == "adapter_initial":
+        return folder  # full fine-tuning starts from the base itself
+    draft = folder.with_name(f".{folder.name}.draft")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        save_adapter(base, run.state(), draft, base_name=run.config.model)
+        if base.peft_model is None:
+            tokenizer_of(run.config).save_pretrained(draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    except Exception as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, CutlayerError):
+            raise
+        raise OutputError(f"{folder} cannot be written: {error}. Free some space, then --resume {run.out}.") from error
+    return folder
+
+
+def _finished(folder: Path, config: RunConfig) -> Result:
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    name = "adapter" if (folder / "adapter").is_dir() else "model"
+    return Result(folder, folder / name, summary)
+
+
+__all__ = ["Progress", "Result", "Run", "dry_run", "train"]
+
+
+def dry_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Any:
+    """Who would hold what, and what a step would move; no weight is read."""
+    from cutlayer.report.plan import plan
+
+    config = load_config(source, overrides)
+    return plan(config)
