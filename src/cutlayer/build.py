@@ -66,7 +66,9 @@ def device_of(config: RunConfig) -> str:
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError([f"device is '{config.device}', which this machine does not have. Use auto, cpu or cuda."]) from error
+        raise ConfigError(
+            [f"device is '{config.device}', which this machine does not have. Use auto, cpu or cuda."]
+        ) from error
     return config.device
 
 
@@ -111,7 +113,9 @@ def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
         held_out = list(read(data.eval, split="eval"))
     elif data.eval_fraction is not None:
         if not shared:
-            raise DataError("data.eval_fraction splits data.train, which no client uses. Name an evaluation file in data.eval.")
+            raise DataError(
+                "data.eval_fraction splits data.train, which no client uses. Name an evaluation file in data.eval."
+            )
         rows, held_out = split_eval(rows, data.eval_fraction, config.seed, data.shuffle)
     divided = _divide(config, rows, shared) | own
     labels = None
@@ -152,10 +156,14 @@ def load_base(config: RunConfig, *, num_labels: int | None, device: str) -> Base
     )  # fmt: skip
     if config.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ModelError(f"'{model.config.model_type}' has no gradient checkpointing. Set gradient_checkpointing: false.")
+            raise ModelError(
+                f"'{model.config.model_type}' has no gradient checkpointing. Set gradient_checkpointing: false."
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if task == "classification" and model.config.pad_token_id is None:
-        raise ModelError(f"'{config.model}' names no padding token, which a classifier needs to find the end of a text.")
+        raise ModelError(
+            f"'{config.model}' names no padding token, which a classifier needs to find the end of a text."
+        )
     model.to(device)
     base: Base = config.build("peft").prepare(model, anatomy, task=task, seed=config.seed)
     if not base.initial:
@@ -185,7 +193,9 @@ def learning_rate(config: RunConfig, total: int) -> Callable[[int], float]:
     """The learning rate, as a multiple of ``optimizer.lr``, by the number of updates that a slot has had."""
     probe = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
     warmup = config.optimizer.warmup_steps(total)
-    schedule = get_scheduler(config.optimizer.schedule, probe, num_warmup_steps=warmup, num_training_steps=max(total, 1))
+    schedule = get_scheduler(
+        config.optimizer.schedule, probe, num_warmup_steps=warmup, num_training_steps=max(total, 1)
+    )
     rate: Callable[[int], float] = schedule.lr_lambdas[0]
     return rate
 

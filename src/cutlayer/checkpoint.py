@@ -47,7 +47,9 @@ def save(folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], 
         digests = {}
         for party, state in states.items():
             file = f"{party}.safetensors"
-            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, draft / file)
+            save_file(
+                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, draft / file
+            )
             digests[file] = _digest(draft / file)
             _sync(draft / file)
         manifest = {"version": VERSION, "round": number, "files": digests, **counters}
@@ -58,7 +60,9 @@ def save(folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], 
     except (OSError, Exception) as error:
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, OSError) or "No space" in str(error) or "os error" in str(error):
-            raise OutputError(f"The checkpoint after round {number} cannot be written to {folder}: {error}. {_ADVICE}") from error
+            raise OutputError(
+                f"The checkpoint after round {number} cannot be written to {folder}: {error}. {_ADVICE}"
+            ) from error
         raise
     for old in sorted(_found(folder))[:-KEEP]:
         shutil.rmtree(folder / f"round-{old:06d}", ignore_errors=True)
@@ -97,7 +101,9 @@ def load(path: Path, *, expect: Mapping[str, str]) -> tuple[dict[str, Any], dict
             raise ValueError("not a mapping")
         files, version = dict(manifest["files"]), manifest["version"]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"The checkpoint {path} cannot be read: {MANIFEST} is missing or damaged. {remedy}") from error
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read: {MANIFEST} is missing or damaged. {remedy}"
+        ) from error
     if version != VERSION:
         raise CheckpointError(f"The checkpoint {path} is of version {version}; this cutlayer reads version {VERSION}.")
     for key, value in expect.items():
@@ -109,7 +115,9 @@ def load(path: Path, *, expect: Mapping[str, str]) -> tuple[dict[str, Any], dict
     states = {}
     for file, digest in files.items():
         if not (path / file).is_file() or _digest(path / file) != digest:
-            raise CheckpointError(f"The checkpoint {path} is damaged: {file} is missing or has a wrong checksum. {remedy}")
+            raise CheckpointError(
+                f"The checkpoint {path} is damaged: {file} is missing or has a wrong checksum. {remedy}"
+            )
         states[file.removesuffix(".safetensors")] = load_file(path / file)
     return manifest, states
 

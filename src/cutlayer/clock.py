@@ -101,9 +101,10 @@ class VirtualClock:
             raise RuntimeError("This clock is already running; await the coroutine instead of calling run().")
         try:
             asyncio.get_running_loop()
+            inside = True
         except RuntimeError:
-            return self._run(main)
-        return self._run_in_thread(main)
+            inside = False
+        return self._run_in_thread(main) if inside else self._run(main)
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps: the time in nanoseconds."""
@@ -144,6 +145,7 @@ class VirtualClock:
     def _run_in_thread(self, main: Coroutine[Any, Any, T]) -> T:
         outcome: Future[T] = Future()
         cancels: list[Callable[[], object]] = []
+        go = threading.Event()  # nothing begins before an interrupt would be seen
 
         async def watched() -> T:
             task = asyncio.current_task()
@@ -152,23 +154,24 @@ class VirtualClock:
             return await main
 
         def work() -> None:
+            go.wait()
             try:
                 outcome.set_result(self._run(watched()))
             except BaseException as error:
                 outcome.set_exception(error)
 
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="cutlayer-virtual-clock")
-        thread.start()
+        target = functools.partial(contextvars.copy_context().run, work)
+        threading.Thread(target=target, name="cutlayer-virtual-clock", daemon=True).start()
         try:
-            wait([outcome])  # not thread.join(): in Python 3.11 a join that was interrupted takes the thread for ended
+            go.set()
+            wait([outcome])  # not a join: in Python 3.11 one that was interrupted takes the thread for ended
         except BaseException:  # Ctrl-C reaches the caller's thread only: take the run down before passing it on
-            for cancel in cancels:
-                with contextlib.suppress(RuntimeError):  # its loop has just ended by itself
-                    cancel()
-            wait([outcome])
+            while not outcome.done():
+                if cancels:
+                    with contextlib.suppress(RuntimeError):  # its loop has just ended by itself
+                        cancels.pop()()
+                wait([outcome], timeout=0.05)  # it may not have begun, so look again
             raise
-        finally:
-            thread.join()
         return outcome.result()
 
     def _deadlock(self, loop: JumpingLoop) -> Deadlock:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cutlayer import registry
 from cutlayer.config_optimizer import optimizer_problems
+from cutlayer.config_words import show
 from cutlayer.errors import ConfigError, CutlayerError, suggest
 
 if TYPE_CHECKING:
@@ -75,9 +76,11 @@ def check_profile(value: str | dict[str, Any] | None) -> list[str]:
 
 @_rule("data.train", "clients")
 def _some_text(config: RunConfig) -> Iterator[str]:
-    for name in config.client_names:
-        if not config.data_of(name).train:
-            yield f"data.train is missing, and the client '{name}' has no data of its own. Name a file or a data set."
+    without = [name for name in config.client_names if not config.data_of(name).train]
+    if without:
+        of_all = len(without) == len(config.client_names)
+        some = "" if of_all else f" The clients with no data of their own need it: {', '.join(without)}."
+        yield f"data.train is missing. It is a file, a glob or a Hub data set.{some}"
 
 
 @_rule("data.eval", "data.eval_fraction")
@@ -134,7 +137,7 @@ def _clients(config: RunConfig) -> Iterator[str]:
         key = f"clients.{number}.name"
         if not NAME.fullmatch(name):
             yield (
-                f"{key} is '{name}'. A name has letters, digits, '-', '_' and '.', starts with none of '-' and '.', "
+                f"{key} is {show(name)}. A name has letters, digits, '-', '_' and '.', begins with no '-' or '.', "
                 "and has at most 64 characters."
             )
         elif name.lower() in RESERVED:

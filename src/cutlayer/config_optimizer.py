@@ -108,9 +108,7 @@ def _argument_problems(config: OptimizerConfig, cls: type[Optimizer]) -> list[st
         if key not in allowed:
             near = suggest(key, [*OptimizerConfig.model_fields, *allowed])
             listed = ", ".join([*OptimizerConfig.model_fields, *allowed])
-            problems.append(
-                f"optimizer.{key}: the optimizer '{config.name}' has no such argument.{near} Keys: {listed}."
-            )
+            problems.append(f"optimizer.{key}: '{config.name}' has no such argument.{near} Keys: {listed}.")
             continue
         if (number := hints[key]) in (float, int) and isinstance(value, bool | str):
             kind = "a number" if number is float else "a whole number"

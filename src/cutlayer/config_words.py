@@ -29,7 +29,6 @@ KINDS = {
     "dict_type": "a mapping {key: value}",
     "model_type": "a mapping {key: value}",
     "string_too_short": "a text that is not empty",
-    "invalid_key": "a text as its key (put it in quotes)",
 }
 BOUNDS = {
     "greater_than": ("more than", "gt"),
@@ -97,6 +96,10 @@ def _problem(details: Mapping[str, Any], tree: Mapping[str, Any], root: type[Bas
         text = f"{key} is missing. It is {what}."
         if loc[-1] == "name" and isinstance(value, dict) and not str(loc[0]).startswith("clients"):
             text = f"{dotted(loc[:-1])} does not say which method. Write {{name: id, option: value}}."
+    elif kind == "invalid_key":
+        text = (
+            f"{dotted(loc[:-1]) or 'a run'} has the key {show(value)}, which is no text. Put it in quotes, or mend it."
+        )
     elif kind == "literal_error":
         allowed = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
         near_word = suggest(value, allowed) if isinstance(value, str) else ""

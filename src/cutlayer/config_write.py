@@ -117,7 +117,7 @@ def tree_of(config: RunConfig) -> dict[str, Any]:
         tree[family] = _plain(tree[family])
     tree["data"]["division"] = _plain(tree["data"]["division"])
     codec = {leg: _plain(spec) for leg, spec in tree["codec"].items()}
-    tree["codec"] = "none" if set(codec.values()) == {"none"} else codec
+    tree["codec"] = "none" if list(codec.values()) == ["none", "none"] else codec
     if isinstance(config.clients, list):
         tree["clients"] = [client.model_dump(mode="json", exclude_none=True) for client in config.clients]
     return tree

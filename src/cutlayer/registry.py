@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from cutlayer.config_words import sentence
 from cutlayer.errors import MethodError, suggest
 
 T = TypeVar("T")
@@ -60,7 +61,9 @@ def method(family: str, *, paper: str = "", needs: Sequence[str] = ()) -> Callab
         class Median: ...
     """
     if family not in FAMILIES:
-        raise MethodError(f"'{family}' is no family of methods.{suggest(family, FAMILIES)} Families: {', '.join(FAMILIES)}")
+        raise MethodError(
+            f"'{family}' is no family of methods.{suggest(family, FAMILIES)} Families: {', '.join(FAMILIES)}"
+        )
 
     def mark(cls: type[T]) -> type[T]:
         module = sys.modules[cls.__module__]
@@ -94,7 +97,9 @@ def names(family: str) -> list[str]:
     own = {p.stem.replace("_", "-") for p in (ROOT / family).glob("*.py") if not p.stem.startswith("_")}
     clash = own & set(_external(family))
     if clash:
-        raise MethodError(f"An installed package registers {family} {sorted(clash)}, which cutlayer has itself. Rename it.")
+        raise MethodError(
+            f"An installed package registers {family} {sorted(clash)}, which cutlayer has itself. Rename it."
+        )
     return sorted(own | set(_external(family)))
 
 
@@ -184,7 +189,7 @@ def create(family: str, name: str, options: Mapping[str, Any] | None = None) -> 
             adapter = TypeAdapter(hints[key], config=ConfigDict(strict=False, arbitrary_types_allowed=True))
             options[key] = adapter.validate_python(options[key])
         except ValidationError as error:
-            said = "; ".join(e["msg"] for e in error.errors())
+            said = "; ".join(sentence(e["type"], e["msg"], e.get("ctx", {})) for e in error.errors())
             problems.append(f"{family} '{name}': option '{key}' is {options[key]!r}: {said}.")
     missing = [f.name for f in fields.values() if _required(f) and f.name not in options]
     problems += [f"{family} '{name}' needs the option '{key}'." for key in missing]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from cutlayer import checkpoint
 from cutlayer.build import SHARED, Data, Parts, assemble, device_of, load_base, open_model, prepare_data, tokenizer_of
 from cutlayer.clock import VirtualClock
-from cutlayer.config import RunConfig, dump, load_config
+from cutlayer.config import RunConfig, dump, load_config, resolved
 from cutlayer.contracts import How, StepResult
 from cutlayer.errors import CheckpointError, CutlayerError, NonFinite, OutputError
 from cutlayer.links.local import ClientEnd, LocalLink, ServerStation
@@ -30,45 +30,10 @@ from cutlayer.models.verify import check_unknown_family
 from cutlayer.pace import paces
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.parties.hops import ServerTail, TrunkHop
+from cutlayer.report.progress import Quiet, Reporter
 from cutlayer.report.summary import summarize
 from cutlayer.step import split_evaluate, split_step, tallied
 from cutlayer.wire import Meter, keep_lines
-
-
-class Progress(Protocol):
-    """What is told while a run goes on."""
-
-    def start(self, total_steps: int) -> None:
-        """The run begins; ``total_steps`` client-steps are to be made."""
-        ...
-
-    def update(self, record: Mapping[str, Any]) -> None:
-        """A line of ``metrics.jsonl``."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-        ...
-
-    def stop(self) -> None:
-        """The run is over, one way or the other."""
-        ...
-
-
-class Silent:
-    """Tells nothing."""
-
-    def start(self, total_steps: int) -> None:
-        """Nothing."""
-
-    def update(self, record: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def stop(self) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +66,16 @@ class Run:
     """What a framework sees and drives."""
 
     def __init__(
-        self, config: RunConfig, parts: Parts, *, meter: Meter, clock: VirtualClock, out: Path, progress: Progress
+        self, config: RunConfig, parts: Parts, *, meter: Meter, clock: VirtualClock, out: Path, progress: Reporter
     ) -> None:
-        self.config, self.parts, self.meter, self.clock, self.out, self.progress = config, parts, meter, clock, out, progress
+        self.config, self.parts, self.meter, self.clock, self.out, self.progress = (
+            config,
+            parts,
+            meter,
+            clock,
+            out,
+            progress,
+        )
         self.seed = config.seed
         self.clients = list(parts.clients)
         self.framework = config.build("framework")
@@ -177,7 +149,12 @@ class Run:
                 await stop.leave(client)
         self.counters.steps[client] += 1
         result = StepResult(
-            client, number, sum(d.loss for d in done), sum(d.tokens for d in done), sum(d.label_tokens for d in done), True
+            client,
+            number,
+            sum(d.loss for d in done),
+            sum(d.tokens for d in done),
+            sum(d.label_tokens for d in done),
+            True,
         )
         record: dict[str, Any] = {
             "step": number, "round": self.counters.rounds, "client": client, "loss": result.loss, "tokens": result.tokens,
@@ -313,7 +290,9 @@ class Run:
             raise NonFinite("The evaluation loss is not finite. Lower optimizer.lr, set max_grad_norm, or use float32.")
         record: dict[str, Any] = {"round": self.counters.rounds, **found}
         self.counters.evaluations.append(record)
-        self.progress.note(f"round {self.counters.rounds}: eval loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}")
+        self.progress.note(
+            f"round {self.counters.rounds}: eval loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
+        )
         stop = self.config.early_stop
         if stop is None:
             return
@@ -394,7 +373,7 @@ def train(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> Result:
     """Make a run, or go on with one.
 
@@ -408,7 +387,7 @@ def train(
     Raises:
         CutlayerError: anything that a user can mend; nothing half-written is left.
     """
-    progress = progress or Silent()
+    progress = progress or Quiet()
     if resume is not None:
         folder = Path(resume)
         config = _config_of(folder)
@@ -417,11 +396,13 @@ def train(
             return _finished(folder, config)
         return _carry_out(config, folder, progress, fresh=False)
     assert source is not None
-    config = load_config(source, overrides)
+    config = resolved(load_config(source, overrides), _base_of(source))
     open_model(config)
     folder = Path(out) if out is not None else _new_folder(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} exists and is not empty. Give another --out, or go on with it by --resume {folder}.")
+        raise OutputError(
+            f"{folder} exists and is not empty. Give another --out, or go on with it by --resume {folder}."
+        )
     existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -450,13 +431,19 @@ def _config_of(folder: Path) -> RunConfig:
     return load_config(folder / "run.yaml")
 
 
+def _base_of(source: object) -> Path | None:
+    """The folder of the run file, where relative paths are looked for that the current folder does not have."""
+    is_file = isinstance(source, Path) or (isinstance(source, str) and "\n" not in source)
+    return Path(str(source)).parent if is_file else None
+
+
 def _new_folder(source: object) -> Path:
     name = Path(source).stem if isinstance(source, str | Path) else "run"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return Path("outputs") / f"{name}-{stamp}"
 
 
-def _carry_out(config: RunConfig, out: Path, progress: Progress, *, fresh: bool) -> Result:
+def _carry_out(config: RunConfig, out: Path, progress: Reporter, *, fresh: bool) -> Result:
     """From a configuration and a folder to the result."""
     device = device_of(config)
     if device == "cuda":
@@ -493,7 +480,9 @@ def _carry_out(config: RunConfig, out: Path, progress: Progress, *, fresh: bool)
         try:
             checkpoint.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         except OSError as error:
-            raise OutputError(f"{out / 'summary.json'} cannot be written: {error}. Free some space, then --resume {out}.") from error
+            raise OutputError(
+                f"{out / 'summary.json'} cannot be written: {error}. Free some space, then --resume {out}."
+            ) from error
     return Result(out, adapter, summary)
 
 
@@ -532,12 +521,11 @@ def _finished(folder: Path, config: RunConfig) -> Result:
     return Result(folder, folder / name, summary)
 
 
-__all__ = ["Progress", "Result", "Run", "dry_run", "train"]
+__all__ = ["Result", "Run", "dry_run", "train"]
 
 
 def dry_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Any:
     """Who would hold what, and what a step would move; no weight is read."""
     from cutlayer.report.plan import plan
 
-    config = load_config(source, overrides)
-    return plan(config)
+    return plan(resolved(load_config(source, overrides), _base_of(source)))

@@ -167,9 +167,11 @@ def _view(tensor: Tensor) -> memoryview:
 
 
 def _tensor(part: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    if not part.nbytes:
-        return torch.empty(tuple(shape), dtype=dtype)
-    return torch.from_numpy(np.frombuffer(part, dtype=np.uint8).copy()).view(dtype).reshape(tuple(shape))
+    """The one copy, into memory that PyTorch allocated: kernels may give other last bits on memory aligned otherwise."""
+    out = torch.empty(tuple(shape), dtype=dtype)
+    if part.nbytes:
+        np.copyto(out.reshape(-1).view(torch.uint8).numpy(), np.frombuffer(part, dtype=np.uint8))
+    return out
 
 
 def _pack_header(header: Header, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> bytes:
@@ -241,7 +243,9 @@ def _read_head(
     if magic != MAGIC:
         raise WireError("These bytes are no cutlayer frame (wrong magic).")
     if version != VERSION:
-        raise WireError(f"A frame is of version {version}, this cutlayer speaks version {VERSION}. Use one version at both ends.")
+        raise WireError(
+            f"A frame is of version {version}, this cutlayer speaks version {VERSION}. Use one version at both ends."
+        )
     if step >= len(STEP_NAMES) or kind >= len(KINDS):
         raise WireError(f"A frame names step {step} and kind {kind}, which do not exist.")
     if size > limits.header_bytes or body_size > limits.body_bytes:
@@ -278,7 +282,18 @@ def _read_head(
     if total != body_size or reader.at != len(text):
         raise WireError(f"A frame's tensors need {total} bytes, but its body has {body_size}.")
     header = Header(
-        STEP_NAMES[step], KINDS[kind], verb, sender, receiver, client, slot, step_number, micro, turn, values, tuple(names)
+        STEP_NAMES[step],
+        KINDS[kind],
+        verb,
+        sender,
+        receiver,
+        client,
+        slot,
+        step_number,
+        micro,
+        turn,
+        values,
+        tuple(names),
     )
     return header, shapes, dtypes, start
 
@@ -328,7 +343,13 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"by_step": dict(self.by_step), "up": self.up, "down": self.down, "frames": self.frames, "offset": self.offset}
+        return {
+            "by_step": dict(self.by_step),
+            "up": self.up,
+            "down": self.down,
+            "frames": self.frames,
+            "offset": self.offset,
+        }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go back to ``state`` (None: to the start), and cut the record back to it."""

@@ -1,13 +1,12 @@
 """Rows become token ids and labels that one can check by hand. The tokenizers are those of ``conftest.py``."""
 
 import random
-from itertools import pairwise
 
 import pytest
 
 from cutlayer.config import DataConfig
-from cutlayer.contracts import IGNORE, Example
-from cutlayer.data.formats import label_names, pack, tokenize
+from cutlayer.contracts import IGNORE
+from cutlayer.data.formats import label_names, tokenize
 from cutlayer.errors import DataError
 from shared import shared
 
@@ -82,7 +81,7 @@ def test_a_tokenizer_without_offsets():
     assert labels == [0, 0, 0, *ids[3:]]
     for template in (PLAIN, MARKED.replace("{% endif %}{% endfor %}", "{% endif %}{% endfor %}" + PROMPT)):
         ids, labels = chats(CHAT[:2], tokenizer, template)
-        assert [chr(token - 3) if token > 3 else token for token in ids[-11:]] == [*"ant : b c ;"][1:] + [1]
+        assert [chr(token - 3) if token > 3 else token for token in ids[-11:]] == [*"nt : b c ;", 1]
         assert labels == [0] * (len(ids) - 7) + ids[-7:]
 
 
@@ -102,10 +101,7 @@ def test_borders_of_random_texts_against_characters(bytewise):
 # --- messages -------------------------------------------------------------------------------------------------------
 
 PROMPT = "{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
-PLAIN = (
-    "{% for m in messages %}{{ m.role + ' : ' + m.content + ' ;' }}{% endfor %}"
-    + PROMPT
-)
+PLAIN = "{% for m in messages %}{{ m.role + ' : ' + m.content + ' ;' }}{% endfor %}" + PROMPT
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'assistant : ' }}"
     "{% generation %}{{ m.content + ' ;' }}{% endgeneration %}"
@@ -245,50 +241,6 @@ def test_rows_without_labels_stay_in_place_and_are_counted(words, caplog):
     empty = {"prompt": "", "completion": ""}
     with pytest.raises(DataError, match=r"x\.jsonl, row 2 gives no token at all"):
         causal([rows[0], empty], words, format="prompt-completion", append_eos=False)
-
-
-# --- packing ---------------------------------------------------------------------------------------------------------
-
-
-def example(*ids):
-    return Example(input_ids=list(ids), labels=list(ids))
-
-
-def test_packing_by_hand():
-    rows = pack([example(4, 5, 1), example(6, 1), example(7, 8, 9, 1)], 5)
-    assert rows == [
-        Example([4, 5, 1, 6, 1], labels=[IGNORE, 5, 1, IGNORE, 1], position_ids=[0, 1, 2, 0, 1]),
-        Example([7, 8, 9, 1], labels=[IGNORE, 8, 9, 1], position_ids=[0, 1, 2, 3]),
-    ]
-    assert pack([], 5) == []
-    with pytest.raises(DataError, match="Example 2 has 6 tokens"):
-        pack([example(1), example(*range(6))], 5)
-    with pytest.raises(DataError, match="one label a row"):
-        pack([Example([1, 2], label=0)], 5)
-
-
-def test_packing_keeps_every_token_and_every_label_that_counts():
-    chance = random.Random(1)
-    for _ in range(50):
-        examples = []
-        for _ in range(chance.randint(1, 30)):
-            ids = [chance.randint(1, 99) for _ in range(chance.randint(1, 12))]
-            examples.append(Example(ids, labels=[token if chance.random() < 0.7 else IGNORE for token in ids]))
-        rows = pack(examples, 12)
-        assert [token for row in rows for token in row.input_ids] == [t for e in examples for t in e.input_ids]
-        assert sum(row.label_tokens for row in rows) == sum(e.label_tokens for e in examples)
-        whole = []  # cut at the positions again: no example crosses a row
-        for row in rows:
-            assert len(row.input_ids) <= 12
-            starts = [place for place, position in enumerate(row.position_ids) if position == 0]
-            for start, end in zip(starts, [*starts[1:], len(row.input_ids)], strict=True):
-                assert list(row.position_ids[start:end]) == list(range(end - start))
-                whole.append((list(row.input_ids[start:end]), list(row.labels[start + 1 : end])))
-        assert whole == [(list(e.input_ids), list(e.labels[1:])) for e in examples]
-        # greedy: the first example of a row did not fit into the row before
-        for before, row in pairwise(rows):
-            first = [*row.position_ids, 0].index(0, 1)
-            assert len(before.input_ids) + first > 12
 
 
 def test_real_text_as_the_tokenizer_gives_it():

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -45,6 +46,15 @@ def console() -> Console:
     """The console of standard output; a table is not squeezed where there is no terminal."""
     terminal = sys.stdout.isatty()
     return Console(width=None if terminal else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
+
+
+def hush() -> None:
+    """Keep Transformers' own bars and notes off the screen; a command shows its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def complain(message: str, head: str = "Error") -> None:

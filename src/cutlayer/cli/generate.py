@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cutlayer.cli.console import guarded
+from cutlayer.cli.console import guarded, hush
 from cutlayer.errors import ModelError
 
 
@@ -23,12 +23,10 @@ def generate(
 ) -> None:
     """Print the prompt and what the tuned model makes of it."""
     import torch
-    from transformers.utils import logging
 
     from cutlayer.models.loading import load_tokenizer
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    hush()
     place = _device(device)
     tuned = load_tuned(model, adapter).to(place).eval()
     own = (Path(adapter) / "tokenizer_config.json").is_file()
@@ -41,7 +39,7 @@ def generate(
     room = getattr(tuned.config, "max_position_embeddings", None)
     if room is not None and length + max_new_tokens > room:
         raise ModelError(
-            f"The prompt has {length} tokens, which with {max_new_tokens} new ones is more than the {room} positions of "
+            f"The prompt has {length} tokens; with {max_new_tokens} new ones that is more than the {room} positions of "
             f"'{model}'. Shorten the prompt, or lower --max-new-tokens."
         )
     options: dict[str, Any] = (
@@ -68,21 +66,28 @@ def load_tuned(model: str, adapter: str) -> Any:
     if not folder.is_dir():
         raise ModelError(f"The adapter folder '{adapter}' does not exist. Give the folder adapter/ of a finished run.")
     if (folder / "adapter_config.json").is_file():
-        return _with_adapter(_loaded(AutoModelForCausalLM, model), model, adapter)
+        config = _adapter_config(adapter)
+        named = config.base_model_name_or_path or ""
+        if named != model and Path(named).is_dir():
+            _same_shape(f"The adapter '{adapter}'", load_config(named), model, base_config)
+        return _with_adapter(_loaded(AutoModelForCausalLM, model), model, adapter, named)
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"'{adapter}' holds neither adapter_config.json nor config.json. Give the folder adapter/ (or model/) of a "
             "finished run."
         )
-    own = load_config(adapter)
+    _same_shape(f"The model in '{adapter}'", load_config(adapter), model, base_config)
+    return _loaded(AutoModelForCausalLM, adapter)
+
+
+def _same_shape(what: str, own: Any, model: str, base: Any) -> None:
     for key in ("model_type", "hidden_size", "num_hidden_layers"):
-        mine, theirs = getattr(own, key, None), getattr(base_config, key, None)
+        mine, theirs = getattr(own, key, None), getattr(base, key, None)
         if mine != theirs:
             raise ModelError(
-                f"The model in '{adapter}' was not tuned from '{model}': its {key} is {mine}, there it is {theirs}. "
+                f"{what} was not tuned from '{model}': its {key} is {mine}, there it is {theirs}. "
                 "Name the base that the run used."
             )
-    return _loaded(AutoModelForCausalLM, adapter)
 
 
 def _loaded(cls: Any, name: str) -> Any:
@@ -93,18 +98,24 @@ def _loaded(cls: Any, name: str) -> Any:
         raise ModelError(f"The model '{name}' cannot be loaded for generation: {said}") from error
 
 
-def _with_adapter(base: Any, model: str, adapter: str) -> Any:
-    """The base with the adapter, after a look at every tensor's name: PEFT itself loads what fits and drops the rest."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+def _adapter_config(adapter: str) -> Any:
+    from peft import PeftConfig
 
-    other = f"The adapter '{adapter}' does not fit '{model}'"
     try:
         config = PeftConfig.from_pretrained(adapter)
     except Exception as error:
         raise ModelError(f"'{adapter}/adapter_config.json' cannot be read: {_short(error)}") from error
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ModelError(f"The adapter '{adapter}' is for the task {config.task_type}; it writes no text.")
-    hint = f"Name the base that it was trained on (it says '{config.base_model_name_or_path}')."
+    return config
+
+
+def _with_adapter(base: Any, model: str, adapter: str, named: str) -> Any:
+    """The base with the adapter, after a look at all tensors' names: PEFT itself loads what fits and drops the rest."""
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    other = f"The adapter '{adapter}' does not fit '{model}'"
+    hint = f"Name the base that it was trained on (it says '{named}')."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing keys; they are counted below

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cutlayer.cli.console import console, guarded
+from cutlayer.cli.console import console, guarded, hush
 
 INTERRUPTED = (
     "nothing half-written is left. Take the run up where it was with: cutlayer train --resume OUT "
@@ -20,7 +20,7 @@ INTERRUPTED = (
 def train(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN.yaml] [key=value ...]", help="The run file, and fields to set otherwise."),
+        typer.Argument(metavar="RUN.yaml key=value", help="The run file, and fields to set otherwise."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The output folder; a new one is made if none is given.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Take up the run in this output folder, to the same end.")] = None,
@@ -47,17 +47,18 @@ def train(
     from cutlayer.report.progress import RichProgress
     from cutlayer.report.tables import dry_run_table, summary_table
 
+    hush()
     where = console()
     given: str | Mapping[str, Any] = {} if source is None else source
     if dry_run:
-        where.print(dry_run_table(run.dry_run(given, overrides).summary))
+        where.print(dry_run_table(run.dry_run(given, overrides).summary), crop=False)
         return
     progress = RichProgress(where)
     try:
         result = run.train(None if resume else given, out=out, resume=resume, overrides=overrides, progress=progress)
     finally:
         progress.stop()
-    where.print(summary_table(result.summary))
+    where.print(summary_table(result.summary), crop=False)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

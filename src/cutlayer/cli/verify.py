@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cutlayer.cli.console import console, guarded
+from cutlayer.cli.console import console, guarded, hush
 from cutlayer.errors import MethodError, suggest
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def verify(
 
     from cutlayer.models.verify import verify as compare
 
+    hush()
     compared = compare(
         model,
         cut=cut,

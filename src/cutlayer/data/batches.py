@@ -59,13 +59,16 @@ def collate(examples: Sequence[Example], *, pad_id: int, padding_side: str, caus
     elif padded and causal and padding_side == "left":
         position_ids_BT = (mask_BT.cumsum(-1) - 1).masked_fill(mask_BT == 0, 0)
 
+    labels = _labels(examples, places, longest)
+    # Counted as the model's loss counts: behind left padding a row's first token is predicted too, from the padding.
+    counted = int((labels[:, 1:] != IGNORE).sum()) if labels.dim() == 2 else len(labels)
     return Batch(
         input_ids=input_ids_BT,
         attention_mask=mask_BT if padded and not packed else None,
         position_ids=position_ids_BT,
-        labels=_labels(examples, places, longest),
+        labels=labels,
         tokens=sum(sizes),
-        label_tokens=sum(example.label_tokens for example in examples),
+        label_tokens=counted,
     )
 
 

@@ -86,8 +86,8 @@ def tokenize(
         label_names: for classification, the class names; by default those of ``rows``.
 
     Raises:
-        DataError: there are no rows, format and task differ, a row has no token, no row has a label token, a class is unknown, or the
-            chat template cannot be used.
+        DataError: there are no rows, format and task differ, a row has no token, no row has a label token, a class is
+            unknown, or the chat template cannot be used.
     """
     if not rows:
         raise DataError(f"{where} has no rows. Put at least one example there.")

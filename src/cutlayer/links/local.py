@@ -15,9 +15,7 @@ from torch import Tensor
 
 from cutlayer.clock import Clock, Fifo, VirtualClock
 from cutlayer.contracts import How, Parcel, StepResult
-from typing import Any
-Profile = Any
-def leg_seconds(n, r, rtt): return rtt / 2 + 8 * n / r
+from cutlayer.costs import Profile, leg_seconds
 from cutlayer.parties.client import VERB_STEPS, ClientParty, answer
 from cutlayer.parties.trunk import told_how
 from cutlayer.step import at, current_tally
@@ -26,10 +24,21 @@ from cutlayer.wire import Frame, Header, Meter, decode, encode
 
 @dataclass(frozen=True)
 class Pace:
-    """How long things take at one client: its profile, and the seconds of a verb's work by its header."""
+    """How long things take at one party: its profile, and the seconds of a verb's work.
+
+    ``seconds(profile, verb, rows, length, graph)``: for a batch of ``rows`` rows of ``length`` positions; ``graph``
+    False is an evaluation.
+    """
 
     profile: Profile
-    seconds: Callable[[str, Header, Sequence[Tensor]], float]
+    seconds: Callable[[Profile, str, int, int, bool], float]
+
+    def of(self, verb: str, header: Header, shapes: Sequence[Sequence[int]]) -> float:
+        """The seconds of a verb whose request or reply carries tensors of ``shapes``; without a batch, none."""
+        batch = next((shape for shape in shapes if len(shape) == 3), None)
+        if batch is None:
+            return 0.0
+        return self.seconds(self.profile, verb, batch[0], batch[1], bool(header.values.get("graph", True)))
 
 
 class LocalLink:
@@ -59,7 +68,7 @@ class LocalLink:
             return parcel
         async with self._queues["work"](self.party.name):
             reply = self._answer(request)
-            seconds = self.pace.seconds(header.verb, reply.header, tensors)
+            seconds = self.pace.of(header.verb, header, [*request.shapes, *reply.shapes])
             await self._pass(VERB_STEPS[header.verb], seconds)
         await self._carry("up", reply, self.pace.profile.up)
         with at(reply.header.step_name):
@@ -135,7 +144,9 @@ class ClientEnd:
 
     async def put(self, state: dict[str, Tensor], *, version: int = -1, reset: bool = False) -> None:
         """Step 11: give the client tensors for its slot."""
-        header = Header("aggregate", "state", "set_state", values={"version": version, "reset": reset}, names=tuple(state))
+        header = Header(
+            "aggregate", "state", "set_state", values={"version": version, "reset": reset}, names=tuple(state)
+        )
         await self.link.call(header, list(state.values()))
 
     async def leave(self, client: str) -> None:
@@ -149,14 +160,16 @@ class ServerStation:
         self.clock, self.pace = clock, pace
         self._queue = Fifo(clock, "server")
 
-    async def work(self, verb: str, parcel: Parcel, do: Callable[[], Parcel]) -> Parcel:
-        """Do a verb's work when the worker is free."""
+    async def work(self, verb: str, parcel: Parcel, graph: bool, do: Callable[[], Parcel]) -> Parcel:
+        """Do a verb's work when the worker is free; ``graph`` False is an evaluation."""
         if self.pace is None:
             return do()
         async with self._queue(parcel.header.client):
             header, tensors = parcel.open()
             out = do()
-            seconds = self.pace.seconds(verb, header, tensors)
+            seconds = self.pace.of(
+                verb, header.but(values={**header.values, "graph": graph}), [t.shape for t in tensors]
+            )
             tally = current_tally()
             if tally is not None:
                 tally.virtual["trunk_backward" if verb == "backward" else "trunk_forward"] += seconds

@@ -99,7 +99,9 @@ def anatomy(model: Any, *, causal: bool) -> Anatomy:
     base = model.base_model
     if base is model:
         raise ModelError(f"'{kind}' has no base model below its head, so it cannot be cut without copying its code.")
-    lists = [name for name, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    lists = [
+        name for name, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
     lists = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     if len(lists) != 1:
         found = ", ".join(lists) or "none"

@@ -138,7 +138,7 @@ def _fill_missing(loaded: Any, info: Mapping[str, Any], shape: Anatomy, seed: in
     """Draw what a fresh classification head lacks; anything else that is missing is an error."""
     missing = sorted(info["missing_keys"])
     wrong = info.get("mismatched_keys") or []
-    if causal and missing or any(shape.owner(name) != "top" for name in missing):
+    if (causal and missing) or any(shape.owner(name) != "top" for name in missing):
         raise ModelError(f"The checkpoint of '{model}' lacks {len(missing)} tensors, for instance '{missing[0]}'.")
     if wrong:
         raise ModelError(f"The checkpoint of '{model}' has tensors of another shape: {_one_line(wrong)[:300]}")
@@ -161,7 +161,11 @@ def _cut_class(cls: Any, part: Part, causal: bool) -> Any:
         self.cutlayer_anatomy = anatomy(self, causal=causal)
         _drop(self, self.cutlayer_anatomy, part)
 
-    body: dict[str, Any] = {"__init__": init, "_keys_to_ignore_on_load_unexpected": [".*"], "__module__": cls.__module__}
+    body: dict[str, Any] = {
+        "__init__": init,
+        "_keys_to_ignore_on_load_unexpected": [".*"],
+        "__module__": cls.__module__,
+    }
     if causal and not part.top:
         body["_tied_weights_keys"] = {}
     return type(cls.__name__, (cls,), body)
@@ -210,7 +214,9 @@ def _folder_must_exist(model: str | os.PathLike[str]) -> None:
     text = str(model)
     looks_like_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")
     if looks_like_path and not Path(text).expanduser().is_dir():
-        raise ModelError(f"The model folder '{text}' does not exist. Give a folder made by save_pretrained, or a Hub name.")
+        raise ModelError(
+            f"The model folder '{text}' does not exist. Give a folder made by save_pretrained, or a Hub name."
+        )
 
 
 def _cannot_load(model: str | os.PathLike[str], error: Exception) -> str:
@@ -223,4 +229,3 @@ def _cannot_load(model: str | os.PathLike[str], error: Exception) -> str:
 def _one_line(error: object) -> str:
     text = " ".join(str(error).split())
     return text if len(text) < 400 else text[:400] + " ..."
-

@@ -135,7 +135,9 @@ class Slot:
                     if isinstance(value, Tensor):
                         state[f"optimizer/{names[index]}/{key}"] = value.detach()
                     elif value is not None:
-                        state[f"optimizer/{names[index]}/{key}{NUMBER}"] = torch.tensor(float(value), dtype=torch.float64)
+                        state[f"optimizer/{names[index]}/{key}{NUMBER}"] = torch.tensor(
+                            float(value), dtype=torch.float64
+                        )
         return state
 
     def put(self, state: Mapping[str, Tensor], *, version: int | None = None) -> None:

@@ -105,9 +105,7 @@ def verify(
                 options = {"head_blocks": k} if two else {"head_blocks": k, "tail_blocks": m}
                 cuts.append((name, registry.create("partition", name, options).layout(count)))
     base = registry.create("peft", "lora", {"rank": 4}).prepare(loaded, anatomy, task=task, seed=0)
-    return [
-        compare(base, name, layout, tokens=tokens, tolerance=TOLERANCES[precision]) for name, layout in cuts
-    ]
+    return [compare(base, name, layout, tokens=tokens, tolerance=TOLERANCES[precision]) for name, layout in cuts]
 
 
 def _some(count: int, two: bool) -> list[int]:
@@ -194,7 +192,7 @@ def _uncut(whole: Segment, params: Mapping[str, Parameter], batch: Batch) -> tup
     gradients = {n: p.grad for n, p in params.items() if p.grad is not None}
     for parameter in params.values():
         parameter.grad = None
-    return float(output.loss), output.logits.detach(), gradients
+    return float(output.loss.detach()), output.logits.detach(), gradients
 
 
 def _on(tensor: Tensor | None, device: Any) -> Tensor | None:
@@ -224,7 +222,13 @@ def _cut(
     client_slot = Slot("client", {n: params[n] for n in ours}, _Keep)
     trunk_slot = Slot("shared", {n: params[n] for n in middle.names}, _Keep)
     client = ClientParty(
-        "client", head=head, tail=tail if layout.tail_at_client else None, slot=client_slot, batches=_one(batch), sizes={}, seed=0
+        "client",
+        head=head,
+        tail=tail if layout.tail_at_client else None,
+        slot=client_slot,
+        batches=_one(batch),
+        sizes={},
+        seed=0,
     )
     trunk = TrunkParty(middle, {"shared": trunk_slot}, seed=0)
     clock = VirtualClock()

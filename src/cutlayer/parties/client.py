@@ -138,9 +138,7 @@ class ClientParty:
         seed = segment_seed(self.seed, "tail", self.name, header.step, header.micro) if training else None
         weight = float(header.value("head_weight")) if training else 1.0
         with torch.set_grad_enabled(training):
-            held.loss, gradient = run_tail(
-                self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch
-            )
+            held.loss, gradient = run_tail(self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch)
         if gradient is None:
             del self._open[header.step, header.micro]
             return self._reply(header, "tail_step", "ack", self._told(held))
@@ -199,7 +197,9 @@ class ClientParty:
             self._drawn = (step, self.batches.step(step))
         drawn = self._drawn[1]
         if micro >= len(drawn):
-            raise WireError(f"Client '{self.name}' has {len(drawn)} micro-batches in step {step}; number {micro} was asked for.")
+            raise WireError(
+                f"Client '{self.name}' has {len(drawn)} micro-batches in step {step}; number {micro} was asked for."
+            )
         total = sum(batch.label_tokens for batch in drawn)
         weight = drawn[micro].label_tokens / total if total and len(drawn) > 1 else 1.0
         return drawn[micro], weight, micro == len(drawn) - 1
@@ -219,11 +219,27 @@ class ClientParty:
         return {"loss": held.loss, "tokens": batch.tokens, "label_tokens": batch.label_tokens, "last": held.last}
 
     def _reply(
-        self, to: Header, step_name: str, kind: str, values: Mapping[str, Value], tensors: Mapping[str, Tensor] | None = None
+        self,
+        to: Header,
+        step_name: str,
+        kind: str,
+        values: Mapping[str, Value],
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> Answer:
         tensors = tensors or {}
         header = Header(
-            step_name, kind, "", self.name, "server", self.name, to.slot, to.step, to.micro, to.turn, values, tuple(tensors)
+            step_name,
+            kind,
+            "",
+            self.name,
+            "server",
+            self.name,
+            to.slot,
+            to.step,
+            to.micro,
+            to.turn,
+            values,
+            tuple(tensors),
         )
         return header, list(tensors.values())
 

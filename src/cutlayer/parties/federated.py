@@ -29,7 +29,9 @@ class FederatedServer:
         for client, state in states.items():
             for name, tensor in state.items():
                 if not tensor.isfinite().all():
-                    raise NonFinite(f"Client '{client}' sent '{name}' with values that are not finite. Nothing was merged.")
+                    raise NonFinite(
+                        f"Client '{client}' sent '{name}' with values that are not finite. Nothing was merged."
+                    )
         total = sum(self.sizes[client] for client in states)
         weights = {client: self.sizes[client] / total for client in states}
         merged = self.aggregator.merge(self.before, states, weights)

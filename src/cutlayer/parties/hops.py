@@ -15,11 +15,13 @@ class TrunkHop:
 
     async def forward(self, parcel: Parcel, how: How) -> Parcel:
         """Step 4."""
-        return await self.station.work("forward", parcel, lambda: self.party.forward(parcel, how, self.slot))
+        return await self.station.work("forward", parcel, how.graph, lambda: self.party.forward(parcel, how, self.slot))
 
     async def backward(self, parcel: Parcel, how: How) -> Parcel:
         """Step 8."""
-        return await self.station.work("backward", parcel, lambda: self.party.backward(parcel, how, self.slot))
+        return await self.station.work(
+            "backward", parcel, how.graph, lambda: self.party.backward(parcel, how, self.slot)
+        )
 
     async def leave(self, client: str) -> None:
         """Nothing waits for a client here."""
@@ -33,7 +35,9 @@ class ServerTail:
 
     async def tail_step(self, parcel: Parcel, how: How) -> Parcel:
         """Step 4, forward, loss and backward in one."""
-        return await self.station.work("tail_step", parcel, lambda: self.party.tail_step(parcel, how, self.slot))
+        return await self.station.work(
+            "tail_step", parcel, how.graph, lambda: self.party.tail_step(parcel, how, self.slot)
+        )
 
     async def leave(self, client: str) -> None:
         """Nothing waits for a client here."""

@@ -93,7 +93,9 @@ class TrunkParty:
                 client=header.client, step=header.step, micro=header.micro,
             )  # fmt: skip
             seed = self._seed("tail", header) if how.graph else None
-            loss, gradient = run_tail(self.segment, owner, work, seed=seed, slot_weight=how.trunk_weight, watch=self.watch)
+            loss, gradient = run_tail(
+                self.segment, owner, work, seed=seed, slot_weight=how.trunk_weight, watch=self.watch
+            )
             if how.graph:
                 self._settle(owner, key, bool(header.value("last")), how, collected=True)
         values: dict[str, Value] = {"loss": loss}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ PACKAGES = ("cutlayer", "torch", "transformers", "peft", "safetensors")
 
 def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
     """The summary of a finished run."""
-    config, parts, counters = run.config, run.parts, run.counters
+    config, counters = run.config, run.counters
     summary: dict[str, Any] = {
         "model": config.model,
         "framework": config.framework.name,
@@ -64,56 +66,60 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
         "device": device,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
-    del parts
     return summary
 
 
-def _parties(run: Run) -> dict[str, Any]:
-    parts = run.parts
-    layout = parts.layout
-    found = {}
-    for name, client in parts.clients.items():
-        segments = [client.head, *([client.tail] if client.tail else [])]
-        names = ["embeddings", *_ranges(layout.head), *(_ranges(layout.tail) if client.tail else [])]
-        if client.tail:
-            names.append("norm and head")
-        found[name] = _party(segments, client.slot, client.watch, names)
-    trunk = parts.trunk
-    names = _ranges(layout.trunk if layout.tail_at_client else layout.tail)
-    if not layout.tail_at_client:
-        names.append("norm and head")
-    found["server"] = _party([trunk.segment], trunk.slots[SHARED], trunk.watch, names)
-    return found
+@dataclass(frozen=True)
+class Holdings:
+    """What segments are made of: in words, and the frozen parameters, each once."""
+
+    words: str
+    frozen: list[Tensor]
 
 
-def _ranges(blocks: range) -> list[str]:
-    if not blocks:
-        return []
-    return [f"block {blocks[0]}"] if len(blocks) == 1 else [f"blocks {blocks[0]}-{blocks[-1]}"]
-
-
-def _party(segments: list[Segment], slot: Slot, watch: Watch, names: list[str]) -> dict[str, Any]:
+def holdings(segments: Sequence[Segment]) -> Holdings:
+    """What a party with these segments holds."""
     base = segments[0].base
     frozen: dict[int, Tensor] = {}
+    for name, parameter in base.model.named_parameters():
+        if name not in base.initial and any(segment.owns(base.owner(name)) for segment in segments):
+            frozen[id(parameter)] = parameter
+    words = []
     for segment in segments:
-        for name, parameter in base.model.named_parameters():
-            if name not in base.initial and segment.owns(base.owner(name)):
-                frozen[id(parameter)] = parameter
-    if base.anatomy.causal and any(s.top for s in segments):
+        words += ["embeddings"] if segment.bottom else []
+        blocks = segment.blocks
+        if len(blocks):
+            words.append(f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}")
+        words += ["norm and head"] if segment.top else []
+    if base.anatomy.causal and any(segment.top for segment in segments):
         head = base.model.get_output_embeddings()
         if head is not None and not head.weight.requires_grad:
             frozen[id(head.weight)] = head.weight  # a tied head reads the embedding's matrix, wherever that is counted
+    return Holdings(", ".join(words), list(frozen.values()))
+
+
+def _parties(run: Run) -> dict[str, Any]:
+    found = {}
+    for name, client in run.parts.clients.items():
+        found[name] = _party([client.head, *([client.tail] if client.tail else [])], client.slot, client.watch)
+    trunk = run.parts.trunk
+    found["server"] = _party([trunk.segment], trunk.slots[SHARED], trunk.watch)
+    return found
+
+
+def _party(segments: list[Segment], slot: Slot, watch: Watch) -> dict[str, Any]:
+    held = holdings(segments)
     trained = slot.get()
-    held = storage_bytes(frozen.values()), storage_bytes(trained.values())
-    state = slot.get(optimizer=True)
-    moments = storage_bytes(t for n, t in state.items() if n.startswith("optimizer/"))
+    frozen_bytes, trained_bytes = storage_bytes(held.frozen), storage_bytes(trained.values())
+    moments = storage_bytes(t for n, t in slot.get(optimizer=True).items() if n.startswith("optimizer/"))
     return {
-        "blocks": ", ".join(names),
-        "parameters": sum(p.numel() for p in frozen.values()) + sum(t.numel() for t in trained.values()),
+        "blocks": held.words,
+        "parameters": sum(p.numel() for p in held.frozen) + sum(t.numel() for t in trained.values()),
         "trainable_parameters": sum(t.numel() for t in trained.values()),
-        "peak_memory_bytes": held[0] + 2 * held[1] + moments + watch.saved,
+        "peak_memory_bytes": frozen_bytes + 2 * trained_bytes + moments + watch.saved,
         "memory": {
-            "frozen": held[0], "trainable": held[1], "gradients": held[1], "optimizer": moments, "activations": watch.saved,
+            "frozen": frozen_bytes, "trainable": trained_bytes, "gradients": trained_bytes, "optimizer": moments,
+            "activations": watch.saved,
         },
     }  # fmt: skip
 

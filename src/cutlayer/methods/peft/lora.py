@@ -34,7 +34,9 @@ class Lora:
         """Inject the adapters into a model, whole or in part."""
         # PEFT's all-linear leaves out a classifier's last layer; DistilBERT has one more before it, which PEFT would
         # adapt and save as a trained module at once.
-        exclude = ["pre_classifier"] if self.targets == "all-linear" and model.config.model_type == "distilbert" else None
+        exclude = (
+            ["pre_classifier"] if self.targets == "all-linear" and model.config.model_type == "distilbert" else None
+        )
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.targets,
             exclude_modules=exclude, rank_pattern=dict(self.rank_pattern), task_type=TASK_TYPES[task],
