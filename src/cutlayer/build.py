@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import Parameter
 from transformers import get_scheduler
 
+from cutlayer import registry
 from cutlayer.config import RunConfig
 from cutlayer.contracts import Batch, Example, Layout
 from cutlayer.data.batches import Batches, collate, fingerprint, split_eval
@@ -50,7 +51,7 @@ class Parts:
     planned: Mapping[str, int]
 
 
-def task_of(config: RunConfig) -> str:
+def task_of(config: RunConfig) -> Literal["causal", "classification"]:
     """``classification`` for that data format, else ``causal``."""
     return "classification" if config.data.format == "classification" else "causal"
 
@@ -79,9 +80,7 @@ def layout_of(config: RunConfig, num_blocks: int) -> Layout:
         ConfigError: clients have different cuts (no framework here merges them yet).
         MethodError: a cut does not fit the model.
     """
-    from cutlayer import registry
-
-    layouts = {}
+    layouts: dict[str, Layout] = {}
     for name in config.client_names:
         spec = config.partition_spec(name)
         layouts[name] = registry.create("partition", spec.name, spec.options).layout(num_blocks)
@@ -108,7 +107,7 @@ def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
         if config.client(name).data is not None:
             theirs = config.data_of(name)
             own[name] = load_rows(theirs.train, columns=theirs.columns, format=theirs.format)
-    held_out: list[Mapping[str, Any]] = []
+    held_out: Sequence[Mapping[str, Any]] = []
     if data.eval is not None:
         held_out = list(read(data.eval, split="eval"))
     elif data.eval_fraction is not None:
@@ -243,7 +242,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
 
 
 def open_model(config: RunConfig) -> tuple[Any, int]:
-    """The model's configuration and its number of blocks, before any weight is read; refuses a cut that does not fit."""
+    """The model's configuration and number of blocks, before any weight is read; refuses a cut that does not fit."""
     from cutlayer.models.families import number_of_blocks
 
     found = load_model_config(config.model)

@@ -27,7 +27,7 @@ def paces(config: RunConfig, parts: Parts) -> tuple[dict[str, Pace | None], Pace
         raise ConfigError(
             [f"client '{without[0]}' has no profile, but others have. Give it one, or set profile for all."]
         )
-    shape = shape_of(parts.base.model.config, task="causal" if task_of(config) == "causal" else "classification")
+    shape = shape_of(parts.base.model.config, task=task_of(config))
     training = training_of(config)
     layout = parts.layout
     rest = layout.trunk if layout.tail_at_client else layout.tail

@@ -33,7 +33,7 @@ from cutlayer.parties.hops import ServerTail, TrunkHop
 from cutlayer.report.progress import Quiet, Reporter
 from cutlayer.report.summary import summarize
 from cutlayer.step import split_evaluate, split_step, tallied
-from cutlayer.wire import Meter, keep_lines
+from cutlayer.wire import Meter, Value, keep_lines
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Counters:
     holder: str = ""
     merges: int = 0
     merged: dict[str, int] = field(default_factory=dict)
+    turns: dict[str, int] = field(default_factory=dict)  # requests sent to each client: they number the frames
     stopped: bool = False
 
 
@@ -112,7 +113,7 @@ class Run:
         weight_by = self.config.aggregator.options.get("weight_by", "examples")
         sizes: dict[str, float] = {}
         for name, end in self.ends.items():
-            told = {
+            told: dict[str, Value] = {
                 "head_blocks": len(layout.head),
                 "tail_blocks": len(layout.tail) if layout.tail_at_client else -1,
                 "steps": self.parts.planned[name],
@@ -157,8 +158,8 @@ class Run:
             True,
         )
         record: dict[str, Any] = {
-            "step": number, "round": self.counters.rounds, "client": client, "loss": result.loss, "tokens": result.tokens,
-            "label_tokens": result.label_tokens, "bytes_up": tally.bytes_up, "bytes_down": tally.bytes_down,
+            "step": number, "round": self.counters.rounds, "client": client, "loss": result.loss,
+            "tokens": result.tokens, "label_tokens": result.label_tokens, "bytes_up": tally.bytes_up, "bytes_down": tally.bytes_down,
             "seconds": {k: round(v, 6) for k, v in tally.seconds.items()},
         }  # fmt: skip
         if tally.virtual:
@@ -273,7 +274,7 @@ class Run:
 
     async def set_up_again(self) -> None:
         """A resumed run meets its clients anew, but what that takes was counted when it began."""
-        before = self.meter.state()
+        before, time_before = self.meter.state(), self.clock.state()
         folder, self.meter.folder = self.meter.folder, None
         merged = self.federated.before if self.federated else {}
         await self.set_up()
@@ -281,6 +282,9 @@ class Run:
         self.federated.before = merged
         self.meter.folder = folder
         self.meter.restore(before)
+        self.clock.restore(time_before)
+        for name, end in self.ends.items():
+            end.link.turn = self.counters.turns[name]
 
     async def _evaluate_and_judge(self) -> None:
         found = await self.evaluate()
@@ -316,6 +320,7 @@ class Run:
     def save(self) -> None:
         """A checkpoint of everything, at the end of a round."""
         self._flush()
+        self.counters.turns = {name: end.link.turn for name, end in self.ends.items()}
         states: dict[str, dict[str, Tensor]] = {"server": self.parts.trunk.slots[SHARED].get(optimizer=True)}
         versions = {"server": self.parts.trunk.slots[SHARED].version}
         for name, party in self.parts.clients.items():
@@ -325,8 +330,8 @@ class Run:
             states["federated"] = dict(self.federated.before)
         counters = {
             **identity(self.config),
-            "counters": vars(self.counters), "versions": versions, "meter": self.meter.state(), "clock": self.clock.state(),
-            "data": self.data_fingerprint,
+            "counters": vars(self.counters), "versions": versions, "meter": self.meter.state(),
+            "clock": self.clock.state(), "data": self.data_fingerprint,
         }  # fmt: skip
         checkpoint.save(self.out / "checkpoints", self.counters.rounds, states, counters)
 

@@ -20,7 +20,7 @@ empty. U-shape: the client does, with one hop between.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -70,8 +70,8 @@ async def split_evaluate(client: End, middle: Sequence[Hop], tail: Tail, *, batc
 class Tally:
     """What one client-step cost: measured seconds and (with a profile) virtual seconds by step name, and bytes."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
-    virtual: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    virtual: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     bytes_up: int = 0
     bytes_down: int = 0
 

@@ -63,9 +63,9 @@ class Limits:
 class Header:
     """What a frame says besides its tensors.
 
-    ``step_name`` is one of the eleven names, ``kind`` one of ``KINDS``, ``verb`` what the receiver is asked to do (empty
-    in a reply). ``step`` and ``micro`` are the client's optimizer step and micro-batch; ``turn`` numbers the requests of
-    one client, so that a repeated request is known. ``names`` are the tensors' names in order.
+    ``step_name`` is one of the eleven names, ``kind`` one of ``KINDS``, ``verb`` what the receiver is asked to do
+    (empty in a reply). ``step`` and ``micro`` are the client's optimizer step and micro-batch; ``turn`` numbers the
+    requests of one client, so that a repeated request is known. ``names`` are the tensors' names in order.
     """
 
     step_name: str
@@ -163,11 +163,11 @@ def decode(data: Frame | bytes | bytearray | memoryview, limits: Limits | None =
 
 
 def _view(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _tensor(part: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The one copy, into memory that PyTorch allocated: kernels may give other last bits on memory aligned otherwise."""
+    """The one copy, into memory that PyTorch aligned: kernels may give other last bits on memory that is not."""
     out = torch.empty(tuple(shape), dtype=dtype)
     if part.nbytes:
         np.copyto(out.reshape(-1).view(torch.uint8).numpy(), np.frombuffer(part, dtype=np.uint8))

@@ -8,7 +8,7 @@ further simulated client costs its adapter and no more. The numbers are the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from cutlayer.costs import Profile, leg_seconds
 from cutlayer.parties.client import VERB_STEPS, ClientParty, answer
 from cutlayer.parties.trunk import told_how
 from cutlayer.step import at, current_tally
-from cutlayer.wire import Frame, Header, Meter, decode, encode
+from cutlayer.wire import Frame, Header, Meter, Value, decode, encode
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ClientEnd:
         values = {**header.values, **told_how(how)}
         return await self.link.call(header.but(verb=verb, values=values), tensors)
 
-    async def ask(self, verb: str, values: dict[str, bool | int | float | str] | None = None, **more: Tensor) -> Parcel:
+    async def ask(self, verb: str, values: Mapping[str, Value] | None = None, **more: Tensor) -> Parcel:
         """Any other verb, with values and tensors."""
         header = Header(VERB_STEPS[verb], "state" if more else "control", verb, values=values or {}, names=tuple(more))
         return await self.link.call(header, list(more.values()))

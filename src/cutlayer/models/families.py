@@ -135,7 +135,7 @@ def _present(base: nn.Module, paths: Mapping[str, str]) -> dict[str, str]:
 def _path_of(base: nn.Module, wanted: nn.Module) -> str:
     for name, module in base.named_modules():
         if module is wanted:
-            return name
+            return str(name)
     raise ModelError(f"The input embedding of {type(base).__name__} is not inside its base model; it cannot be cut.")
 
 

@@ -43,7 +43,7 @@ class Base:
                     name = f"{path}.{leaf}"
                     self.initial[name] = parameter
                     self._sites[name] = (module, leaf)
-        self._blocks = list(model.get_submodule(anatomy.blocks))
+        self._blocks: list[nn.Module] = list(model.get_submodule(anatomy.blocks))
         below, above = set(anatomy.below), set(anatomy.above)
         self._around = {path: _child(model, path) for path in below | above}
         self._stand_ins = {p: stand_in(k) for p, k in {**anatomy.below, **anatomy.above}.items()}
@@ -177,11 +177,15 @@ class Segment:
             yield
             return
         first = self.base.block(self.blocks[0])
-        hook = first.register_forward_pre_hook(lambda *_: None if torch.manual_seed(seed) else None)
+        hook = first.register_forward_pre_hook(lambda *_: _seed(seed))
         try:
             yield
         finally:
             hook.remove()
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
 
 
 def _child(model: nn.Module, path: str) -> nn.Module | None:

@@ -99,7 +99,7 @@ class Slot:
     def squared_norm(self) -> float:
         """The squared L2 norm of the gradient in waiting, summed in float64."""
         norms = [torch.linalg.vector_norm(g).item() for g in self._total().values()]
-        return sum(n * n for n in norms)
+        return float(sum(n * n for n in norms))
 
     def update(self, *, scale: float = 1.0) -> int:
         """Make one optimizer step with ``scale`` times the summed contributions, and forget them.

@@ -127,8 +127,8 @@ def check_unknown_family(base: Base, layout: Layout) -> None:
     if not found.passed:
         kind = base.model.config.model_type
         raise NotExact(
-            f"A model of type '{kind}' is not known to be cut exactly, and it is not: the cut model differs from the uncut "
-            f"one by {found.largest:.3g} (loss {found.loss:.3g}, logits {found.logits:.3g}, gradients "
+            f"A model of type '{kind}' is not known to be cut exactly, and it is not: the cut model differs from the "
+            f"uncut one by {found.largest:.3g} (loss {found.loss:.3g}, logits {found.logits:.3g}, gradients "
             f"{found.gradients:.3g}; allowed: {found.tolerance:g}). It would not be this model that is trained.",
             found.largest,
         )
@@ -147,7 +147,8 @@ def compare(base: Base, name: str, layout: Layout, *, tokens: int, tolerance: fl
     return Comparison(
         name, len(layout.head), len(layout.trunk if layout.tail_at_client else layout.tail),
         len(layout.tail) if layout.tail_at_client else 0,
-        abs(loss - cut_loss), _difference({"": logits}, {"": seen[0]}), _difference(gradients, cut_gradients), tolerance,
+        abs(loss - cut_loss), _difference({"": logits}, {"": seen[0]}), _difference(gradients, cut_gradients),
+        tolerance,
     )  # fmt: skip
 
 
@@ -245,7 +246,7 @@ def _cut(
     finally:
         hook.remove()
         base.train = original  # type: ignore[method-assign]
-    gradients = {}
+    gradients: dict[str, Tensor] = {}
     for slot in (client_slot, trunk_slot):
         if isinstance(slot.optimizer, _Keep):
             kept = zip(slot.get(), slot.optimizer.kept, strict=True)

@@ -156,7 +156,7 @@ class ClientParty:
             if held.hidden is None:
                 raise WireError(f"Client '{self.name}' got a gradient that it has no use for, at step {header.step}.")
             with self.head.entered(self.slot.params):
-                held.hidden.backward(tensors["hidden"].to(self.device))
+                torch.autograd.backward(held.hidden, tensors["hidden"].to(self.device))
             self.slot.collect(self.head.names, key, weight=float(header.value("head_weight")))
         self.slot.close(key)
         if held.last:
@@ -208,8 +208,8 @@ class ClientParty:
         held = self._open.get((header.step, header.micro))
         if held is None:
             raise WireError(
-                f"Client '{self.name}' was asked for '{header.verb}' of step {header.step}, micro-batch {header.micro}, "
-                "which it did not begin."
+                f"Client '{self.name}' was asked for '{header.verb}' of step {header.step}, micro-batch "
+                f"{header.micro}, which it did not begin."
             )
         return held
 

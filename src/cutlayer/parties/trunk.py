@@ -73,7 +73,7 @@ class TrunkParty:
         with at("trunk_backward"):
             if held.hidden.requires_grad:
                 with self.segment.entered(owner.params):
-                    held.hidden.backward(tensors["hidden"].to(self.device))
+                    torch.autograd.backward(held.hidden, tensors["hidden"].to(self.device))
             self._settle(owner, key, held.last, how)
         gradient = {"hidden": _gradient(held.shown)} if held.needs_gradient else {}
         return self._back(header, how, gradient, {})

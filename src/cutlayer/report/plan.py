@@ -42,7 +42,7 @@ def plan(config: RunConfig) -> DryRun:
     with torch.device("meta"):
         model = auto.from_config(model_config)
     model.requires_grad_(False)
-    shape = shape_of(model_config, task="causal" if task == "causal" else "classification")
+    shape = shape_of(model_config, task=task)
     anatomy_of = anatomy(model, causal=task == "causal")
     layout = layout_of(config, anatomy_of.num_blocks)
     base: Base = config.build("peft").prepare(model, anatomy_of, task=task, seed=config.seed)

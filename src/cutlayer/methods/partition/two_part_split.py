@@ -29,8 +29,8 @@ class TwoPartSplit:
         """The blocks of each part of a model with ``num_blocks`` blocks."""
         if self.head_blocks > num_blocks:
             raise MethodError(
-                f"partition 'two-part-split': head_blocks is {self.head_blocks}, but the model has {num_blocks} blocks. "
-                f"Choose 0 to {num_blocks}."
+                f"partition 'two-part-split': head_blocks is {self.head_blocks}, but the model has {num_blocks} "
+                f"blocks. Choose 0 to {num_blocks}."
             )
         cut = self.head_blocks
         return Layout(range(cut), range(cut, cut), range(cut, num_blocks), tail_at_client=False)

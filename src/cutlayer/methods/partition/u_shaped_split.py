@@ -30,12 +30,12 @@ class UShapedSplit:
         start, stop = self.head_blocks, num_blocks - self.tail_blocks
         if start > num_blocks or stop < 0 or start > stop:
             raise MethodError(
-                f"partition 'u-shaped-split': head_blocks {self.head_blocks} and tail_blocks {self.tail_blocks} overlap: "
-                f"the model has {num_blocks} blocks. Their sum may be at most {num_blocks - 1}."
+                f"partition 'u-shaped-split': head_blocks {self.head_blocks} and tail_blocks {self.tail_blocks} overlap: the "
+                f"model has {num_blocks} blocks. Their sum may be at most {num_blocks - 1}."
             )
         if start == stop:
             raise MethodError(
-                f"partition 'u-shaped-split': head_blocks {self.head_blocks} and tail_blocks {self.tail_blocks} take all "
-                f"{num_blocks} blocks and leave the server none. Their sum may be at most {num_blocks - 1}."
+                f"partition 'u-shaped-split': head_blocks {self.head_blocks} and tail_blocks {self.tail_blocks} take "
+                f"all {num_blocks} blocks and leave the server none. Their sum may be at most {num_blocks - 1}."
             )
         return Layout(range(start), range(start, stop), range(stop, num_blocks), tail_at_client=True)
