@@ -19,6 +19,7 @@ from cutlayer.data.batches import Batches, collate, fingerprint, split_eval
 from cutlayer.data.formats import label_names, pack, tokenize
 from cutlayer.data.sources import load_rows
 from cutlayer.errors import ConfigError, DataError, ModelError
+from cutlayer.models.arena import Arena
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.loading import load_model, load_tokenizer
 from cutlayer.models.segment import Base, Segment
@@ -38,6 +39,7 @@ class Data:
     collate: Callable[[Sequence[Example]], Batch]
     num_labels: int | None
     fingerprint: str
+    pad_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     together = partial(collate, pad_id=pad or 0, padding_side=data.padding_side, causal=task == "causal")
     prints = [fingerprint(train[name]) for name in names] + [fingerprint(evaluation)]
-    return Data(train, evaluation, together, len(labels) if labels else None, "-".join(p[:16] for p in prints))
+    return Data(
+        train, evaluation, together, len(labels) if labels else None, "-".join(p[:16] for p in prints), pad or 0
+    )  # fmt: skip
 
 
 def _divide(config: RunConfig, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
@@ -158,7 +162,9 @@ def load_base(config: RunConfig, *, num_labels: int | None, device: str) -> Base
             raise ModelError(
                 f"'{model.config.model_type}' has no gradient checkpointing. Set gradient_checkpointing: false."
             )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Transformers 5.23 gave it a new name and deprecated the old one.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if task == "classification" and model.config.pad_token_id is None:
         raise ModelError(
             f"'{config.model}' names no padding token, which a classifier needs to find the end of a text."
@@ -168,6 +174,46 @@ def load_base(config: RunConfig, *, num_labels: int | None, device: str) -> Base
     if not base.initial:
         raise ModelError("Nothing is trained: the adapter matches no layer. Check peft.targets.")
     return base
+
+
+def _check_fit(config: RunConfig, base: Base, data: Data) -> None:
+    """Every token must have an embedding, and every place in a row a position.
+
+    Raises:
+        DataError: one has none.
+    """
+    embedding = base.model.get_input_embeddings()
+    known, room = embedding.weight.shape[0], _positions(base)
+    if data.pad_id >= known:
+        raise DataError(
+            f"The tokenizer of '{config.model}' pads with the token number {data.pad_id}, but the model has embeddings "
+            f"for 0 to {known - 1} only. Set its pad_token to its eos_token and save it there; padding is masked."
+        )
+    parts = {**{f"client '{name}'": part for name, part in data.train.items()}, "the evaluation data": data.evaluation}
+    for where, part in parts.items():
+        for example in part:
+            highest = max(example.input_ids)
+            if highest >= known:
+                raise DataError(
+                    f"The text of {where} has the token number {highest}, but '{config.model}' has embeddings for 0 to "
+                    f"{known - 1} only: the tokenizer there is not that of the model. Put the right one there."
+                )
+            if room is not None and len(example.input_ids) > room:
+                raise DataError(
+                    f"A row of {where} has {len(example.input_ids)} tokens, but '{config.model}' has only {room} "
+                    f"positions. Set data.max_length: {room} (it is {config.data.max_length})."
+                )
+
+
+def _positions(base: Base) -> int | None:
+    """How many positions a model has learned, or None where it computes them for any length."""
+    for path, module in base.model.named_modules():
+        leaf = path.rpartition(".")[2]
+        if isinstance(module, torch.nn.Embedding) and ("position" in leaf or leaf == "wpe"):
+            # OPT leaves the first two unused; RoBERTa counts from the one after its padding.
+            unused = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+            return int(module.num_embeddings - unused)
+    return None
 
 
 def planned_steps(config: RunConfig, data: Data) -> dict[str, int]:
@@ -207,6 +253,7 @@ def make_optimizer(config: RunConfig) -> Callable[[list[Parameter]], torch.optim
 
 def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     """Cut the base, make the slots and the parties."""
+    _check_fit(config, base, data)
     layout = layout_of(config, base.anatomy.num_blocks)
     planned = planned_steps(config, data)
     framework = config.build("framework")
@@ -218,7 +265,9 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     else:
         middle = Segment(base, "tail", layout.tail, top=True)
     make = make_optimizer(config)
-    trunk_slot = Slot(SHARED, new_params(base.initial, middle.names), make, learning_rate(config, everything))
+    arena = Arena()
+    of_trunk = new_params(base.initial, middle.names, arena)
+    trunk_slot = Slot(SHARED, of_trunk, make, learning_rate(config, everything), arena)
     trunk = TrunkParty(middle, {SHARED: trunk_slot}, seed=config.seed)
     names = [*head.names, *(tail.names if tail else [])]
     rows = [data.evaluation[i : i + config.batch_size] for i in range(0, len(data.evaluation), config.batch_size)]
@@ -229,7 +278,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
             name,
             head=head,
             tail=tail,
-            slot=Slot(name, new_params(base.initial, names), make, learning_rate(config, own)),
+            slot=Slot(name, new_params(base.initial, names, arena), make, learning_rate(config, own), arena),
             batches=_batches(config, data, name),
             evaluation=[partial(data.collate, part) for part in rows],
             sizes={

@@ -1,8 +1,8 @@
 """Checkpoints: what a run needs to go on from the end of a round, and nothing that can run code.
 
 A checkpoint is a folder ``round-000012`` with one safetensors file a party and ``checkpoint.json``, which holds the
-counters and the SHA-256 of each file. It is written beside its place and renamed into it, so a checkpoint is there
-whole or not at all, whenever the process dies.
+counters and the SHA-256 of each file and of itself. It is written beside its place and renamed into it, so a checkpoint
+is there whole or not at all, whenever the process dies.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cutlayer.errors import CheckpointError, OutputError
 VERSION = 1
 KEEP = 2
 MANIFEST = "checkpoint.json"
+SEAL = "checksum"  # of the manifest itself
 NAME = re.compile(r"round-(\d{6,})")
 
 
@@ -42,7 +43,8 @@ def save(folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], 
     final = folder / f"round-{number:06d}"
     draft = folder / f".draft-{number:06d}"
     try:
-        shutil.rmtree(draft, ignore_errors=True)
+        for left in folder.glob(".draft-*"):
+            shutil.rmtree(left, ignore_errors=True)
         draft.mkdir(parents=True)
         digests = {}
         for party, state in states.items():
@@ -53,23 +55,20 @@ def save(folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], 
             digests[file] = _digest(draft / file)
             _sync(draft / file)
         manifest = {"version": VERSION, "round": number, "files": digests, **counters}
-        write_text(draft / MANIFEST, json.dumps(manifest, indent=1))
+        write_text(draft / MANIFEST, json.dumps({**manifest, SEAL: _seal(manifest)}, indent=1))
+        _sync(draft)
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         _sync(folder)
-    except (OSError, Exception) as error:
+    except Exception as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError) or "No space" in str(error) or "os error" in str(error):
-            raise OutputError(
-                f"The checkpoint after round {number} cannot be written to {folder}: {error}. {_ADVICE}"
-            ) from error
+        if isinstance(error, OSError) or "os error" in str(error):  # safetensors' own error is no OSError
+            said = getattr(error, "strerror", None) or error
+            raise OutputError(f"The checkpoint after round {number} cannot be written to {folder}: {said}.") from error
         raise
     for old in sorted(_found(folder))[:-KEEP]:
         shutil.rmtree(folder / f"round-{old:06d}", ignore_errors=True)
     return final
-
-
-_ADVICE = "Free some space (or mend the rights), then go on with: cutlayer train --resume"
 
 
 def _found(folder: Path) -> list[int]:
@@ -100,16 +99,18 @@ def load(path: Path, *, expect: Mapping[str, str]) -> tuple[dict[str, Any], dict
         if not isinstance(manifest, dict):
             raise ValueError("not a mapping")
         files, version = dict(manifest["files"]), manifest["version"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"The checkpoint {path} cannot be read: {MANIFEST} is missing or damaged. {remedy}"
         ) from error
     if version != VERSION:
         raise CheckpointError(f"The checkpoint {path} is of version {version}; this cutlayer reads version {VERSION}.")
+    if manifest.pop(SEAL, None) != _seal(manifest):
+        raise CheckpointError(f"The checkpoint {path} is damaged: {MANIFEST} has a wrong checksum. {remedy}")
     for key, value in expect.items():
         if manifest.get(key) != value:
             raise CheckpointError(
-                f"The checkpoint {path} belongs to another run: its {key} differs. "
+                f"The checkpoint {path} belongs to another run: its {_difference(key, manifest.get(key), value)}. "
                 "Resume with the same model, data and settings, or start a new run with another --out."
             )
     states = {}
@@ -120,6 +121,22 @@ def load(path: Path, *, expect: Mapping[str, str]) -> tuple[dict[str, Any], dict
             )
         states[file.removesuffix(".safetensors")] = load_file(path / file)
     return manifest, states
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The checksum of a manifest, whatever its layout."""
+    plain = json.loads(json.dumps(manifest))  # as it will be read back: keys are text, tuples are lists
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(key: str, saved: Any, wanted: str) -> str:
+    """What differs, by name where both are settings."""
+    try:
+        ours, theirs = json.loads(saved), json.loads(wanted)
+        names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    except (TypeError, ValueError, AttributeError):
+        names = []
+    return f"{key} differ ({', '.join(names)})" if names else f"{key} differ"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,11 +6,14 @@ result; ``dry_run`` tells what it would be without reading a weight.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,7 +162,8 @@ class Run:
         )
         record: dict[str, Any] = {
             "step": number, "round": self.counters.rounds, "client": client, "loss": result.loss,
-            "tokens": result.tokens, "label_tokens": result.label_tokens, "bytes_up": tally.bytes_up, "bytes_down": tally.bytes_down,
+            "tokens": result.tokens, "label_tokens": result.label_tokens,
+            "bytes_up": tally.bytes_up, "bytes_down": tally.bytes_down,
             "seconds": {k: round(v, 6) for k, v in tally.seconds.items()},
         }  # fmt: skip
         if tally.virtual:
@@ -261,6 +265,8 @@ class Run:
             assert self.parts.trunk.open_graphs == 0, "a framework left a graph open"
             ended = self.counters.rounds == rounds or not any(map(self.steps_left, self.clients))
             every = self.config.eval_every
+            if ended:
+                await self.catch_up(self.framework.evaluators(self))  # theirs is the result
             if ended or (every and self.counters.rounds % every == 0):
                 await self._evaluate_and_judge()
             if ended or self.counters.stopped or self.counters.rounds % self.config.checkpoint_every == 0:
@@ -287,11 +293,14 @@ class Run:
             end.link.turn = self.counters.turns[name]
 
     async def _evaluate_and_judge(self) -> None:
-        found = await self.evaluate()
+        try:
+            found = await self.evaluate()
+        except NonFinite as error:
+            raise NonFinite(f"{error} That was in the evaluation {self._when()}.") from error
         if found is None:
             return
         if not math.isfinite(found["loss"]):
-            raise NonFinite("The evaluation loss is not finite. Lower optimizer.lr, set max_grad_norm, or use float32.")
+            raise NonFinite(f"The evaluation loss {self._when()} is not finite. Check the model and optimizer.lr.")
         record: dict[str, Any] = {"round": self.counters.rounds, **found}
         self.counters.evaluations.append(record)
         self.progress.note(
@@ -308,11 +317,20 @@ class Run:
             self.counters.stopped = True
             self.progress.note(f"early stop: {since} evaluations without a better loss")
 
+    def _when(self) -> str:
+        done = self.counters.rounds
+        return f"after round {done}" if done else "before the first step, so the model itself gives such values"
+
     def _flush(self) -> None:
         """Write out metrics and the record of frames."""
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            for record in self._metrics:
-                file.write(json.dumps(record) + "\n")
+        path = self.out / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in self._metrics)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
         self.counters.lines += len(self._metrics)
         self._metrics.clear()
         self.meter.flush()
@@ -328,6 +346,13 @@ class Run:
             versions[f"client-{name}"] = party.slot.version
         if self.federated is not None and self.federated.before:
             states["federated"] = dict(self.federated.before)
+        for holder, state in states.items():
+            wrong = [key for key, tensor in state.items() if not tensor.isfinite().all()]
+            if wrong:
+                raise NonFinite(
+                    f"After round {self.counters.rounds}, '{wrong[0]}' of {holder} is not finite, so it is not "
+                    "saved. Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
+                )
         counters = {
             **identity(self.config),
             "counters": vars(self.counters), "versions": versions, "meter": self.meter.state(),
@@ -347,16 +372,33 @@ class Run:
         manifest, states = checkpoint.load(path, expect=expect)
         try:
             self.counters = Counters(**manifest["counters"])
+            self._prove_records(path, manifest["meter"])
             versions = manifest["versions"]
             self.parts.trunk.slots[SHARED].put(states["server"], version=versions["server"])
             for name, party in self.parts.clients.items():
                 party.slot.put(states[f"client-{name}"], version=versions[f"client-{name}"])
             self.federated = FederatedServer(self.config.build("aggregator"), {})
-            self.federated.before = states.get("federated", {})
+            merged = states.get("federated", {})  # in the order of its file; frames carry the slots' order
+            order = next(iter(self.parts.clients.values())).slot.get()
+            self.federated.before = {key: merged[key] for key in order} if merged else {}
             self.meter.restore(manifest["meter"])
             self.clock.restore(manifest["clock"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint {path} does not fit this run: {error}") from error
+
+    def _prove_records(self, path: Path, meter: Mapping[str, Any]) -> None:
+        """What is to be continued must have its beginning, or it would get a hole."""
+        wanted = {self.out / "metrics.jsonl": (self.counters.lines, "lines")}
+        if self.meter.folder is not None:
+            wanted[self.meter.folder / "frames.jsonl"] = (meter["frames"], "lines")
+            wanted[self.meter.folder / "frames.bin"] = (meter["offset"], "bytes")
+        for file, (count, unit) in wanted.items():
+            found = _length(file, unit)
+            if found < count:
+                raise CheckpointError(
+                    f"{file} has {found} {unit}, but {count} of them were there when the checkpoint {path} was made. "
+                    "Put the file back as it was, or start the run again with another --out."
+                )
 
 
 def identity(config: RunConfig) -> dict[str, str]:
@@ -366,10 +408,14 @@ def identity(config: RunConfig) -> dict[str, str]:
 
 
 def total_rounds(config: RunConfig, planned: Mapping[str, int]) -> int:
-    """How many rounds a run has at most."""
+    """How many rounds a run has at most. ``steps`` and ``epochs`` go on until every client has made its own."""
     kind, count = config.length
-    local = config.build("framework").local_steps
-    return count if kind == "rounds" else max(math.ceil(steps / local) for steps in planned.values())
+    if kind == "rounds":
+        return count
+    framework = config.build("framework")
+    full: bool = getattr(framework, "participation", 1.0) == 1.0
+    local: int = framework.local_steps
+    return max(math.ceil(steps / local) for steps in planned.values()) if full else sys.maxsize
 
 
 def train(
@@ -398,36 +444,90 @@ def train(
         config = _config_of(folder)
         if (folder / "summary.json").is_file():
             progress.note(f"The run in {folder} is complete; nothing is left to do.")
-            return _finished(folder, config)
-        return _carry_out(config, folder, progress, fresh=False)
+            return _finished(folder)
+        with _alone(folder):
+            return _attempt(config, folder, progress, undo=None)
     assert source is not None
     config = resolved(load_config(source, overrides), _base_of(source))
     open_model(config)
     folder = Path(out) if out is not None else _new_folder(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(
-            f"{folder} exists and is not empty. Give another --out, or go on with it by --resume {folder}."
-        )
-    existed = folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(folder / "run.yaml", dump(config))
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(
+                f"{folder} exists and is not empty. Give another --out, or go on with it by --resume {folder}."
+            )
+        undo = _undo(folder, *([Path(config.record_wire)] if config.record_wire else []))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(folder / "run.yaml", dump(config))
+        except OSError:
+            undo()
+            raise
     except OSError as error:
         raise OutputError(f"The output folder {folder} cannot be written: {error}. Give another --out.") from error
+    with _alone(folder):
+        return _attempt(config, folder, progress, undo=undo)
+
+
+def _attempt(config: RunConfig, folder: Path, progress: Reporter, *, undo: Callable[[], None] | None) -> Result:
+    """Carry the run out; undo it if it fails before its first checkpoint, else say how to go on after a full disk."""
     try:
-        return _carry_out(config, folder, progress, fresh=True)
-    except BaseException as error:
-        if isinstance(error, Exception) and checkpoint.newest(folder / "checkpoints") is None:
-            _remove(folder, existed)
-        raise
+        return _carry_out(config, folder, progress)
+    except Exception as error:
+        undone = undo is not None and checkpoint.newest(folder / "checkpoints") is None
+        if undo is not None and undone:
+            undo()
+        if not isinstance(error, OSError | OutputError):
+            raise
+        said = str(error)
+        if isinstance(error, OSError):
+            # The frames are the only thing that is written all the time, by a buffer that does not know its name.
+            where = error.filename or (
+                f"The record of frames in {config.record_wire}" if config.record_wire else folder
+            )
+            said = f"{where} cannot be written: {error.strerror or error}."
+        then = "start the run again" if undone else f"go on with: cutlayer train --resume {folder}"
+        raise OutputError(f"{said} Free some space (or mend the rights), then {then}.") from error
 
 
-def _remove(folder: Path, existed: bool) -> None:
-    """Take back a run that never got as far as a checkpoint."""
-    for child in folder.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()
-    if not existed:
-        folder.rmdir()
+def _undo(*folders: Path) -> Callable[[], None]:
+    """What takes back all that is yet to be written into these folders; they are empty, or they are left alone."""
+    ours = [f for f in folders if not f.exists() or not any(f.iterdir())]
+    made = [p for f in ours for p in (f, *f.parents) if not p.exists()]
+
+    def undo() -> None:
+        for child in [child for folder in ours if folder.is_dir() for child in folder.iterdir()]:
+            if child.is_dir():
+                shutil.rmtree(child, ignore_errors=True)
+            else:
+                child.unlink(missing_ok=True)
+        for path in sorted(made, key=lambda p: -len(p.parts)):
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                path.rmdir()
+
+    return undo
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the output folder, so that no second process goes on with a run that is still going."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise OutputError(f"Another process is at work in {folder}. Wait for its end, or stop it first.") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _config_of(folder: Path) -> RunConfig:
@@ -443,12 +543,12 @@ def _base_of(source: object) -> Path | None:
 
 
 def _new_folder(source: object) -> Path:
-    name = Path(source).stem if isinstance(source, str | Path) else "run"
+    name = Path(str(source)).stem if _base_of(source) is not None else "run"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return Path("outputs") / f"{name}-{stamp}"
 
 
-def _carry_out(config: RunConfig, out: Path, progress: Reporter, *, fresh: bool) -> Result:
+def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
     """From a configuration and a folder to the result."""
     device = device_of(config)
     if device == "cuda":
@@ -459,7 +559,7 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter, *, fresh: bool)
         parts = assemble(config, base, data)
         check_unknown_family(base, parts.layout)
         clock = VirtualClock()
-        with Meter(Path(config.record_wire) if config.record_wire else None) as meter:
+        with _metered(config.record_wire) as meter:
             run = Run(config, parts, meter=meter, clock=clock, out=out, progress=progress)
             run.data_fingerprint = data.fingerprint
             found = checkpoint.newest(out / "checkpoints")
@@ -485,10 +585,21 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter, *, fresh: bool)
         try:
             checkpoint.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         except OSError as error:
-            raise OutputError(
-                f"{out / 'summary.json'} cannot be written: {error}. Free some space, then --resume {out}."
-            ) from error
+            raise OutputError(f"{out / 'summary.json'} cannot be written: {error}.") from error
     return Result(out, adapter, summary)
+
+
+@contextlib.contextmanager
+def _metered(record: str | None) -> Iterator[Meter]:
+    """A meter that is closed at the end; a disk that is full then does not hide the error before."""
+    meter = Meter(Path(record) if record else None)
+    try:
+        yield meter
+    except BaseException:
+        with contextlib.suppress(OSError):
+            meter.close()
+        raise
+    meter.close()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -516,14 +627,32 @@ def _adapter(run: Run, folder: Path) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, CutlayerError):
             raise
-        raise OutputError(f"{folder} cannot be written: {error}. Free some space, then --resume {run.out}.") from error
+        if isinstance(error, OSError) or "os error" in str(error):  # safetensors' own error is no OSError
+            raise OutputError(f"{folder} cannot be written: {error}.") from error
+        raise
     return folder
 
 
-def _finished(folder: Path, config: RunConfig) -> Result:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+def _finished(folder: Path) -> Result:
+    path = folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Delete it; --resume {folder} then writes it anew."
+        ) from error
     name = "adapter" if (folder / "adapter").is_dir() else "model"
     return Result(folder, folder / name, summary)
+
+
+def _length(file: Path, unit: str) -> int:
+    """Whole lines, or bytes; 0 for a file that is not there."""
+    if not file.is_file():
+        return 0
+    if unit == "bytes":
+        return file.stat().st_size
+    with file.open("rb") as lines:
+        return sum(line.endswith(b"\n") for line in lines)
 
 
 __all__ = ["Result", "Run", "dry_run", "train"]

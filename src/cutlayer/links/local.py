@@ -4,12 +4,16 @@ A request is encoded, counted, (with a profile) carried for as long as the clien
 copy, answered, and the reply comes back in the same way. Without a profile time does not pass, and the head's forward
 pass is made only when somebody looks at its parcel: a client that waits for its turn then holds no open graph, so a
 further simulated client costs its adapter and no more. The numbers are the same either way.
+
+Requests are pipelined: the request of a ``head_forward`` and the acknowledgement of a ``head_backward`` are under way
+while the parties work, so they are counted as bytes, but nobody waits for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -58,7 +62,8 @@ class LocalLink:
         self.turn += 1
         header = header.but(sender="server", receiver=self.party.name, client=self.party.name, turn=self.turn)
         request = self._send(header, tensors)
-        await self._carry("down", request, self.pace.profile.down if self.pace else 0.0)
+        if self.pace is not None and header.verb != "head_forward":
+            await self._carry("down", request, self.pace.profile)
         if self.pace is None:
             parcel = Parcel(make=lambda: _open(self._answer(request)))
             if header.verb == "head_forward":
@@ -70,7 +75,8 @@ class LocalLink:
             reply = self._answer(request)
             seconds = self.pace.of(header.verb, header, [*request.shapes, *reply.shapes])
             await self._pass(VERB_STEPS[header.verb], seconds)
-        await self._carry("up", reply, self.pace.profile.up)
+        if header.verb != "head_backward":
+            await self._carry("up", reply, self.pace.profile)
         with at(reply.header.step_name):
             return Parcel(*decode(reply))
 
@@ -90,11 +96,9 @@ class LocalLink:
             header, tensors = decode(request)
         return self._send(*answer(self.party, header, tensors))
 
-    async def _carry(self, way: str, frame: Frame, bits_per_second: float) -> None:
-        if self.pace is None:
-            return
+    async def _carry(self, way: Literal["down", "up"], frame: Frame, profile: Profile) -> None:
         async with self._queues[way](self.party.name):
-            seconds = leg_seconds(frame.length, bits_per_second, self.pace.profile.rtt)
+            seconds = leg_seconds(frame.length, profile.down if way == "down" else profile.up, profile.rtt)
             await self._pass(frame.header.step_name, seconds)
 
     async def _pass(self, step_name: str, seconds: float) -> None:

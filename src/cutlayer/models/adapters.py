@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from cutlayer.errors import ModelError
+from cutlayer.errors import ModelError, NonFinite
 from cutlayer.models.families import Anatomy
 from cutlayer.models.segment import Base
 from cutlayer.seeds import derive
@@ -31,6 +31,9 @@ def inject(model: Any, anatomy: Anatomy, config: LoraConfig, *, seed: int) -> Ba
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
+        nothing = "No `target_modules` passed" in str(error) or "not found in the base model" in str(error)
+        if nothing and anatomy.causal and hasattr(model, "cutlayer_anatomy"):
+            return Base(model, anatomy)  # a part without an adapted layer, such as the embedding alone
         raise ModelError(f"PEFT cannot put its adapter into this model: {' '.join(str(error).split())}") from error
     with torch.random.fork_rng(devices=[]):
         for name, module in model.named_modules():
@@ -50,9 +53,18 @@ def save_adapter(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_
     """Write ``state`` (all trainable tensors of the whole model, by name) as an ordinary PEFT adapter or model.
 
     With PEFT: ``folder`` can be given to ``PeftModel.from_pretrained``. Full fine-tuning: to ``from_pretrained``.
+
+    Raises:
+        NonFinite: a value is NaN or infinite; nothing is written.
     """
     missing = set(base.initial) - set(state)
     assert not missing, f"no value for {sorted(missing)[:3]}"
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise NonFinite(
+                f"The trained tensor '{name}' has values that are not finite, so nothing was saved in {folder.parent}. "
+                "Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
+            )
     base.install(None)
     with torch.no_grad():
         held = {n: torch.nn.Parameter(state[n].to(base.device), requires_grad=True) for n in base.initial}

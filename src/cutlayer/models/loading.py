@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -197,17 +198,26 @@ def _filtered(model: str | os.PathLike[str], cut: Any, config: Any, folder: Path
         return model
     with torch.device("meta"):
         owned = set(cut(copy.deepcopy(config)).state_dict())
-    prefix = cut.base_model_prefix + "."
+        whole = cut.__mro__[1](copy.deepcopy(config))
+    known = set(whole.state_dict())
     index = json.loads(Path(found).read_text())
-    keep = {key: file for key, file in index["weight_map"].items() if key in owned or prefix + key in owned}
-    if not keep:
-        # Names that Transformers converts on loading cannot be told apart here: read all shards.
-        return model
+    names = {key: _model_name(key, whole, known) for key in index["weight_map"]}
+    keep = {key: file for key, file in index["weight_map"].items() if names[key] in owned or names[key] not in known}
     for file in sorted(set(keep.values())):
         (folder / file).symlink_to(Path(cached_file(model, file)).resolve())
     (folder / INDEX).write_text(json.dumps({"metadata": index.get("metadata", {}), "weight_map": keep}))
     config.save_pretrained(folder)
     return folder
+
+
+def _model_name(key: str, model: Any, known: set[str]) -> str:
+    """What the model calls the tensor ``key`` of a checkpoint: some lack the base model's prefix, some are renamed."""
+    for name in (key, f"{model.base_model_prefix}.{key}"):
+        if name in known:
+            return name
+    for change in get_model_conversion_mapping(model):
+        key, _ = change.rename_source_key(key)
+    return key if key in known else f"{model.base_model_prefix}.{key}"
 
 
 def _folder_must_exist(model: str | os.PathLike[str]) -> None:

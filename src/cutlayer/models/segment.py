@@ -66,7 +66,11 @@ class Base:
     def train(self, mode: bool) -> None:
         """Dropout on or off; does nothing where it already is so (walking a large model costs milliseconds)."""
         if mode != self._training:
-            self.model.train(mode)
+            # All blocks, also those that the segment now installed leaves out: a segment that is entered later must
+            # not keep the mode of an evaluation (or of a training step) before it.
+            for module in (self.model, *self._blocks, *self._around.values()):
+                if module is not None:
+                    module.train(mode)
             self._training = mode
 
     def bind(self, params: Params) -> None:

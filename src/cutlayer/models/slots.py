@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from cutlayer.models.arena import Arena
+
 Key = tuple[str, int, int]  # client, step, micro-batch
 MakeOptimizer = Callable[[list[Parameter]], torch.optim.Optimizer]
 NUMBER = "#number"  # marks optimizer state that is a plain number, carried as a float64 scalar
@@ -26,6 +28,7 @@ class Slot:
         params: name -> Parameter; two names of a tied weight map to one Parameter. The slot owns them.
         make_optimizer: from the list of parameters (each once) to a PyTorch optimizer.
         rate: learning rate as a multiple of the base rate, by the number of updates made so far.
+        arena: where the optimizer's state is kept; None leaves it where PyTorch allocates it.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Slot:
         params: Mapping[str, Parameter],
         make_optimizer: MakeOptimizer,
         rate: Callable[[int], float] = lambda _: 1.0,
+        arena: Arena | None = None,
     ) -> None:
         self.name = name
         self.params = dict(params)
@@ -41,12 +45,17 @@ class Slot:
         self._unique = _unique(self.params)
         self._make = make_optimizer
         self._rate = rate
+        self._arena = arena
+        self._homes: dict[tuple[int, str], Tensor] = {}  # by parameter and key: where its optimizer state stays
         self._pending: dict[Key, dict[str, Tensor]] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.reset_optimizer()
+        if arena is not None:
+            self._homes = self._foreseen(arena)
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's state."""
+        self._at_home = False
         values = list(self._unique.values())
         self.optimizer = self._make(values) if values else None
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
@@ -117,8 +126,42 @@ class Slot:
                 group["lr"] = base * self._rate(self.version)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            self._move_home()
         self.version += 1
         return self.version
+
+    def _foreseen(self, arena: Arena) -> dict[tuple[int, str], Tensor]:
+        """Homes for the state that the optimizer will keep, learnt from a step on one number.
+
+        The state is born after the first backward, when it would lie (as would PyTorch's own small records of it)
+        between tensors that the next client's step wants to use again. A state of another shape is kept when it comes.
+        """
+        homes = {}
+        for number, parameter in enumerate(self._unique.values()):
+            probe = Parameter(torch.zeros((1,) * parameter.dim(), dtype=parameter.dtype, device=parameter.device))
+            probe.grad = torch.zeros_like(probe)
+            optimizer = self._make([probe])
+            optimizer.step()
+            for key, value in optimizer.state[probe].items():
+                if isinstance(value, Tensor):
+                    shape = parameter.shape if value.dim() else ()
+                    homes[number, key] = arena.zeros(shape, value.dtype, value.device)
+        return homes
+
+    def _move_home(self) -> None:
+        """Put optimizer state that is not yet in the arena there."""
+        if self._arena is None or self._at_home:
+            return
+        assert self.optimizer is not None
+        for number, parameter in enumerate(self._unique.values()):
+            entries = self.optimizer.state[parameter]
+            for key, value in entries.items():
+                if isinstance(value, Tensor):
+                    home = self._homes.get((number, key))
+                    if home is None or home.shape != value.shape or home.dtype != value.dtype:
+                        home = self._homes[number, key] = self._arena.keep(value)
+                    entries[key] = home.copy_(value)
+        self._at_home = True
 
     @property
     def idle(self) -> bool:
@@ -130,8 +173,9 @@ class Slot:
         state = {name: parameter.detach() for name, parameter in self._unique.items()}
         if optimizer and self.optimizer is not None:
             names = list(self._unique)
-            for index, entries in self.optimizer.state_dict()["state"].items():
-                for key, value in entries.items():
+            # Sorted, as the optimizer's own order is another one after a restart, and frames must not show that.
+            for index, entries in sorted(self.optimizer.state_dict()["state"].items()):
+                for key, value in sorted(entries.items()):
                     if isinstance(value, Tensor):
                         state[f"optimizer/{names[index]}/{key}"] = value.detach()
                     elif value is not None:
@@ -167,16 +211,26 @@ class Slot:
             entries.setdefault(index[name], {})[key] = value.item() if number else value.clone()
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        self._at_home = False
+        for name, parameter in self._unique.items():
+            for key, value in entries.get(index[name], {}).items():
+                loaded = self.optimizer.state[parameter][key]
+                if isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                    # PyTorch casts what it loads to the parameter's type, but NAdam and ASGD keep float32 numbers.
+                    self.optimizer.state[parameter][key] = value.to(loaded.device)
 
 
-def new_params(initial: Mapping[str, Parameter], names: Iterable[str]) -> dict[str, Parameter]:
+def new_params(
+    initial: Mapping[str, Parameter], names: Iterable[str], arena: Arena | None = None
+) -> dict[str, Parameter]:
     """Fresh Parameters with the values of ``initial``; names that share a Parameter there share one here."""
     made: dict[int, Parameter] = {}
     out = {}
     for name in names:
         source = initial[name]
         if id(source) not in made:
-            made[id(source)] = Parameter(source.detach().clone(), requires_grad=True)
+            value = source.detach().clone() if arena is None else arena.keep(source)
+            made[id(source)] = Parameter(value, requires_grad=True)
         out[name] = made[id(source)]
     return out
 

@@ -160,6 +160,7 @@ class ClientParty:
             self.slot.collect(self.head.names, key, weight=float(header.value("head_weight")))
         self.slot.close(key)
         if held.last:
+            self._drawn = None
             self.watch.finish()
         if held.last and header.value("update"):
             self.slot.update()

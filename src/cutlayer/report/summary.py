@@ -57,7 +57,7 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
         "tokens_per_second": counters.tokens / seconds if seconds else 0.0,
         "virtual_seconds": run.clock.now() if config.profile or any(c.profile for c in config.client_list) else None,
         "peak_memory": {
-            "process_bytes": _peak_rss(),
+            "process_bytes": peak_rss(),
             "accelerator_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else None,
             "by_party": "counted from the tensors that each party holds (see parties/memory.py); base weights that "
             "simulated parties share are counted at each of them",
@@ -124,6 +124,11 @@ def _party(segments: list[Segment], slot: Slot, watch: Watch) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
+    """The largest resident size that this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage also counts what the parent had when it forked
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -38,6 +38,7 @@ class SFLV2:
     async def round(self, run: Run, number: int) -> None:
         """Local steps in turns, then one merge."""
         clients = cohort(run, number, self.participation)
+        await run.catch_up(clients)  # those that the last merge left out
         if self.interleave == "client":
             for client in ordered(run, clients, self.order, number):
                 for _ in range(min(self.local_steps, run.steps_left(client))):
@@ -58,5 +59,6 @@ class SFLV2:
             turnstile.leave(client)
 
     def evaluators(self, run: Run) -> Sequence[str]:
-        """Any one client: after the merge all hold the same."""
-        return run.clients[:1]
+        """Any one client of the last merge: after it they hold the same."""
+        merged = run.counters.merged
+        return [max(run.clients, key=lambda client: merged.get(client, 0))]

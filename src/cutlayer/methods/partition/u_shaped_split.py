@@ -30,8 +30,8 @@ class UShapedSplit:
         start, stop = self.head_blocks, num_blocks - self.tail_blocks
         if start > num_blocks or stop < 0 or start > stop:
             raise MethodError(
-                f"partition 'u-shaped-split': head_blocks {self.head_blocks} and tail_blocks {self.tail_blocks} overlap: the "
-                f"model has {num_blocks} blocks. Their sum may be at most {num_blocks - 1}."
+                f"partition 'u-shaped-split': head_blocks {self.head_blocks} and tail_blocks {self.tail_blocks} "
+                f"overlap: the model has {num_blocks} blocks. Their sum may be at most {num_blocks - 1}."
             )
         if start == stop:
             raise MethodError(

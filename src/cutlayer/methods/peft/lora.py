@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig
+from transformers.pytorch_utils import Conv1D
 
 from cutlayer.models.adapters import TASK_TYPES, inject
 from cutlayer.models.families import Anatomy
@@ -37,8 +38,10 @@ class Lora:
         exclude = (
             ["pre_classifier"] if self.targets == "all-linear" and model.config.model_type == "distilbert" else None
         )
+        transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 stores its matrices so
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.targets,
-            exclude_modules=exclude, rank_pattern=dict(self.rank_pattern), task_type=TASK_TYPES[task],
+            exclude_modules=exclude, fan_in_fan_out=transposed, rank_pattern=dict(self.rank_pattern),
+            task_type=TASK_TYPES[task],
         )  # fmt: skip
         return inject(model, anatomy, config, seed=seed)

@@ -1,0 +1,102 @@
+"""What the tests of parties, frameworks and links share: tiny models, runs with several clients, their innards."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cutlayer
+import cutlayer.run
+from tiny import make_model, write_rows
+
+_HOME = tempfile.TemporaryDirectory(prefix="cutlayer-tests-")
+LR = 1e-2
+TWO = {"name": "two-part-split", "head_blocks": 1}
+U = {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 1}
+PARTITIONS = pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
+Rows = Sequence[Mapping[str, Any]]
+
+
+@lru_cache
+def model(family: str = "llama", **options: Any) -> Path:
+    """A random tiny model, made once a process."""
+    return make_model(Path(tempfile.mkdtemp(dir=_HOME.name)), family, **options)
+
+
+def train(folder: Path, out: Path, clients: Mapping[str, Rows], **changes: Any) -> Any:
+    """A run whose clients have these rows each, in file order."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    listed = [
+        {"name": name, "data": str(write_rows(out.parent / f"{out.name}-{name}.jsonl", [dict(r) for r in rows]))}
+        for name, rows in clients.items()
+    ]
+    given = changes.pop("profiles", {})
+    for client in listed:
+        if client["name"] in given:
+            client["profile"] = given[client["name"]]
+    config: dict[str, Any] = {
+        "model": str(folder),
+        "data": {"format": "text", "shuffle": False, "max_length": 64, **changes.pop("data", {})},
+        "clients": listed,
+        "partition": U,
+        "framework": "sequential-sl",
+        "peft": {"name": "lora", "rank": 2, "alpha": 4},
+        "optimizer": {"name": "adamw", "lr": LR},
+        "batch_size": 3,
+        "checkpoint_every": 1000,
+        "rounds": 2,
+        **changes,
+    }
+    if "steps" in changes or "epochs" in changes:
+        del config["rounds"]
+    return cutlayer.train(config, out=out)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple[str, float]]:
+    """Client and loss of each step, in order."""
+    return [(line["client"], line["loss"]) for line in lines(out)]
+
+
+def adapter(out: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
+    """The adapter's tensors."""
+    return load_file(out / name / "adapter_model.safetensors")
+
+
+def equal(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    """The same names with the same bits."""
+    return left.keys() == right.keys() and len(left) > 0 and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def block_of(name: str) -> int:
+    """The block of an adapter's tensor."""
+    found = re.search(r"\.(?:h|layers?)\.(\d+)\.", name)
+    assert found, name
+    return int(found[1])
+
+
+@pytest.fixture
+def caught(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every ``Run`` that is made during the test."""
+    runs: list[Any] = []
+    original = cutlayer.run.Run.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        runs.append(self)
+
+    monkeypatch.setattr(cutlayer.run.Run, "__init__", init)
+    return runs

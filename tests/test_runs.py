@@ -1,0 +1,56 @@
+"""Every run file of the repository loads, and makes a step on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cutlayer
+from cutlayer import registry
+from cutlayer.config import load_config
+from tiny import make_model
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = sorted([*ROOT.glob("runs/**/*.yaml"), *ROOT.glob("demo/*.yaml")])
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def test_there_is_a_run_for_every_framework_and_partition() -> None:
+    configs = [load_config(path) for path in RUNS]
+    pairs = {(config.framework.name, config.partition.name) for config in configs}
+    assert pairs == {(f, p) for f in registry.names("framework") for p in registry.names("partition")}
+    assert len(RUNS) >= 7
+    assert len(list(ROOT.glob("**/runs/papers/*.yaml"))) >= 1
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_run_makes_a_step(path: Path, tiny_model: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    kind, _ = config.length
+    short = {kind: 1, "framework.local_steps": 1, "eval_every": None, "checkpoint_every": 1}
+    result = cutlayer.train(path, out=tmp_path / "out", model=str(tiny_model), **short)
+    assert result.summary["steps"] == dict.fromkeys(config.client_names, 1)
+    assert math.isfinite(result.summary["eval"]["after"]["loss"])
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["client"] for line in lines} == set(config.client_names)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("runs/papers/*.yaml")), ids=lambda path: path.stem)
+def test_a_paper_says_what_is_ours(path: Path) -> None:
+    """The source and the rule are in the head, and values that no paper on other models can have are marked."""
+    text = path.read_text()
+    assert "# From the paper:" in text
+    assert "# Ours:" in text
+    assert "arXiv:" in text
+    for line in text.splitlines():
+        if line.startswith(("model:", "optimizer:", "rounds:", "steps:", "epochs:", "clients:", "batch_size:")):
+            assert "# ours" in line or "# paper" in line, line
+    assert yaml.safe_load(text)["framework"]["name"] in registry.names("framework")
