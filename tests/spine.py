@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import cutlayer
-import cutlayer.run
+from cutlayer.driver import Run
 from tiny import make_model, write_rows
 
 _HOME = tempfile.TemporaryDirectory(prefix="cutlayer-tests-")
@@ -92,11 +92,11 @@ def block_of(name: str) -> int:
 def caught(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every ``Run`` that is made during the test."""
     runs: list[Any] = []
-    original = cutlayer.run.Run.__init__
+    original = Run.__init__
 
     def init(self: Any, *args: Any, **options: Any) -> None:
         original(self, *args, **options)
         runs.append(self)
 
-    monkeypatch.setattr(cutlayer.run.Run, "__init__", init)
+    monkeypatch.setattr(Run, "__init__", init)
     return runs

@@ -31,7 +31,7 @@ def test_a_profile_changes_the_time_and_nothing_else(
     partition: dict[str, Any], more: dict[str, Any], tmp_path: Path
 ) -> None:
     """Heads run ahead of their turn with a profile and just in time without; losses, weights and bytes are the same."""
-    framework = {"name": "sfl-v2", "local_steps": 2}
+    framework = {"name": "sfl-v2", "local_steps": 1}
     seen = {}
     for name, profiles in PROFILES.items():
         out = tmp_path / name

@@ -140,7 +140,7 @@ def test_the_average_is_of_the_clients_own_tensors_after_their_updates(
 @pytest.mark.parametrize("accumulation", [1, 3])
 @PARTITIONS
 def test_accumulation_steps_once(
-    partition: dict[str, Any], accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    partition: dict[str, Any], accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: list[Any]
 ) -> None:
     """One optimizer step a party and client-step, however many micro-batches; a metrics line each, an update each."""
     stepped: list[int] = []
@@ -150,8 +150,9 @@ def test_accumulation_steps_once(
         model(), tmp_path / "out", {"ann": ROWS["cid"]}, partition=partition, steps=4, batch_size=1,
         gradient_accumulation=accumulation, optimizer={"name": "sgd", "lr": 0.1}, record_wire=str(tmp_path / "wire"),
     )  # fmt: skip
-    assert len(stepped) == 8
-    assert len(set(stepped)) == 2
+    parts = caught[0].parts
+    for slot in (parts.clients["ann"].slot, parts.trunk.slots["shared"]):
+        assert stepped.count(id(slot.optimizer)) == 4
     assert len(lines(tmp_path / "out")) == result.summary["steps"]["ann"] == 4
     shown = [line for line, _, _ in read_frames(tmp_path / "wire") if line["step_name"] == "send_activations"]
     assert len(shown) == 4 * accumulation
@@ -409,8 +410,7 @@ def test_a_loss_of_nan_stops_the_run_and_names_the_step(partition: dict[str, Any
     assert where in caught_error.value.__notes__
 
 
-@PARTITIONS
-def test_memory_is_flat(partition: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each round no graph is open, no gradient waits, and there are no more tensors than after the others."""
     counts: list[tuple[int, int]] = []
     original = SFLV2.round
@@ -435,12 +435,11 @@ def test_memory_is_flat(partition: dict[str, Any], tmp_path: Path, monkeypatch: 
         model(),
         tmp_path / "out",
         rows,
-        partition=partition,
         framework="sfl-v2",
-        rounds=16,
+        rounds=12,
         optimizer={"name": "adamw", "lr": 1e-3},
     )
-    assert len(counts) == 4
+    assert len(counts) == 3
     assert len(set(counts)) == 1
 
 

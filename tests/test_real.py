@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import unsplit
 from safetensors.torch import load_file
-from shared import shared
 
 import cutlayer
+import unsplit
+from shared import shared
 
 STEPS, SIZE, LR = 12, 4, 1e-3
 

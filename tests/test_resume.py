@@ -179,19 +179,21 @@ def kill_and_resume(case: Case, wanted: dict[str, Any], tmp_path: Path, *kills: 
     """Start, kill (at each of ``kills`` once, resuming between), resume from another folder, and compare."""
     folder, command = case.new()
     resume = ["train", "--resume", folder / "out"]
-    for number, kill in enumerate(kills):
-        ended = case.forge.run(*(resume if number else command), cwd=tmp_path if number else folder, **kill)
+    began = folder / "out" / "run.yaml"  # one that dies before it is there is started again
+    for kill in kills:
+        again = began.exists()
+        ended = case.forge.run(*(resume if again else command), cwd=tmp_path if again else folder, **kill)
         if ended.code == 0 and "after" in kill:
             continue  # it was quicker
         assert ended.code == -9, (kill, ended.code, ended.err)
-    if not (folder / "out" / "run.yaml").exists():
-        return  # it died before it had a folder: the user starts it again
-    ended = case.forge.run(*resume, cwd=tmp_path)
+    again = began.exists()
+    ended = case.forge.run(*(resume if again else command), cwd=tmp_path if again else folder)
     assert ended.code == 0, ended.err
     same(ending(folder), wanted)
 
 
 MOMENTS: list[tuple[str, int, str]] = [
+    ("replace", 1, "kill"),  # run.yaml, complete but for its name
     ("prepare_data", 1, "kill"),
     ("step", 3, "kill"),  # before the first checkpoint
     ("save_file", 2, "half"),  # in the first checkpoint

@@ -14,7 +14,7 @@ from torch import Tensor
 from cutlayer.wire import Header
 
 if TYPE_CHECKING:
-    from cutlayer.run import Run
+    from cutlayer.driver import Run
 
 IGNORE = -100  # label of a position that does not count, as in Transformers
 

@@ -21,7 +21,7 @@ from cutlayer.parties.memory import Watch, storage_bytes
 from cutlayer.wire import STEP_NAMES
 
 if TYPE_CHECKING:
-    from cutlayer.run import Run
+    from cutlayer.driver import Run
 
 PACKAGES = ("cutlayer", "torch", "transformers", "peft", "safetensors")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import cutlayer.run
+from cutlayer.driver import Run
 from cutlayer.models.segment import Segment
 from spine import TWO, model, train
 from unsplit import text_batches
@@ -30,7 +30,7 @@ def forgetting(out: Path, clients: list[str], *, framework: dict[str, Any], roun
     held_out = {c: text_batches(model("llama"), rows(c, 5, start=3), size=5)[0] for c in clients}
     own: dict[str, float] = {}
     runs: list[Any] = []
-    original = cutlayer.run.Run.step
+    original = Run.step
 
     def loss(run: Any, holder: str, client: str) -> float:
         base, batch = run.parts.base, held_out[client]
@@ -47,7 +47,7 @@ def forgetting(out: Path, clients: list[str], *, framework: dict[str, Any], roun
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cutlayer.run.Run, "step", step)
+        patch.setattr(Run, "step", step)
         train(
             model("llama"), out, {c: rows(c, 10) for c in clients}, partition=TWO, framework=framework, rounds=rounds,
             peft="full", optimizer={"name": "adamw", "lr": 3e-3}, batch_size=5,

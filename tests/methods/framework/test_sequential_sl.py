@@ -96,11 +96,11 @@ def test_all_have_what_the_last_one_had(tmp_path: Path, caught: list[Any]) -> No
 def test_a_random_order_is_drawn_from_the_seed_each_round(tmp_path: Path) -> None:
     framework = {"name": "sequential-sl", "order": "random"}
     for name in ("a", "b"):
-        train(model(), tmp_path / name, ROWS, framework=framework, rounds=6)
+        train(model(), tmp_path / name, ROWS, framework=framework, rounds=4)
     turns = [line["client"] for line in lines(tmp_path / "a")]
-    orders = {tuple(turns[i : i + 3]) for i in range(0, 18, 3)}
+    orders = {tuple(turns[i : i + 3]) for i in range(0, 12, 3)}
     assert all(sorted(order) == sorted(ROWS) for order in orders)
-    assert len(orders) > 2
+    assert len(orders) > 1
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 

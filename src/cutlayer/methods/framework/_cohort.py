@@ -11,7 +11,7 @@ import numpy as np
 from cutlayer.seeds import derive
 
 if TYPE_CHECKING:
-    from cutlayer.run import Run
+    from cutlayer.driver import Run
 
 ORDERS = ("random", "listed")
 
@@ -26,13 +26,13 @@ def check_options(local_steps: int, participation: float) -> None:
 
 def cohort(run: Run, number: int, participation: float) -> list[str]:
     """The clients of a round that have steps left: ``participation`` of those selected, drawn from the seed."""
-    chosen = list(run.selection.pick(number, run.clients))
+    chosen = list(run.selection.pick(number, [client for client in run.clients if run.steps_left(client)]))
     if participation < 1:
         count = max(1, math.ceil(participation * len(chosen)))
         draw = np.random.default_rng(derive(run.seed, "participation", number))
         taken = set(draw.choice(len(chosen), size=count, replace=False).tolist())
         chosen = [client for i, client in enumerate(chosen) if i in taken]
-    return [client for client in chosen if run.steps_left(client)]
+    return chosen
 
 
 def ordered(run: Run, clients: Sequence[str], order: str, *key: object) -> list[str]:

@@ -10,7 +10,7 @@ from cutlayer.methods.framework._cohort import check_options, cohort, ordered
 from cutlayer.registry import method
 
 if TYPE_CHECKING:
-    from cutlayer.run import Run
+    from cutlayer.driver import Run
 
 
 @method("framework", paper="Gupta and Raskar, arXiv:1810.06060; Vepakomma et al., arXiv:1812.00564")

@@ -17,7 +17,7 @@ from cutlayer.methods.framework._turn import Turn
 from cutlayer.registry import method
 
 if TYPE_CHECKING:
-    from cutlayer.run import Run
+    from cutlayer.driver import Run
 
 
 @method("framework", paper="Thapa et al., arXiv:2004.12088")
