@@ -22,8 +22,10 @@ EVENTS = {  # where: "module:attribute", or "module:Class.attribute"
     "save_file": "cutlayer.checkpoint:save_file", "prepare_data": "cutlayer.run:prepare_data",
     "load_base": "cutlayer.run:load_base", "assemble": "cutlayer.run:assemble",
     "save_adapter": "cutlayer.run:save_adapter", "summarize": "cutlayer.run:summarize",
-    "restore": "cutlayer.driver:Run.restore", "flush": "cutlayer.driver:Run._flush", "set_up": "cutlayer.driver:Run.set_up",
-    "step": "cutlayer.driver:Run.step", "merge": "cutlayer.driver:Run.merge", "evaluate": "cutlayer.driver:Run.evaluate",
+    "restore": "cutlayer.driver:Run.restore",
+    "flush": "cutlayer.driver:Run._flush", "set_up": "cutlayer.driver:Run.set_up",
+    "step": "cutlayer.driver:Run.step",
+    "merge": "cutlayer.driver:Run.merge", "evaluate": "cutlayer.driver:Run.evaluate",
     "frame": "cutlayer.wire:Meter._write", "update": "cutlayer.models.slots:Slot.update",
 }  # fmt: skip
 QUIET = ("frame", "update")  # too many of them to try each

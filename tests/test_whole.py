@@ -23,7 +23,8 @@ LR = 1e-2
 CUTS = {
     "two-part-split": [{"head_blocks": k} for k in (0, 2, BLOCKS)],
     "u-shaped-split": [
-        {"head_blocks": 0, "tail_blocks": 0}, {"head_blocks": 1, "tail_blocks": 2}, {"head_blocks": 3, "tail_blocks": 0},
+        {"head_blocks": 0, "tail_blocks": 0}, {"head_blocks": 1, "tail_blocks": 2},
+        {"head_blocks": 3, "tail_blocks": 0},
     ],
 }  # fmt: skip
 EVERY_CUT = [(name, cut) for name, cuts in CUTS.items() for cut in cuts]
@@ -254,8 +255,8 @@ def test_dropout(family: str, partition: str, tail: int, checkpointing: bool, tm
     )  # fmt: skip
     batches = unsplit.text_batches(folder, text_rows(ROWS), size=SIZE, label=classifier)
     reference = unsplit.train(
-        folder, steps_of(batches, steps=6), adapter=out / "adapter_initial", make_optimizer=adamw, classifier=classifier,
-        before=_border_seeds(partition, 1, tail), checkpointing=checkpointing,
+        folder, steps_of(batches, steps=6), adapter=out / "adapter_initial", make_optimizer=adamw,
+        classifier=classifier, before=_border_seeds(partition, 1, tail), checkpointing=checkpointing,
     )  # fmt: skip
     assert losses_of(out) == reference.losses
     assert worst(load_file(out / "adapter" / "adapter_model.safetensors"), reference.state) == 0.0

@@ -76,7 +76,7 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    # With a cache the keys pass through a concatenation, whose other memory layout changes last bits of sdpa's backward.
+    # With a cache the keys pass through a concatenation; its memory layout changes the last bits of some backwards.
     model.config.use_cache = False
     model.train()
     params = [p for p in model.parameters() if p.requires_grad]
