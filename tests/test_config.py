@@ -10,6 +10,7 @@ import pytest
 
 from cutlayer import registry
 from cutlayer.config import DataConfig, OptimizerConfig, RunConfig, check_profile, dump, load_config, resolved
+from cutlayer.config_check import DRIVEN
 from cutlayer.config_optimizer import SCHEDULES, UNFIT_ARGUMENTS
 from cutlayer.config_read import parse_value
 from cutlayer.errors import ConfigError, DataError, MethodError
@@ -36,7 +37,8 @@ class Keep:
 
 
 @pytest.fixture
-def codec(tmp_path: Path) -> str:
+def codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("cutlayer.config_check.DRIVEN", (*DRIVEN, "codec"))
     file = tmp_path / "keep.py"
     file.write_text(CODEC)
     return str(file)
@@ -409,12 +411,25 @@ def test_pytorchs_optimizers_pass_by_any_case(name: str) -> None:
     assert load_config(SMALL, [f"optimizer.name={name}"]).optimizer == OptimizerConfig(name=name)
 
 
+@pytest.mark.parametrize(
+    "family", sorted({"planner", "mixing", "overlap", "objective", "defense", "codec", "monitor", "attack"} - {*DRIVEN})
+)
+def test_a_method_that_nothing_would_use_is_refused(family: str, tmp_path: Path) -> None:
+    """It can be loaded, but who names a defense must not believe that it is on."""
+    file = tmp_path / "mine.py"
+    file.write_text(CODEC.replace('"codec"', f'"{family}"'))
+    found = mistakes(SMALL, [f"{family}={file}"])
+    assert found
+    assert all("nothing in this version uses" in problem for problem in found)
+
+
 def test_resolved_paths_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, here = tmp_path / "runs", tmp_path / "here"
     for folder in (runs, here, runs / "tiny"):
         folder.mkdir()
     for file in (runs / "rows.jsonl", runs / "own.jsonl", here / "valid-1.jsonl"):
         file.write_text('{"text": "a"}\n')
+    monkeypatch.setattr("cutlayer.config_check.DRIVEN", (*DRIVEN, "codec"))
     (runs / "keep.py").write_text(CODEC)
     (runs / "run.yaml").write_text(
         "model: tiny\ndata: {train: rows.jsonl, eval: valid-*.jsonl}\ncodec: {up: keep.py}\nrecord_wire: wire\n"

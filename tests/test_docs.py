@@ -138,10 +138,10 @@ def test_readme_aggregator_is_the_median(place: Path) -> None:
     states = {name: {"w": torch.tensor([value, -value])} for name, value in {"a": 1.0, "b": 2.0, "c": 900.0}.items()}
     merged = median.merge({}, states, dict.fromkeys(states, 1 / 3))
     assert {name: state["w"].tolist() for name, state in merged.items()} == {name: [2.0, -2.0] for name in states}
-    half = registry.create("aggregator", str(place / "median.py"), {"blend": 0.5})
-    assert half.merge({}, states, {})["a"]["w"].tolist() == [1.5, -1.5]
-    with pytest.raises(cutlayer.errors.MethodError, match="blend is 2"):
-        registry.create("aggregator", str(place / "median.py"), {"blend": 2})
+    del states["c"]
+    assert median.merge({}, states, {})["a"]["w"].tolist() == [1.0, -2.0]
+    between = registry.create("aggregator", str(place / "median.py"), {"lower": False})
+    assert between.merge({}, states, {})["b"]["w"].tolist() == [1.5, -1.5]
 
 
 def test_tables_follow_from_the_code() -> None:

@@ -58,23 +58,6 @@ def task_of(config: RunConfig) -> Literal["causal", "classification"]:
     return "classification" if config.data.format == "classification" else "causal"
 
 
-def device_of(config: RunConfig) -> str:
-    """The device of a run: ``auto`` is CUDA when there is one.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            [f"device is '{config.device}', which this machine does not have. Use auto, cpu or cuda."]
-        ) from error
-    return config.device
-
-
 def layout_of(config: RunConfig, num_blocks: int) -> Layout:
     """Who holds which blocks.
 
@@ -168,6 +151,11 @@ def load_base(config: RunConfig, *, num_labels: int | None, device: str) -> Base
     if task == "classification" and model.config.pad_token_id is None:
         raise ModelError(
             f"'{config.model}' names no padding token, which a classifier needs to find the end of a text."
+        )
+    if config.data.packing and not anatomy.exact:
+        raise ModelError(
+            f"data.packing needs a family that is known to keep packed examples apart; "
+            f"'{model.config.model_type}' is not. Set data.packing: false."
         )
     model.to(device)
     base: Base = config.build("peft").prepare(model, anatomy, task=task, seed=config.seed)

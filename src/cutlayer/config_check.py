@@ -51,11 +51,18 @@ def _touches(key: str, doubtful: frozenset[str]) -> bool:
     return any(key == other or key.startswith(other + ".") or other.startswith(key + ".") for other in doubtful)
 
 
+# The families that the engine of this version drives. A method of another is refused, even if it can be loaded: who
+# names a defense must not believe that it is on.
+DRIVEN = ("framework", "partition", "peft", "data", "selection", "aggregator", "scheduler", "exchange")
+
+
 def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) -> list[str]:
     try:
         registry.create(family, name, options)
     except CutlayerError as error:
         return [f"{key}: {error}"]
+    if family not in DRIVEN:
+        return [f"{key} is '{name}', but nothing in this version uses a {family} yet. Take it out of the run."]
     return []
 
 

@@ -39,7 +39,7 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, validate_assignment=True)
     name: Annotated[str, AfterValidator(str.lower)] = "adamw"
-    lr: Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)] = 2e-4  # PyTorch cannot scale float32 by more
+    lr: Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)] = 2e-4  # PyTorch cannot scale float32 by more
     schedule: str = "constant"
     warmup: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_warmup)] = 0  # steps; below 1 a fraction
 

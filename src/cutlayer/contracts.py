@@ -210,7 +210,7 @@ class Aggregator(Protocol):
     """Family ``aggregator``: merges the clients' states at step 11."""
 
     def merge(self, before: State, states: Mapping[str, State], weights: Mapping[str, float]) -> Mapping[str, State]:
-        """The new state of each receiver.
+        """The new state of each receiver; a framework may need one that is common to all, and then refuses others.
 
         Args:
             before: the merged state of the last round (empty in the first).

@@ -22,8 +22,9 @@ from cutlayer.build import SHARED, Parts
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig
 from cutlayer.contracts import How, StepResult
-from cutlayer.errors import CheckpointError, NonFinite, OutputError
+from cutlayer.errors import CheckpointError, MethodError, NonFinite, OutputError
 from cutlayer.links.local import ClientEnd, LocalLink, ServerStation
+from cutlayer.outputs import recorded
 from cutlayer.pace import paces
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.parties.hops import ServerTail, TrunkHop
@@ -242,7 +243,12 @@ class Run:
             await self.set_up_again()
         while self.counters.rounds < rounds and not self.counters.stopped and any(map(self.steps_left, self.clients)):
             before = time.perf_counter()
+            made = sum(self.counters.steps.values())
             await self.framework.round(self, self.counters.rounds)
+            if sum(self.counters.steps.values()) == made:
+                raise MethodError(
+                    f"Round {self.counters.rounds} made no step: the selection picked nobody with steps left."
+                )
             self.counters.seconds += time.perf_counter() - before
             self.counters.rounds += 1
             assert self.parts.trunk.open_graphs == 0, "a framework left a graph open"
@@ -376,7 +382,7 @@ class Run:
             wanted[self.meter.folder / "frames.jsonl"] = (meter["frames"], "lines")
             wanted[self.meter.folder / "frames.bin"] = (meter["offset"], "bytes")
         for file, (count, unit) in wanted.items():
-            found = _length(file, unit)
+            found = recorded(file, unit)
             if found < count:
                 raise CheckpointError(
                     f"{file} has {found} {unit}, but {count} of them were there when the checkpoint {path} was made. "
@@ -388,13 +394,3 @@ def identity(config: RunConfig) -> dict[str, str]:
     """What must be equal for a checkpoint to be of this run."""
     told = config.model_dump(mode="json", exclude={"record_wire", "device", "report_to", "checkpoint_every"})
     return {"settings": json.dumps(told, sort_keys=True)}
-
-
-def _length(file: Path, unit: str) -> int:
-    """Whole lines, or bytes; 0 for a file that is not there."""
-    if not file.is_file():
-        return 0
-    if unit == "bytes":
-        return file.stat().st_size
-    with file.open("rb") as lines:
-        return sum(line.endswith(b"\n") for line in lines)

@@ -54,3 +54,13 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def recorded(file: Path, unit: str) -> int:
+    """Whole lines, or bytes; 0 for a file that is not there."""
+    if not file.is_file():
+        return 0
+    if unit == "bytes":
+        return file.stat().st_size
+    with file.open("rb") as lines:
+        return sum(line.endswith(b"\n") for line in lines)

@@ -129,6 +129,10 @@ def load(family: str, name: str) -> type[Any]:
     ]
     if len(marked) != 1:
         raise MethodError(f"{module.__file__} must hold exactly one class marked @method(...); it holds {len(marked)}.")
+    if not dataclasses.is_dataclass(marked[0]):
+        raise MethodError(
+            f"The class {marked[0].__name__} in {module.__file__} is no dataclass. Put @dataclass below @method."
+        )
     if card(marked[0]).family != family:
         raise MethodError(f"{module.__file__} is marked as a {card(marked[0]).family}, but used as a {family}.")
     return marked[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shutil
 import sys
 import time
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 
 from cutlayer import checkpoint
-from cutlayer.build import Data, assemble, device_of, load_base, open_model, prepare_data, tokenizer_of
+from cutlayer.build import Data, assemble, load_base, open_model, prepare_data, tokenizer_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig, dump, load_config, resolved
 from cutlayer.driver import Run
-from cutlayer.errors import CheckpointError, CutlayerError, OutputError
+from cutlayer.errors import CheckpointError, ConfigError, CutlayerError, OutputError
 from cutlayer.models.adapters import save_adapter
+from cutlayer.models.loading import device_named
 from cutlayer.models.verify import check_unknown_family
 from cutlayer.outputs import alone, is_empty, undoing
 from cutlayer.report.progress import Quiet, Reporter
@@ -42,15 +42,10 @@ class Result:
     summary: Mapping[str, Any]
 
 
-def total_rounds(config: RunConfig, planned: Mapping[str, int]) -> int:
+def total_rounds(config: RunConfig) -> int:
     """How many rounds a run has at most. ``steps`` and ``epochs`` go on until every client has made its own."""
     kind, count = config.length
-    if kind == "rounds":
-        return count
-    framework = config.build("framework")
-    full: bool = getattr(framework, "participation", 1.0) == 1.0
-    local: int = framework.local_steps
-    return max(math.ceil(steps / local) for steps in planned.values()) if full else sys.maxsize
+    return count if kind == "rounds" else sys.maxsize
 
 
 def train(
@@ -75,6 +70,10 @@ def train(
     """
     progress = progress or Quiet()
     if resume is not None:
+        if source is not None or out is not None or overrides:
+            raise ConfigError(
+                ["resume takes the run as it was: give no run, no out and no overrides with it."], "the call"
+            )
         folder = Path(resume)
         config = _config_of(folder)
         if (folder / "summary.json").is_file():
@@ -82,7 +81,8 @@ def train(
             return _finished(folder)
         with alone(folder):
             return _attempt(config, folder, progress, undo=None)
-    assert source is not None
+    if source is None:
+        raise ConfigError(["give a run (a file or a mapping), or resume with an output folder."], "the call")
     config = resolved(load_config(source, overrides), _base_of(source))
     open_model(config)
     folder = Path(out) if out is not None else _new_folder(source)
@@ -149,7 +149,7 @@ def _new_folder(source: object) -> Path:
 
 def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
     """From a configuration and a folder to the result."""
-    device = device_of(config)
+    device = device_named(config.device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     data: Data = prepare_data(config, tokenizer_of(config))
@@ -174,7 +174,7 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
             left = sum(run.steps_left(name) for name in run.clients)
             progress.start(left)
             try:
-                clock.run(run.drive(rounds=total_rounds(config, parts.planned)))
+                clock.run(run.drive(rounds=total_rounds(config)))
             except BaseExceptionGroup as group:
                 raise _first(group) from group
             finally:

@@ -21,6 +21,8 @@ EXACT = frozenset({
     "bert", "roberta", "distilbert",
 })  # fmt: skip
 
+ENCODERS = frozenset({"bert", "roberta", "distilbert"})
+
 # Families whose model takes the first of a block's results.
 TUPLES = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})
 
@@ -95,6 +97,11 @@ def anatomy(model: Any, *, causal: bool) -> Anatomy:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"'{kind}' is an encoder-decoder. cutlayer cuts decoder-only models and encoder classifiers.")
+    if causal and kind in ENCODERS and not getattr(config, "is_decoder", False):
+        raise ModelError(
+            f"'{kind}' is an encoder: each position sees its own label, so it cannot learn to predict text. "
+            "Use data.format: classification with it."
+        )
     count = number_of_blocks(config)
     base = model.base_model
     if base is model:
@@ -121,7 +128,8 @@ def anatomy(model: Any, *, causal: bool) -> Anatomy:
         above={f"{prefix}.{p}": k for p, k in above.items()},
         embedding=f"{prefix}.{embedding}",
         causal=causal,
-        exact=kind in EXACT,
+        # A decoder's classifier finds a row's last token in its input_ids, which the part with the head never sees.
+        exact=kind in EXACT and causal != (kind in ENCODERS),
         tuples=kind in TUPLES,
     )
 

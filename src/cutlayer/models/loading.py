@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from cutlayer.errors import ModelError
+from cutlayer.errors import ConfigError, ModelError
 from cutlayer.models.families import Anatomy, anatomy, number_of_blocks
 from cutlayer.models.standins import Skip, stand_in
 from cutlayer.seeds import derive
@@ -50,6 +50,21 @@ class Part:
         if isinstance(owner, int):
             return self.start <= owner < self.stop or owner in self.also
         return self.bottom if owner == "bottom" else self.top
+
+
+def device_named(name: str) -> str:
+    """The device of a name: ``auto`` is CUDA when there is one.
+
+    Raises:
+        ConfigError: this machine does not have it.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError([f"device is '{name}', which this machine does not have. Use auto, cpu or cuda."]) from error
+    return name
 
 
 def load_config(model: str | os.PathLike[str]) -> Any:

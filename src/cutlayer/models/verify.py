@@ -17,9 +17,9 @@ from cutlayer import registry
 from cutlayer.clock import VirtualClock
 from cutlayer.contracts import Batch, Example, How, Layout
 from cutlayer.data.batches import Batches
-from cutlayer.errors import NotExact
+from cutlayer.errors import CutlayerError, MethodError, ModelError, NotExact
 from cutlayer.links.local import ClientEnd, LocalLink, ServerStation
-from cutlayer.models.loading import load_model
+from cutlayer.models.loading import device_named, load_model
 from cutlayer.models.segment import Base, Segment
 from cutlayer.models.slots import Slot
 from cutlayer.parties.client import ClientParty
@@ -91,8 +91,9 @@ def verify(
         ModelError: the model cannot be loaded or cut.
         MethodError: the cut does not fit.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_named(device)
+    if tail is not None and partition == "two-part-split":
+        raise MethodError("--tail goes with the U-shape: the two-part split leaves the tail with the server.")
     loaded, anatomy = load_model(
         model, task=task, precision=precision, attn_implementation=attn_implementation, device=device
     )
@@ -141,7 +142,15 @@ def compare(base: Base, name: str, layout: Layout, *, tokens: int, tolerance: fl
     whole = Segment(base, "whole", range(base.anatomy.num_blocks), bottom=True, top=True)
     loss, logits, gradients = _uncut(whole, params, batch)
     seen: list[Tensor] = []
-    cut_loss, cut_gradients = _cut(base, layout, params, batch, seen.append)
+    try:
+        cut_loss, cut_gradients = _cut(base, layout, params, batch, seen.append)
+    except CutlayerError:
+        raise
+    except Exception as error:  # whatever the model's own code says to inputs that it does not expect
+        raise ModelError(
+            f"A model of type '{base.model.config.model_type}' runs whole but not cut "
+            f"({type(error).__name__}: {' '.join(str(error).split())}). This family cannot be cut."
+        ) from error
     base.bind(base.initial)
     base.install(None)
     return Comparison(
@@ -168,8 +177,9 @@ def _random_params(base: Base) -> dict[str, Parameter]:
 def _random_batch(base: Base, tokens: int) -> Batch:
     config, causal = base.model.config, base.anatomy.causal
     source = torch.Generator().manual_seed(0)
-    low = max(config.pad_token_id or 0, 2) + 1
-    ids = torch.randint(low, config.vocab_size, (ROWS, tokens), generator=source)
+    ids = torch.randint(0, config.vocab_size, (ROWS, tokens), generator=source)
+    if config.pad_token_id is not None:  # some models take a padding token inside a row for padding
+        ids = torch.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids)
     mask = torch.ones_like(ids)
     for row, length in enumerate((tokens, max(2, tokens // 2), max(2, tokens - 1))):
         mask[row, length:] = 0

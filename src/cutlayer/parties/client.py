@@ -159,6 +159,7 @@ class ClientParty:
                 torch.autograd.backward(held.hidden, tensors["hidden"].to(self.device))
             self.slot.collect(self.head.names, key, weight=float(header.value("head_weight")))
         self.slot.close(key)
+        self.watch.next()
         if held.last:
             self._drawn = None
             self.watch.finish()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
 from cutlayer.contracts import Aggregator, State
-from cutlayer.errors import NonFinite
+from cutlayer.errors import MethodError, NonFinite
 
 
 class FederatedServer:
@@ -35,5 +38,13 @@ class FederatedServer:
         total = sum(self.sizes[client] for client in states)
         weights = {client: self.sizes[client] / total for client in states}
         merged = self.aggregator.merge(self.before, states, weights)
-        self.before = next(iter(merged.values()))
+        common: dict[str, Tensor] = {}
+        for client in states:
+            for name, tensor in merged[client].items():
+                if not torch.equal(common.setdefault(name, tensor), tensor):
+                    raise MethodError(
+                        f"The aggregator gives the clients different values of '{name}', but this framework needs one "
+                        "common state after a merge. Nothing was merged."
+                    )
+        self.before = common
         return merged

@@ -45,9 +45,13 @@ class Watch:
             self._hooks = None
             self.saved = max(self.saved, sum(self._seen.values()))
 
+    def next(self) -> None:
+        """A micro-batch is over, and its graph gone."""
+        self._seen.clear()
+
     def finish(self) -> None:
         """The first step is over: count no more."""
-        if self._seen:
+        if self.saved:
             self.done = True
             self._seen.clear()
             self._known.clear()

@@ -110,6 +110,7 @@ class TrunkParty:
         if not collected:
             owner.collect(self.segment.names, key, weight=how.trunk_weight)
         owner.close(key)
+        self.watch.next()
         if last:
             self.watch.finish()
             if how.update:

@@ -86,7 +86,7 @@ def plan(config: RunConfig) -> DryRun:
 
 
 def step_bytes(config: RunConfig, layout: Layout, head_trains: bool, shape: Sequence[int]) -> dict[str, int]:
-    """Bytes by step name of one micro-batch of the first client, for unpadded rows [B,T,H]."""
+    """Bytes by step name of one optimizer step of the first client, for full rows [B,T,H] without padding."""
     name = config.client_names[0]
     dtype = DTYPES[config.precision]
     labels = [shape[0]] if task_of(config) == "classification" else list(shape[:2])
@@ -115,4 +115,9 @@ def step_bytes(config: RunConfig, layout: Layout, head_trains: bool, shape: Sequ
             "return_gradients", back[0], "head_backward", False, {**told, "loss": 0.0}, back[1]
         )
     found["head_backward"] = length("head_backward", "ack", "", True, ack, {})
+    found = {step: count * config.gradient_accumulation for step, count in found.items()}
+    if config.max_grad_norm is not None:  # the update is then a verb of its own, once a step
+        for verb, asked, told_back in (("grad_norm", {}, {"squared_norm": 0.0}), ("update", {"scale": 1.0}, {})):
+            found["head_backward"] += length("head_backward", "control", verb, False, dict(asked), {})
+            found["head_backward"] += length("head_backward", "ack", "", True, dict(told_back), {})
     return found

@@ -1,0 +1,6 @@
+"""``python -m cutlayer``: the command line."""
+
+from cutlayer.cli.main import main
+
+if __name__ == "__main__":
+    main()
