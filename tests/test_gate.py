@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import cutlayer
 from cutlayer.errors import ConfigError, MethodError, ModelError
@@ -92,3 +94,15 @@ def test_what_a_call_would_ignore_is_refused(tmp_path: Path) -> None:
         train("run.yaml", resume=tmp_path)
     with pytest.raises(ConfigError, match="give a run"):
         train()
+
+
+def test_an_adapter_on_the_embedding_starts_from_the_seed(tmp_path: Path) -> None:
+    """Not from wherever PyTorch's own generator happens to be."""
+    folder, starts = make_model(tmp_path / "model", "llama"), []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        peft = {"name": "lora", "rank": 4, "targets": ["embed_tokens", "q_proj"]}
+        run(folder, tmp_path / f"out{number}", text_rows(8), peft=peft)
+        starts.append(load_file(tmp_path / f"out{number}" / "adapter_initial" / "adapter_model.safetensors"))
+    assert any("lora_embedding_A" in name for name in starts[0])
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])

@@ -37,7 +37,7 @@ def inject(model: Any, anatomy: Anatomy, config: LoraConfig, *, seed: int) -> Ba
         raise ModelError(f"PEFT cannot put its adapter into this model: {' '.join(str(error).split())}") from error
     with torch.random.fork_rng(devices=[]):
         for name, module in model.named_modules():
-            if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            if isinstance(module, LoraLayer) and ("default" in module.lora_A or "default" in module.lora_embedding_A):
                 torch.manual_seed(derive(seed, "adapter", name))
                 module.reset_lora_parameters("default", True)
     return Base(model, anatomy, peft_model=peft_model)
