@@ -38,8 +38,9 @@ def test_an_encoder_as_a_language_model_is_refused(tmp_path: Path) -> None:
         run(folder, tmp_path / "out", text_rows(8))
 
 
-def test_packing_needs_a_family_that_keeps_examples_apart(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "bloom")
+@pytest.mark.parametrize("family", ["bloom", "opt"])
+def test_packing_needs_a_family_that_keeps_examples_apart(family: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family)
     with pytest.raises(ModelError, match="keep packed examples apart"):
         run(folder, tmp_path / "out", text_rows(8), data={"packing": True})
 

@@ -20,6 +20,7 @@ from cutlayer.data.formats import label_names, pack, tokenize
 from cutlayer.data.sources import load_rows
 from cutlayer.errors import ConfigError, DataError, ModelError
 from cutlayer.models.arena import Arena
+from cutlayer.models.families import UNPACKED
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.loading import load_model, load_tokenizer
 from cutlayer.models.segment import Base, Segment
@@ -152,7 +153,7 @@ def load_base(config: RunConfig, *, num_labels: int | None, device: str) -> Base
         raise ModelError(
             f"'{config.model}' names no padding token, which a classifier needs to find the end of a text."
         )
-    if config.data.packing and not anatomy.exact:
+    if config.data.packing and (not anatomy.exact or model.config.model_type in UNPACKED):
         raise ModelError(
             f"data.packing needs a family that is known to keep packed examples apart; "
             f"'{model.config.model_type}' is not. Set data.packing: false."

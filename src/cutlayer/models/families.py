@@ -23,6 +23,9 @@ EXACT = frozenset({
 
 ENCODERS = frozenset({"bert", "roberta", "distilbert"})
 
+# Transformers builds the mask of these without position_ids, so packed examples would see each other.
+UNPACKED = frozenset({"opt"})
+
 # Families whose model takes the first of a block's results.
 TUPLES = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})
 
