@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -225,7 +224,9 @@ def _batches(config: RunConfig, data: Data, name: str) -> Batches:
 
 def learning_rate(config: RunConfig, total: int) -> Callable[[int], float]:
     """The learning rate, as a multiple of ``optimizer.lr``, by the number of updates that a slot has had."""
-    probe = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
+    probe = torch.optim.SGD(
+        [Parameter(torch.zeros(1))], lr=config.optimizer.lr
+    )  # polynomial ends at a rate, not a part
     warmup = config.optimizer.warmup_steps(total)
     schedule = get_scheduler(
         config.optimizer.schedule, probe, num_warmup_steps=warmup, num_training_steps=max(total, 1)
@@ -292,8 +293,3 @@ def open_model(config: RunConfig) -> tuple[Any, int]:
 def tokenizer_of(config: RunConfig) -> Any:
     """The model's tokenizer."""
     return load_tokenizer(config.model)
-
-
-def is_folder(model: str) -> bool:
-    """Whether ``model`` is a folder rather than a Hub name."""
-    return Path(model).is_dir()

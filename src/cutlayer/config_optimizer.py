@@ -92,6 +92,8 @@ def _schedule_problems(config: OptimizerConfig) -> list[str]:
     if config.schedule not in SCHEDULES:
         near = suggest(config.schedule, SCHEDULES)
         return [f"optimizer.schedule is '{config.schedule}'.{near} Allowed: {', '.join(SCHEDULES)}."]
+    if config.schedule == "polynomial" and config.lr <= 1e-7:
+        return [f"optimizer.lr is {config.lr}, but the schedule 'polynomial' ends at 1e-7. Take a higher rate."]
     if config.schedule == "constant" and config.warmup:
         return [
             f"optimizer.warmup is {config.warmup}, but the schedule 'constant' has no warm-up. "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -93,8 +93,3 @@ def _save_full(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
             config.tie_word_embeddings = True
         return
     model.save_pretrained(folder)
-
-
-def load_adapter_into(model: Any, folder: Path) -> Any:
-    """A PeftModel of ``model`` with the adapter in ``folder``."""
-    return PeftModel.from_pretrained(model, str(folder))
