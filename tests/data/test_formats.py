@@ -6,7 +6,8 @@ import pytest
 
 from cutlayer.config import DataConfig
 from cutlayer.contracts import IGNORE
-from cutlayer.data.formats import label_names, tokenize
+from cutlayer.data.classes import label_names
+from cutlayer.data.formats import tokenize
 from cutlayer.errors import DataError
 from shared import shared
 
@@ -180,7 +181,8 @@ def test_templates_that_cannot_be_used(words):
 
 def classes(rows, tokenizer, names=None, **settings):
     settings = config("classification", **settings)
-    examples = tokenize(rows, settings, tokenizer, task="classification", where="x.jsonl", label_names=names)
+    numbers = None if names is None else {name: number for number, name in enumerate(names)}
+    examples = tokenize(rows, settings, tokenizer, task="classification", where="x.jsonl", classes=numbers)
     assert all(example.labels is None for example in examples)
     return [(list(example.input_ids), example.label) for example in examples]
 

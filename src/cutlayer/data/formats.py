@@ -13,47 +13,18 @@ format                columns                what becomes of a row
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from cutlayer.config import DataConfig
 from cutlayer.contracts import IGNORE, Example, Row
 from cutlayer.data.borders import encode_with_borders
 from cutlayer.data.chat import Chat
+from cutlayer.data.classes import label_names
 from cutlayer.errors import DataError
 
 log = logging.getLogger("cutlayer")
-
-
-def label_names(rows: Sequence[Row], column: str = "label") -> list[str]:
-    """The names of the classes, in the order of their indices.
-
-    Whole numbers are indices themselves: the names are "0" to the largest one, with those in between that no row has.
-    Texts are sorted, by their code points.
-
-    Raises:
-        DataError: no row, a negative number, or numbers and texts mixed.
-    """
-    labels = {row[column] for row in rows}
-    if not labels:
-        raise DataError("There are no rows to take class labels from.")
-    if all(isinstance(label, str) for label in labels):
-        return sorted(labels)
-    if any(isinstance(label, str) for label in labels):
-        raise DataError(f"The column '{column}' mixes numbers and texts, such as {_one_of_each(labels)}. Use one kind.")
-    if min(labels) < 0:
-        raise DataError(
-            f"The column '{column}' holds {min(labels)}. Labels count from 0 (-1 often means: not labelled)."
-        )
-    if absent := sorted(set(range(max(labels))) - labels):
-        log.warning("No row has the label %s of the %d labels 0 to %d.", absent[0], max(labels) + 1, max(labels))
-    return [str(number) for number in range(max(labels) + 1)]
-
-
-def _one_of_each(labels: set[Any]) -> str:
-    texts = sorted(repr(label) for label in labels if isinstance(label, str))
-    numbers = sorted(repr(label) for label in labels if not isinstance(label, str))
-    return f"{numbers[0]} and {texts[0]}"
 
 
 def tokenize(
@@ -63,7 +34,7 @@ def tokenize(
     *,
     task: Literal["causal", "classification"],
     where: str,
-    label_names: Sequence[str] | None = None,
+    classes: Mapping[str, int] | None = None,
 ) -> list[Example]:
     """One example a row, in order; none is longer than ``config.max_length``.
 
@@ -83,7 +54,7 @@ def tokenize(
         tokenizer: a Transformers tokenizer.
         task: what the model is for; ``classification`` goes with the format of that name only.
         where: what to call the rows in messages: the file.
-        label_names: for classification, the class names; by default those of ``rows``.
+        classes: for classification, the number of each label (as text); by default those of ``rows``.
 
     Raises:
         DataError: there are no rows, format and task differ, a row has no token, no row has a label token, a class is
@@ -93,12 +64,13 @@ def tokenize(
         raise DataError(f"{where} has no rows. Put at least one example there.")
     if (config.format == "classification") != (task == "classification"):
         raise DataError(
-            f"data.format is '{config.format}', but the model's task is {task}. The format 'classification' goes with "
-            "classification models, the others with causal ones."
+            f"The format of {where} is '{config.format}', but the model's task is {task}. The format 'classification' "
+            "goes with classification models, the others with causal ones: set data.format, or the client's own."
         )
     if config.format == "classification":
-        names = _label_names(rows) if label_names is None else label_names
-        return _classified(rows, config, tokenizer, where, names)
+        if classes is None:
+            classes = {name: number for number, name in enumerate(label_names(rows))}
+        return _classified(rows, config, tokenizer, where, classes)
     labelled = _LABELLED[config.format](rows, config, tokenizer, where)
     examples = [Example(input_ids=ids, labels=labels) for ids, labels in labelled]
     _refuse_empty(examples, where)
@@ -116,7 +88,13 @@ def tokenize(
     return examples
 
 
-_label_names = label_names  # the function; inside tokenize the name is the argument's
+def token_lengths(rows: Sequence[Row], config: DataConfig, tokenizer: Any, *, where: str) -> list[int]:
+    """How many tokens each row has as an example, before anything is cut off at ``max_length``."""
+    if config.format == "classification":
+        return [len(ids) for ids in _encode(tokenizer, [row["text"] for row in rows])]
+    whole = config.model_copy(update={"max_length": sys.maxsize, "completion_only": False})
+    return [len(ids) for ids, _ in _LABELLED[config.format](rows, whole, tokenizer, where)]
+
 
 Labelled = tuple[Sequence[int], Sequence[int]]  # token ids and their labels
 
@@ -167,19 +145,20 @@ _LABELLED: dict[str, Callable[[Sequence[Row], DataConfig, Any, str], list[Labell
 
 
 def _classified(
-    rows: Sequence[Row], config: DataConfig, tokenizer: Any, where: str, names: Sequence[str]
+    rows: Sequence[Row], config: DataConfig, tokenizer: Any, where: str, classes: Mapping[str, int]
 ) -> list[Example]:
-    index = {name: number for number, name in enumerate(names)}
     for number, row in enumerate(rows, start=1):
-        if str(row["label"]) not in index:
-            listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        if str(row["label"]) not in classes:
+            listed = ", ".join(list(classes)[:20]) + (", ..." if len(classes) > 20 else "")
             raise DataError(f"{where}, row {number}: the label {row['label']!r} is not among the classes {listed}.")
     before, tokenizer.truncation_side = tokenizer.truncation_side, "right"
     try:  # the tokenizer's own truncation, because special tokens may follow the text
         encoded = _encode(tokenizer, [row["text"] for row in rows], truncation=True, max_length=config.max_length)
     finally:
         tokenizer.truncation_side = before
-    examples = [Example(input_ids=ids, label=index[str(row["label"])]) for ids, row in zip(encoded, rows, strict=True)]
+    examples = [
+        Example(input_ids=ids, label=classes[str(row["label"])]) for ids, row in zip(encoded, rows, strict=True)
+    ]
     _refuse_empty(examples, where)
     return examples
 

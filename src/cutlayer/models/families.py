@@ -23,8 +23,9 @@ EXACT = frozenset({
 
 ENCODERS = frozenset({"bert", "roberta", "distilbert"})
 
-# Transformers builds the mask of these without position_ids, so packed examples would see each other.
-UNPACKED = frozenset({"opt"})
+# Transformers makes the mask of these without position_ids, so packed examples would see each other: the segment hands
+# them the mask that the other families make for themselves.
+MASKED_BY_US = frozenset({"opt"})
 
 # Families whose model takes the first of a block's results.
 TUPLES = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})

@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,21 @@ def load_config(model: str | os.PathLike[str]) -> Any:
     try:
         return AutoConfig.from_pretrained(model)
     except Exception as error:
-        raise ModelError(_cannot_load(model, error)) from error
+        raise ModelError(cannot_load(model, error)) from error
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> Any:
     """The model's tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:
         raise ModelError(f"The tokenizer of '{model}' cannot be loaded: {_one_line(error)}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what Transformers makes of no files at all
+        raise ModelError(
+            f"The tokenizer of '{model}' knows no word: its files (tokenizer.json, or a vocabulary) are not there. "
+            "Save the model's tokenizer into the same folder."
+        )
+    return tokenizer
 
 
 def load_model(
@@ -94,34 +100,31 @@ def load_model(
     task: str = "causal",
     precision: str = "float32",
     attn_implementation: str | None = None,
-    num_labels: int | None = None,
+    labels: Sequence[str] | None = None,
     device: str = "cpu",
     seed: int = 0,
     part: Part | None = None,
 ) -> tuple[Any, Anatomy]:
     """A model in evaluation mode with every weight frozen, and its anatomy.
 
-    ``part`` None loads all of it. Weights that the checkpoint does not have (a new classifier) are drawn from ``seed``
-    and the tensor's name, so that every party and every cut starts from the same ones.
+    ``part`` None loads all of it. ``labels`` are a classifier's classes in the order of their numbers; None takes those
+    of the checkpoint. Weights that the checkpoint does not have (a new classifier) are drawn from ``seed`` and the
+    tensor's name, so that every party and every cut starts from the same ones.
 
     Raises:
         ModelError: it cannot be found, read or cut, or lacks weights that it must have.
     """
     config = load_config(model)
-    auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
-    if type(config) not in auto._model_mapping:
-        kind = "causal language model" if task == "causal" else "sequence classifier"
-        raise ModelError(f"'{model}' is of type '{config.model_type}', for which Transformers has no {kind}.")
+    cls = class_of(model, config, task)
     number_of_blocks(config)
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     config.use_cache = False
-    if num_labels is not None:
-        config.num_labels = num_labels
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
         config.problem_type = "single_label_classification"
-    cls: Any = auto._model_mapping[type(config)]
-    cls = cls[0] if isinstance(cls, tuple | list) else cls
     causal = task == "causal"
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # its table of missing keys is answered below, in our words
@@ -141,13 +144,23 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(_cannot_load(model, error)) from error
+        raise ModelError(cannot_load(model, error)) from error
     finally:
         hf_logging.set_verbosity(before)
     _fill_missing(loaded, info, shape, seed, str(model), causal)
     loaded.requires_grad_(False)
     loaded.eval()
     return loaded.to(device), shape
+
+
+def class_of(model: str | os.PathLike[str], config: Any, task: str) -> Any:
+    """Transformers' class for a model and a task."""
+    auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
+    if type(config) not in auto._model_mapping:
+        kind = "causal language model" if task == "causal" else "sequence classifier"
+        raise ModelError(f"'{model}' is of type '{config.model_type}', for which Transformers has no {kind}.")
+    cls: Any = auto._model_mapping[type(config)]
+    return cls[0] if isinstance(cls, tuple | list) else cls
 
 
 def _fill_missing(loaded: Any, info: Mapping[str, Any], shape: Anatomy, seed: int, model: str, causal: bool) -> None:
@@ -244,7 +257,8 @@ def _folder_must_exist(model: str | os.PathLike[str]) -> None:
         )
 
 
-def _cannot_load(model: str | os.PathLike[str], error: Exception) -> str:
+def cannot_load(model: str | os.PathLike[str], error: Exception) -> str:
+    """What to tell a user whose model Transformers did not load."""
     return (
         f"The model '{model}' cannot be loaded: {_one_line(error)} "
         "It must be a folder made by save_pretrained, or a name on the Hugging Face Hub."

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from transformers.masking_utils import create_causal_mask
 
-from cutlayer.models.families import Anatomy
+from cutlayer.models.families import MASKED_BY_US, Anatomy
 from cutlayer.models.standins import Skip, stand_in
 
 Params = Mapping[str, Parameter]
@@ -48,11 +49,25 @@ class Base:
         self._around = {path: _child(model, path) for path in below | above}
         self._stand_ins = {p: stand_in(k) for p, k in {**anatomy.below, **anatomy.above}.items()}
         self._installed: Segment | None = None
+        self._segments: dict[tuple[str, range, bool, bool], Segment] = {}
         self._training = False
+
+    @property
+    def tied(self) -> bool:
+        """Whether the LM head reads the embedding's matrix."""
+        head = self.model.get_output_embeddings() if self.anatomy.causal else None
+        return head is not None and head.weight is self.model.get_input_embeddings().weight
 
     def owner(self, name: str) -> int | str:
         """Whose a parameter is: a block's number, ``"bottom"`` or ``"top"``."""
         return self.anatomy.owner(name)
+
+    def segment(self, name: str, blocks: range, *, bottom: bool = False, top: bool = False) -> Segment:
+        """The segment of these blocks; one object for all who run it."""
+        key = (name, blocks, bottom, top)
+        if key not in self._segments:
+            self._segments[key] = Segment(self, name, blocks, bottom=bottom, top=top)
+        return self._segments[key]
 
     def block_list(self, blocks: range) -> nn.ModuleList:
         """The model's blocks with all but ``blocks`` replaced by pass-throughs, at their own numbers."""
@@ -144,7 +159,7 @@ class Segment:
             input_ids: [B,T], for the bottom segment.
             hidden: [B,T,H], for the others.
             attention_mask: [B,T] or None.
-            position_ids: [B,T] or None.
+            position_ids: [B,T] or None; without a mask they say where packed examples begin.
             labels: [B,T] or [B]; only the top computes a loss.
             seed: where dropout is on, the generator's seed at the entry of this segment; None is evaluation.
 
@@ -161,6 +176,9 @@ class Segment:
         if base.anatomy.causal:
             inputs["use_cache"] = False
             inputs["position_ids"] = position_ids
+            if attention_mask is None and position_ids is not None and base.model.config.model_type in MASKED_BY_US:
+                entering = base.model.get_input_embeddings().weight if hidden is None else hidden
+                inputs["attention_mask"] = packed_mask(base.model.config, position_ids, dtype=entering.dtype)
         with self.entered(params), self._seeded(seed):
             if self.top:
                 return base.model(**inputs, labels=labels)
@@ -186,6 +204,16 @@ class Segment:
             yield
         finally:
             hook.remove()
+
+
+def packed_mask(config: Any, position_ids: Tensor, *, dtype: torch.dtype) -> Any:
+    """The causal mask that keeps packed examples apart, made by Transformers from ``position_ids`` [B,T].
+
+    It is of the kind that the model's attention takes: booleans or (eager) what is added to the scores, [B,1,T,T]; None
+    where nothing is packed, or where the attention reads the positions itself.
+    """
+    like = torch.empty(*position_ids.shape, 0, dtype=dtype, device=position_ids.device)
+    return create_causal_mask(config, like, attention_mask=None, past_key_values=None, position_ids=position_ids)
 
 
 def _seed(seed: int) -> None:

@@ -43,6 +43,8 @@ class Slot:
         self.params = dict(params)
         self.version = 0
         self._unique = _unique(self.params)
+        first = {id(parameter): name for name, parameter in self._unique.items()}
+        self._own = {name: first[id(parameter)] for name, parameter in self.params.items()}
         self._make = make_optimizer
         self._rate = rate
         self._arena = arena
@@ -71,11 +73,16 @@ class Slot:
         self.add(grads, key=key, weight=weight)
 
     def add(self, grads: Mapping[str, Tensor], *, key: Key, weight: float = 1.0) -> None:
-        """Add ``weight`` times ``grads`` to the contribution of ``key``."""
+        """Add ``weight`` times ``grads`` to the contribution of ``key``.
+
+        The two uses of a tied weight are summed here, within the micro-batch, as autograd does it: summed at the update
+        they would differ from an unsplit run in the last bit, which AdamW can make 1e-6 in a few steps.
+        """
         held = self._pending.setdefault(key, {})
         for name, grad in grads.items():
             scaled = grad if weight == 1.0 else grad * weight
-            held[name] = held[name] + scaled if name in held else scaled
+            own = self._own[name]
+            held[own] = held[own] + scaled if own in held else scaled
 
     def close(self, key: Key) -> None:
         """Say that ``key`` gets no more, so that its sum can be folded into the micro-batch before it.
@@ -95,28 +102,30 @@ class Slot:
         for key in [k for k in self._pending if k[0] == client]:
             del self._pending[key]
 
-    def _total(self) -> dict[str, Tensor]:
-        """The summed gradient, by the unique names."""
+    def _total(self, weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+        """The summed gradient, by the unique names; each client's part times its weight, where given."""
         total: dict[str, Tensor] = {}
-        canonical = {id(parameter): name for name, parameter in self._unique.items()}
         for key in sorted(self._pending):
+            weight = 1.0 if weights is None else weights[key[0]]
             for name, grad in self._pending[key].items():
-                own = canonical[id(self.params[name])]
-                total[own] = total[own] + grad if own in total else grad
+                scaled = grad if weight == 1.0 else grad * weight
+                total[name] = total[name] + scaled if name in total else scaled
         return total
 
-    def squared_norm(self) -> float:
+    def squared_norm(self, weights: Mapping[str, float] | None = None) -> float:
         """The squared L2 norm of the gradient in waiting, summed in float64."""
-        norms = [torch.linalg.vector_norm(g).item() for g in self._total().values()]
+        norms = [torch.linalg.vector_norm(g).item() for g in self._total(weights).values()]
         return float(sum(n * n for n in norms))
 
-    def update(self, *, scale: float = 1.0) -> int:
+    def update(self, *, scale: float = 1.0, weights: Mapping[str, float] | None = None) -> int:
         """Make one optimizer step with ``scale`` times the summed contributions, and forget them.
+
+        ``weights``, by client, weigh the contributions of several clients against each other.
 
         Returns:
             the slot's version: how many updates it has had.
         """
-        total = self._total()
+        total = self._total(weights)
         self._pending.clear()
         if self.optimizer is not None:
             for name, parameter in self._unique.items():
@@ -218,6 +227,11 @@ class Slot:
                 if isinstance(value, Tensor) and loaded.dtype != value.dtype:
                     # PyTorch casts what it loads to the parameter's type, but NAdam and ASGD keep float32 numbers.
                     self.optimizer.state[parameter][key] = value.to(loaded.device)
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a tensor of a slot's state belongs to."""
+    return name.removeprefix("optimizer/").rpartition("/")[0] if name.startswith("optimizer/") else name
 
 
 def new_params(

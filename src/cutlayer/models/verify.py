@@ -15,22 +15,25 @@ from torch.nn import Parameter
 
 from cutlayer import registry
 from cutlayer.clock import VirtualClock
-from cutlayer.contracts import Batch, Example, How, Layout
+from cutlayer.contracts import SERVER, SHARED, Batch, Example, How, Layout
 from cutlayer.data.batches import Batches
 from cutlayer.errors import CutlayerError, MethodError, ModelError, NotExact
-from cutlayer.links.local import ClientEnd, LocalLink, ServerStation
+from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
+from cutlayer.models.families import Anatomy
 from cutlayer.models.loading import device_named, load_model
 from cutlayer.models.segment import Base, Segment
 from cutlayer.models.slots import Slot
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.hops import ServerTail, TrunkHop
-from cutlayer.parties.trunk import TrunkParty
+from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.seeds import derive
 from cutlayer.step import split_step
 from cutlayer.wire import Meter
 
+LOOKS_AHEAD = 1e-6  # of the largest logit; a model that does not look ahead gives what comes later a weight of 0
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 ROWS = 3
+LARGE = 2_000_000_000  # parameters; from here on a run compares with the uncut model only where it is told to
 
 
 @dataclass(frozen=True)
@@ -115,22 +118,38 @@ def _some(count: int, two: bool) -> list[int]:
     return sorted({0, min(1, most), most // 2, most})
 
 
-def check_unknown_family(base: Base, layout: Layout) -> None:
-    """Refuse a model whose family is not known to be exact and that turns out not to be.
+def refuse_unasked(model: Any, anatomy: Anatomy, *, when: str) -> None:
+    """Refuse a large model of an unknown family that the run does not ask to compare; no weight is needed for that.
+
+    Raises:
+        ModelError: it is one.
+    """
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if when == "auto" and not anatomy.exact and count >= LARGE:
+        raise ModelError(
+            f"A model of type '{model.config.model_type}' is not known to be cut exactly, and with {count / 1e9:.1f} "
+            f"billion parameters (the limit is {LARGE / 1e9:g}) it is not compared with the uncut model unasked. Set "
+            "verify: always, and the run begins with that comparison, on a few tokens."
+        )
+
+
+def check_unknown_family(base: Base, layout: Layout, *, when: str) -> None:
+    """Compare with the uncut model where the family is not known to be exact (``when`` is ``always``: any model).
 
     Raises:
         NotExact: the cut model computes something else.
     """
-    if base.anatomy.exact:
+    kind, known = base.model.config.model_type, base.anatomy.exact
+    if known and when == "auto":
         return
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
     found = compare(base, "the run's cut", layout, tokens=8, tolerance=TOLERANCES[dtype])
     if not found.passed:
-        kind = base.model.config.model_type
+        first = "is known to be cut exactly, but" if known else "is not known to be cut exactly, and"
         raise NotExact(
-            f"A model of type '{kind}' is not known to be cut exactly, and it is not: the cut model differs from the "
-            f"uncut one by {found.largest:.3g} (loss {found.loss:.3g}, logits {found.logits:.3g}, gradients "
-            f"{found.gradients:.3g}; allowed: {found.tolerance:g}). It would not be this model that is trained.",
+            f"A model of type '{kind}' {first} it is not: the cut model differs from the uncut one by "
+            f"{found.largest:.3g} (loss {found.loss:.3g}, logits {found.logits:.3g}, gradients {found.gradients:.3g}; "
+            f"allowed: {found.tolerance:g}). It would not be this model that is trained.",
             found.largest,
         )
 
@@ -138,18 +157,27 @@ def check_unknown_family(base: Base, layout: Layout) -> None:
 def compare(base: Base, name: str, layout: Layout, *, tokens: int, tolerance: float) -> Comparison:
     """One micro-batch through the uncut and the cut model, with the same random adapter values."""
     params = _random_params(base)
-    batch = _random_batch(base, tokens)
     whole = Segment(base, "whole", range(base.anatomy.num_blocks), bottom=True, top=True)
-    loss, logits, gradients = _uncut(whole, params, batch)
     seen: list[Tensor] = []
+    where = "uncut"
     try:
+        batch = _random_batch(base, tokens)
+        loss, logits, gradients = _uncut(whole, params, batch)
+        if not base.anatomy.exact:
+            _refuse_looking_ahead(whole, params, batch)
+        where = "cut"
         cut_loss, cut_gradients = _cut(base, layout, params, batch, seen.append)
     except CutlayerError:
         raise
     except Exception as error:  # whatever the model's own code says to inputs that it does not expect
+        said = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+        kind = f"A model of type '{base.model.config.model_type}'"
+        if where == "uncut":
+            raise ModelError(
+                f"{kind} fails on a small batch even uncut ({said}), so the cut model has nothing to be compared with."
+            ) from error
         raise ModelError(
-            f"A model of type '{base.model.config.model_type}' runs whole but not cut "
-            f"({type(error).__name__}: {' '.join(str(error).split())}). This family cannot be cut."
+            f"{kind} got through a small batch uncut, but failed on it when cut ({said}). This family cannot be cut."
         ) from error
     base.bind(base.initial)
     base.install(None)
@@ -178,12 +206,13 @@ def _random_batch(base: Base, tokens: int) -> Batch:
     config, causal = base.model.config, base.anatomy.causal
     source = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (ROWS, tokens), generator=source)
-    if config.pad_token_id is not None:  # some models take a padding token inside a row for padding
-        ids = torch.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids)
+    pad = getattr(config, "pad_token_id", None)  # CodeGen's configuration has no such key
+    if pad is not None:  # some models take a padding token inside a row for padding
+        ids = torch.where(ids == pad, (ids + 1) % config.vocab_size, ids)
     mask = torch.ones_like(ids)
     for row, length in enumerate((tokens, max(2, tokens // 2), max(2, tokens - 1))):
         mask[row, length:] = 0
-    ids = torch.where(mask.bool(), ids, torch.full_like(ids, config.pad_token_id or 0))
+    ids = torch.where(mask.bool(), ids, torch.full_like(ids, pad or 0))
     if causal:
         labels = torch.where(mask.bool(), ids, torch.full_like(ids, -100))
         counted = int((labels[:, 1:] != -100).sum())
@@ -191,6 +220,29 @@ def _random_batch(base: Base, tokens: int) -> Batch:
         labels = torch.arange(ROWS) % config.num_labels
         counted = ROWS
     return Batch(ids, mask, None, labels, int(mask.sum()), counted)
+
+
+def _refuse_looking_ahead(whole: Segment, params: Mapping[str, Parameter], batch: Batch) -> None:
+    """Refuse a model for text whose positions see what comes after them.
+
+    Raises:
+        ModelError: a change of the last token changes what is said before it.
+    """
+    if not whole.base.anatomy.causal:
+        return
+    device = whole.base.device
+    other = batch.input_ids[:1].clone()
+    other[0, -1] = other[0, 0] if other[0, 0] != other[0, -1] else other[0, 1]
+    with torch.no_grad():
+        said = [
+            whole.forward(params, input_ids=ids.to(device)).logits[0, :-1].float()
+            for ids in (batch.input_ids[:1], other)
+        ]
+    if float((said[0] - said[1]).abs().max()) > LOOKS_AHEAD * float(said[0].abs().max()):
+        raise ModelError(
+            f"A model of type '{whole.base.model.config.model_type}' is an encoder: each position sees its own label, "
+            "so it cannot learn to predict text. Use data.format: classification with it."
+        )
 
 
 def _uncut(whole: Segment, params: Mapping[str, Parameter], batch: Batch) -> tuple[float, Tensor, dict[str, Tensor]]:
@@ -241,17 +293,19 @@ def _cut(
         sizes={},
         seed=0,
     )
-    trunk = TrunkParty(middle, {"shared": trunk_slot}, seed=0)
-    clock = VirtualClock()
-    end, station = ClientEnd("client", LocalLink(client, meter=Meter(), clock=clock)), ServerStation(clock)
+    trunk = TrunkParty(SERVER, {SHARED: trunk_slot}, seed=0)
+    clock, meter = VirtualClock(), Meter()
+    queues = Queues(clock, {})
+    end = ClientEnd("client", LocalLink(client, meter=meter, queues=queues))
+    at_server = (trunk, Place(middle, SHARED), Station(SERVER, queues), Carrier(meter, queues))
     hook = base.model.register_forward_hook(lambda module, inputs, output: show(output.logits.detach()))
     base.model.eval()
     original, base.train = base.train, lambda mode: None  # type: ignore[method-assign]  # no dropout: the uncut side has none
     try:
         if layout.tail_at_client:
-            route: tuple[Sequence[Any], Any] = ([TrunkHop(trunk, "shared", station)], end)
+            route: tuple[Sequence[Any], Any] = ([TrunkHop(*at_server)], end)
         else:
-            route = ([], ServerTail(trunk, "shared", station))
+            route = ([], ServerTail(*at_server))
         result = clock.run(split_step(end, route[0], route[1], step=0, micro=0, how=How()))
     finally:
         hook.remove()
