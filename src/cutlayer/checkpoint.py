@@ -53,13 +53,9 @@ def save(folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], 
                 {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, draft / file
             )
             digests[file] = _digest(draft / file)
-            _sync(draft / file)
         manifest = {"version": VERSION, "round": number, "files": digests, **counters}
         write_text(draft / MANIFEST, json.dumps({**manifest, SEAL: _seal(manifest)}, indent=1))
-        _sync(draft)
-        shutil.rmtree(final, ignore_errors=True)
-        draft.rename(final)
-        _sync(folder)
+        move(draft, final)
     except Exception as error:
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, OSError) or "os error" in str(error):  # safetensors' own error is no OSError
@@ -107,12 +103,12 @@ def load(path: Path, *, expect: Mapping[str, str]) -> tuple[dict[str, Any], dict
         raise CheckpointError(f"The checkpoint {path} is of version {version}; this cutlayer reads version {VERSION}.")
     if manifest.pop(SEAL, None) != _seal(manifest):
         raise CheckpointError(f"The checkpoint {path} is damaged: {MANIFEST} has a wrong checksum. {remedy}")
-    for key, value in expect.items():
-        if manifest.get(key) != value:
-            raise CheckpointError(
-                f"The checkpoint {path} belongs to another run: its {_difference(key, manifest.get(key), value)}. "
-                "Resume with the same model, data and settings, or start a new run with another --out."
-            )
+    differences = [_difference(key, manifest.get(key), value) for key, value in expect.items()]
+    if any(differences):
+        raise CheckpointError(
+            f"The checkpoint {path} belongs to another run: its {', its '.join(filter(None, differences))}. Resume "
+            "with the same model, data, methods and settings, or start a new run with another --out."
+        )
     states = {}
     for file, digest in files.items():
         if not (path / file).is_file() or _digest(path / file) != digest:
@@ -130,7 +126,9 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _difference(key: str, saved: Any, wanted: str) -> str:
-    """What differs, by name where both are settings."""
+    """What differs, by name where both are mappings as JSON; nothing if they are equal."""
+    if saved == wanted:
+        return ""
     try:
         ours, theirs = json.loads(saved), json.loads(wanted)
         names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
@@ -148,9 +146,20 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+        _sync(path.parent)
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def move(draft: Path, folder: Path) -> None:
+    """Put a finished folder in its place, so that it is there whole when this returns, even if the power fails."""
+    for path in sorted(draft.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+    _sync(folder.parent)
 
 
 def _digest(path: Path) -> str:

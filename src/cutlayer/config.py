@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from cutlayer.config_types import (
 from cutlayer.config_words import problems_of
 from cutlayer.config_write import dump, family_keys, filled, resolved, tree_of, with_files
 from cutlayer.errors import ConfigError, MethodError
+from cutlayer.identity import identity_of
 
 __all__ = [
     "ClientConfig", "ClientData", "CodecConfig", "DataConfig", "EarlyStop", "Many", "Maybe", "One", "OptimizerConfig",
@@ -138,9 +140,11 @@ class RunConfig(Tree):
     precision: Precision = "float32"
     attn_implementation: Text | None = None
     gradient_checkpointing: bool = False
+    verify: Literal["auto", "always"] = "auto"  # compare the cut model with the uncut one at the start
     device: str = "auto"
     engine: Literal["local", "ray"] = "local"
     profile: Profile = None  # of the virtual clock, for all clients that have none
+    profiles: dict[str, Profile] = Field(default_factory=dict)  # of other parties: the server, edges
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     record_wire: Text | None = None
     report_to: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
@@ -206,6 +210,11 @@ class RunConfig(Tree):
         """New instances of all methods of a family, or at a key, in order."""
         assert key in registry.FAMILIES or key in ("codec.up", "codec.down"), key
         return [registry.create(fam, spec.name, spec.options) for k, fam, spec in self.methods() if key in (k, fam)]
+
+    @cached_property
+    def identity(self) -> Mapping[str, str]:
+        """What must be equal for a checkpoint to be of this run; of its files as they were when it was first asked."""
+        return identity_of(self)
 
     def check(self) -> None:
         """Everything that can be checked without a model: values that exclude each other, methods and their options.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cutlayer import registry
@@ -161,6 +161,48 @@ def _profiles(config: RunConfig) -> Iterator[str]:
     for key, profile in places:
         for problem in check_profile(profile):
             yield f"{key}: {problem}"
+
+
+@_rule("clients", "profile")
+def _profiles_of_all(config: RunConfig) -> Iterator[str]:
+    without = [name for name in config.client_names if config.client(name).profile is None]
+    if config.profile is None and 0 < len(without) < len(config.client_names):
+        yield (
+            f"{_listed(without)} no profile, but other clients have one, so their times could not be compared. Give "
+            "each client one, or set profile for all that have none."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """``clients 'a' and 'b' have``, at most three by name."""
+    shown = [f"'{name}'" for name in names[:3]] + ([f"{len(names) - 3} more"] if len(names) > 3 else [])
+    if len(shown) == 1:
+        return f"client {shown[0]} has"
+    return f"clients {', '.join(shown[:-1])} and {shown[-1]} have"
+
+
+@_rule("clients", "partition")
+def _one_cut(config: RunConfig) -> Iterator[str]:
+    try:
+        if not config.build("framework").travels:
+            return
+        cuts = {name: _cut(config, name) for name in config.client_names}
+    except CutlayerError:
+        return  # said by the other rules
+    first = next(iter(cuts), "")
+    others = [name for name in cuts if cuts[name] != cuts[first]]
+    if others:
+        yield (
+            f"{_listed(others)} another cut (head_blocks, tail_blocks) than '{first}', but framework "
+            f"'{config.framework.name}' hands the client's part on. Give all clients the same cut, or take a framework "
+            "that merges parts, such as sfl-v2."
+        )
+
+
+def _cut(config: RunConfig, name: str) -> dict[str, Any]:
+    spec = config.partition_spec(name)
+    made = registry.create("partition", spec.name, spec.options)
+    return {key: getattr(made, key) for key in registry.option_fields(type(made))}
 
 
 @_rule("clients", "partition")

@@ -128,9 +128,11 @@ def parse_value(text: str) -> Any:
     """The value in ``key=value``, read as YAML; what is no YAML, such as ``*.jsonl``, is text as it stands.
 
     Raises:
-        ValueError: it starts like a list, a mapping or a quoted text, and is broken.
+        ValueError: it is empty, or starts like a list, a mapping or a quoted text and is broken.
     """
     text = text.strip()
+    if not text:
+        raise ValueError("there is nothing after the '='; write null for no value, '' for an empty text")
     try:
         value, problems = _parse(text)
     except yaml.YAMLError as error:
@@ -139,6 +141,8 @@ def parse_value(text: str) -> Any:
         return text
     if problems:
         raise ValueError("; ".join(problem.split(": ", 1)[1] for problem in problems))
+    if value is None and text.lower() not in ("null", "~"):
+        return text  # such as '# 3', which YAML takes for a comment
     return text if isinstance(value, str) and text[:1] not in "\"'|>" else value
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 class Tree(BaseModel):
     """A part of a run: unknown keys and values of another type are mistakes."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True, ser_json_inf_nan="constants")
 
 
 Count = Annotated[int, Field(ge=1)]

@@ -23,7 +23,7 @@ def family_keys(cls: type[RunConfig]) -> list[str]:
     return [key for key in cls.model_fields if key in registry.FAMILIES and key not in ("data", "optimizer")]
 
 
-def _mapped(config: RunConfig, change: Callable[[str, Spec], Spec]) -> RunConfig:
+def mapped(config: RunConfig, change: Callable[[str, Spec], Spec]) -> RunConfig:
     """The run with every chosen method's spec changed by ``change(family, spec)``."""
     update: dict[str, Any] = {}
     for family in family_keys(type(config)):
@@ -46,7 +46,7 @@ def with_files(config: RunConfig, base: Path | None) -> RunConfig:
         found = _found(spec.name, base) if spec.name.endswith(".py") else None
         return Spec(name=str(found), **spec.options) if found else spec
 
-    return _mapped(config, located)
+    return mapped(config, located)
 
 
 def _found(name: str, base: Path | None) -> Path | None:
@@ -67,7 +67,7 @@ def filled(config: RunConfig) -> RunConfig:
                 defaults[name] = field.default_factory()
         return Spec(name=spec.name, **{**to_jsonable_python(defaults), **spec.options})
 
-    return _mapped(config, whole).model_copy(update=dict([config.length]))
+    return mapped(config, whole).model_copy(update=dict([config.length]))
 
 
 def resolved(config: RunConfig, base: Path | None) -> RunConfig:

@@ -11,20 +11,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import importlib.util
 import sys
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.abc import ExecutionLoader
 from importlib.metadata import entry_points
+from importlib.util import decode_source, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from cutlayer.config_words import sentence
-from cutlayer.errors import MethodError, suggest
+from cutlayer.errors import CutlayerError, MethodError, suggest
+from cutlayer.method_check import check_method, checked, option_fields, option_types, what_is_wrong
+
+__all__ = [
+    "FAMILIES", "ROOT", "Card", "card", "cards", "create", "load", "method", "names", "option_fields",
+]  # fmt: skip
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent / "methods"
@@ -107,51 +112,83 @@ def load(family: str, name: str) -> type[Any]:
     """The class of a method.
 
     Raises:
-        MethodError: there is no such method, its file is broken, or it belongs to another family.
+        MethodError: there is no such method, its file is broken, it belongs to another family, or it lacks what the
+            methods of this one must have.
     """
     if name.endswith(".py"):
-        module = _load_file(Path(name))
+        found, where = _load_file(Path(name)), name
     elif name in _external(family):
-        found = _external(family)[name].load()
-        if isinstance(found, type):
-            return found
-        module = found
+        found, where = _load_external(family, name)
     elif name in names(family):
-        module = importlib.import_module(f"cutlayer.methods.{family}.{name.replace('-', '_')}")
+        found = importlib.import_module(f"cutlayer.methods.{family}.{name.replace('-', '_')}")
+        where = str(found.__file__)
     else:
         known = names(family)
         listed = ", ".join(known) if known else "none yet"
         raise MethodError(f"There is no {family} '{name}'.{suggest(name, known)} Known: {listed}.")
-    marked = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and value.__module__ == module.__name__ and "__cutlayer_card__" in vars(value)
-    ]
+    marked = [found] if isinstance(found, type) else _classes_of(found)
+    marked = [cls for cls in marked if "__cutlayer_card__" in vars(cls)]
     if len(marked) != 1:
-        raise MethodError(f"{module.__file__} must hold exactly one class marked @method(...); it holds {len(marked)}.")
-    if not dataclasses.is_dataclass(marked[0]):
-        raise MethodError(
-            f"The class {marked[0].__name__} in {module.__file__} is no dataclass. Put @dataclass below @method."
-        )
-    if card(marked[0]).family != family:
-        raise MethodError(f"{module.__file__} is marked as a {card(marked[0]).family}, but used as a {family}.")
-    return marked[0]
+        raise MethodError(f"{where} must hold exactly one class marked @method(...); it holds {len(marked)}.")
+    cls = marked[0]
+    if not dataclasses.is_dataclass(cls):
+        raise MethodError(f"The class {cls.__name__} in {where} is no dataclass. Put @dataclass below @method.")
+    if card(cls).family != family:
+        raise MethodError(f"{where} is marked as a {card(cls).family}, but used as a {family}.")
+    check_method(cls, family, where)
+    return cls
 
 
-def _load_file(path: Path) -> Any:
-    if not path.is_file():
-        raise MethodError(f"The method file {path} does not exist. Give its path, or a method's id.")
-    name = f"cutlayer_file_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+def _classes_of(module: ModuleType) -> list[type[Any]]:
+    """The classes that a module defines itself."""
+    return [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+
+
+def _load_external(family: str, name: str) -> tuple[Any, str]:
+    """The module or class that an installed package registers, and what to call it."""
+    point = _external(family)[name]
+    where = f"'{point.value}' (registered as {point.name} by an installed package)"
+    try:
+        return point.load(), where
+    except Exception as error:
+        raise MethodError(f"The method {where} does not import: {type(error).__name__}: {error}") from error
+
+
+class _AsRead(ExecutionLoader):
+    """Loads a source that was read; importlib's own loader takes a compiled file of the same second for current."""
+
+    def __init__(self, path: Path, source: bytes) -> None:
+        self.path, self.source = str(path), source
+
+    def get_filename(self, fullname: str) -> str:
+        """For tracebacks."""
+        return self.path
+
+    def get_source(self, fullname: str) -> str:
+        """The text."""
+        return decode_source(self.source)
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module of a file as it now is: it may have been changed since it was last read."""
+    try:
+        source = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise MethodError(f"The method file {path} does not exist. Give its path, or a method's id.") from None
+    except OSError as error:
+        raise MethodError(f"The method file {path} cannot be read: {error.strerror or error}.") from error
+    digest = hashlib.sha256(str(path.resolve()).encode() + b"\0" + source)
+    name = f"cutlayer_file_{digest.hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = spec_from_file_location(name, path, loader=_AsRead(path, source))
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise MethodError(f"The method file {path} does not import: {type(error).__name__}: {error}") from error
     return module
@@ -169,33 +206,26 @@ def cards(family: str | None = None) -> list[Card]:
     return [card(load(fam, ident)) for fam in chosen for ident in names(fam)]
 
 
-def option_fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
-    """The options of a method: the init fields of its dataclass."""
-    return {f.name: f for f in dataclasses.fields(cls) if f.init}
-
-
 def create(family: str, name: str, options: Mapping[str, Any] | None = None) -> Any:
     """Make a method from its id and options, or say every mistake in them.
 
     Raises:
         MethodError: unknown method or option, a value of the wrong type or outside its bounds.
     """
-    cls = load(family, name)
+    cls: Any = load(family, name)
     options = dict(options or {})
     fields = option_fields(cls)
     problems = []
-    hints = typing.get_type_hints(cls)
+    types = option_types(cls)
     for key in list(options):
         if key not in fields:
             known = ", ".join(fields) if fields else "none"
             problems.append(f"{family} '{name}' has no option '{key}'.{suggest(key, fields)} Options: {known}.")
             continue
         try:
-            adapter = TypeAdapter(hints[key], config=ConfigDict(strict=False, arbitrary_types_allowed=True))
-            options[key] = adapter.validate_python(options[key])
+            options[key] = checked(types[key], options[key])
         except ValidationError as error:
-            said = "; ".join(sentence(e["type"], e["msg"], e.get("ctx", {})) for e in error.errors())
-            problems.append(f"{family} '{name}': option '{key}' is {options[key]!r}: {said}.")
+            problems.append(f"{family} '{name}': option '{key}' is {options[key]!r}: {what_is_wrong(error)}.")
     missing = [f.name for f in fields.values() if _required(f) and f.name not in options]
     problems += [f"{family} '{name}' needs the option '{key}'." for key in missing]
     if problems:
@@ -204,6 +234,10 @@ def create(family: str, name: str, options: Mapping[str, Any] | None = None) -> 
         return cls(**options)
     except ValueError as error:
         raise MethodError(f"{family} '{name}': {error}") from error
+    except CutlayerError:
+        raise
+    except Exception as error:
+        raise MethodError(f"{family} '{name}' cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

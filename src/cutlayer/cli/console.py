@@ -7,9 +7,10 @@ import functools
 import os
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
+from logging import ERROR, getLogger
+from traceback import print_exception, walk_tb
 from typing import ParamSpec, TypeVar
 
 import typer
@@ -22,6 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PIPED_WIDTH = 160  # of a table that goes to a file or a pipe, where nothing tells a width
+FILE_MODULE = "cutlayer_file_"  # how registry.py begins the name of the module of a method file
 ADVICE = {
     errno.ENOSPC: "The disk is full. Free some space there, or give a folder on another disk.",
     errno.EDQUOT: "Your quota on this disk is used up. Free some space there, or give a folder on another disk.",
@@ -49,9 +51,11 @@ def console() -> Console:
 
 
 def hush() -> None:
-    """Keep Transformers' own bars and notes off the screen; a command shows its own."""
+    """Keep the libraries' own bars and notes off the screen; a command shows its own."""
     from transformers.utils import logging
 
+    # Of the tries to reach the Hub only the last is told, as the error.
+    getLogger("huggingface_hub").setLevel(ERROR)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -63,11 +67,10 @@ def complain(message: str, head: str = "Error") -> None:
     Console(stderr=True, highlight=False, emoji=False).print(paragraph, soft_wrap=True)
 
 
-def guarded(interrupted: str = "Interrupted.") -> Callable[[Callable[P, R]], Callable[P, R]]:
+def guarded() -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For a command: errors of the user and of the machine as one paragraph (exit code 2), ours with a traceback.
 
-    Args:
-        interrupted: what to say when the user stops the command (exit code 130).
+    A command that the user stops ends with exit code 130, and with what the run says of how to go on.
     """
 
     def wrap(command: Callable[P, R]) -> Callable[P, R]:
@@ -75,19 +78,20 @@ def guarded(interrupted: str = "Interrupted.") -> Callable[[Callable[P, R]], Cal
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return command(*args, **kwargs)
-            except KeyboardInterrupt:
-                complain(interrupted, head="Stopped")
+            except KeyboardInterrupt as stop:
+                complain(str(stop) or "before anything was written.", head="Stopped")
                 raise typer.Exit(130) from None
             except (typer.Exit, typer.Abort):
                 raise
             except Exception as error:
-                message = str(error) if isinstance(error, CutlayerError) else _machine(error)
+                message = str(error) if isinstance(error, CutlayerError) else _machine(error) or _method(error)
                 if message is None:
                     if not _usage(error) and getattr(error, "errno", None) != errno.EPIPE:
-                        error.add_note("\nThis is a mistake in cutlayer. Please report it, with the lines above.")
+                        own = "".join(f" or in the method file {path}" for path in _method_files())
+                        error.add_note(f"\nThis is a mistake in cutlayer{own}. Please report it, with the lines above.")
                     raise
                 if os.environ.get("CUTLAYER_DEBUG") == "1":
-                    traceback.print_exception(error)
+                    print_exception(error)
                 complain(message)
                 raise typer.Exit(2) from None
 
@@ -99,6 +103,24 @@ def guarded(interrupted: str = "Interrupted.") -> Callable[[Callable[P, R]], Cal
 def _usage(error: Exception) -> bool:
     """Whether it is one of Typer's own errors, which Typer shows itself."""
     return any(base.__name__ == "ClickException" for base in type(error).__mro__)
+
+
+def _method_files() -> list[str]:
+    """The methods that are files of the user and were loaded."""
+    return [str(module.__file__) for name, module in list(sys.modules.items()) if name.startswith(FILE_MODULE)]
+
+
+def _method(error: Exception) -> str | None:
+    """What to say of an error of a method file of the user (or of a library that it calls), or None for any other."""
+    walked = [(str(frame.f_globals.get("__name__")), frame, line) for frame, line in walk_tb(error.__traceback__)]
+    name, frame, line = [("", None, 0), *(one for one in walked if one[0].startswith("cutlayer"))][-1]
+    if frame is None or not name.startswith(FILE_MODULE):
+        return None
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return (
+        f"The method file {frame.f_code.co_filename} fails in line {line}, in {frame.f_code.co_name}: {said}. Mend it; "
+        "CUTLAYER_DEBUG=1 shows the whole traceback."
+    )
 
 
 def _machine(error: Exception) -> str | None:

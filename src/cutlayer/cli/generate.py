@@ -104,7 +104,14 @@ def _adapter_config(adapter: str) -> Any:
     try:
         config = PeftConfig.from_pretrained(adapter)
     except Exception as error:
-        raise ModelError(f"'{adapter}/adapter_config.json' cannot be read: {_short(error)}") from error
+        raise ModelError(
+            f"'{adapter}/adapter_config.json' cannot be read: {_short(error)}. "
+            "Name a folder that a run wrote as adapter/."
+        ) from error
+    if not config.peft_type:
+        raise ModelError(
+            f"'{adapter}/adapter_config.json' names no kind of adapter. Name a folder that a run wrote as adapter/."
+        )
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ModelError(f"The adapter '{adapter}' is for the task {config.task_type}; it writes no text.")
     return config

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cutlayer.cli.compare import compare
 from cutlayer.cli.generate import generate
 from cutlayer.cli.methods import methods
 from cutlayer.cli.train import train
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and plain usage errors: no boxes that break in a log
 )
-for command in (train, verify, methods, generate):
+for command in (train, compare, verify, methods, generate):
     app.command()(command)
 
 

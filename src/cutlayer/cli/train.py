@@ -10,13 +10,8 @@ import typer
 
 from cutlayer.cli.console import console, guarded, hush
 
-INTERRUPTED = (
-    "nothing half-written is left. Take the run up where it was with: cutlayer train --resume OUT "
-    "(OUT is its output folder)."
-)
 
-
-@guarded(interrupted=INTERRUPTED)
+@guarded()
 def train(
     arguments: Annotated[
         list[str] | None,
@@ -58,7 +53,7 @@ def train(
         result = run.train(None if resume else given, out=out, resume=resume, overrides=overrides, progress=progress)
     finally:
         progress.stop()
-    where.print(summary_table(result.summary), crop=False)
+    where.print(summary_table(result.summary, result.out), crop=False)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -16,6 +16,9 @@ from cutlayer.registry import method
 class Full:
     """No adapter: every weight is trained, and the result is a whole model."""
 
+    def check(self, model: Any, anatomy: Anatomy, *, task: str) -> None:
+        """Any model will do."""
+
     def prepare(self, model: Any, anatomy: Anatomy, *, task: str, seed: int) -> Base:
         """Make every weight trainable."""
         return full(model, anatomy)
