@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from cutlayer.contracts import Row
 from cutlayer.errors import DataError
 from cutlayer.methods.data._columns import in_order, values_of
+from cutlayer.methods.data._shares import check_enough, cut, draw
 from cutlayer.registry import method
 from cutlayer.seeds import derive
 
@@ -46,11 +46,7 @@ class LabelDirichlet:
         Raises:
             DataError: the column is missing or lacks values, or no draw gave each client ``min_examples``.
         """
-        if len(rows) < len(clients) * self.min_examples:
-            raise DataError(
-                f"{len(rows)} rows are too few for {len(clients)} clients with at least {self.min_examples} each. "
-                "Add rows, lower min_examples, or take fewer clients."
-            )
+        check_enough(len(rows), len(clients), self.min_examples)
         values = values_of(rows, self.column)
         numbers = np.arange(len(rows))
         generator = np.random.default_rng(derive("label-dirichlet", seed))
@@ -61,10 +57,10 @@ class LabelDirichlet:
             by_class[values[number]].append(number)
         classes = list(by_class.values())
         for _ in range(DRAWS):
-            shares = generator.dirichlet([self.alpha] * len(clients), size=len(classes))
+            shares = draw(generator, [self.alpha] * len(clients), size=len(classes))
             divided: list[list[int]] = [[] for _ in clients]
             for members, share in zip(classes, shares, strict=True):
-                for mine, part in zip(divided, _cut(members, share), strict=True):
+                for mine, part in zip(divided, cut(members, share), strict=True):
                     mine.extend(part)
             if min(map(len, divided)) >= self.min_examples:
                 return {client: sorted(mine) for client, mine in zip(clients, divided, strict=True)}
@@ -73,9 +69,3 @@ class LabelDirichlet:
             f"least {self.min_examples} each, in {DRAWS} draws with alpha {self.alpha}. Raise alpha, lower "
             "min_examples, or take fewer clients."
         )
-
-
-def _cut(members: list[int], share: np.ndarray) -> list[list[int]]:
-    """``members`` in consecutive parts whose sizes follow ``share``; rounding down each border loses no row."""
-    borders = [0, *(np.cumsum(share)[:-1] * len(members)).astype(int).tolist(), len(members)]
-    return [members[start:end] for start, end in pairwise(borders)]
