@@ -8,26 +8,21 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.nn import Parameter
-from transformers import get_scheduler
 
 from cutlayer import registry
 from cutlayer.config import RunConfig
-from cutlayer.contracts import Batch, Example, Layout
-from cutlayer.data.batches import Batches, collate, fingerprint, split_eval
-from cutlayer.data.formats import label_names, pack, tokenize
+from cutlayer.contracts import Batch, Example, Framework, Layout, Rows
+from cutlayer.data.batches import collate, fingerprint, split_eval
+from cutlayer.data.classes import classes_of
+from cutlayer.data.formats import pack, token_lengths, tokenize
 from cutlayer.data.sources import load_rows
-from cutlayer.errors import ConfigError, DataError, ModelError
-from cutlayer.models.arena import Arena
-from cutlayer.models.families import UNPACKED
+from cutlayer.errors import DataError, ModelError
+from cutlayer.models.heads import head_of
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.loading import load_model, load_tokenizer
-from cutlayer.models.segment import Base, Segment
-from cutlayer.models.slots import Slot, new_params
-from cutlayer.parties.client import ClientParty
-from cutlayer.parties.trunk import TrunkParty
-
-SHARED = "shared"  # the name of the one trunk slot
+from cutlayer.models.segment import Base
+from cutlayer.profiles import profile_from
+from cutlayer.report.division import describe
 
 
 @dataclass(frozen=True)
@@ -37,44 +32,34 @@ class Data:
     train: Mapping[str, Sequence[Example]]
     evaluation: Sequence[Example]
     collate: Callable[[Sequence[Example]], Batch]
-    num_labels: int | None
+    labels: Sequence[str] | None  # a classifier's classes, in the order of their numbers
     fingerprint: str
     pad_id: int = 0
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Everything that a driver drives."""
-
-    base: Base
-    layout: Layout
-    clients: Mapping[str, ClientParty]
-    trunk: TrunkParty
-    planned: Mapping[str, int]
+    division: Mapping[str, Any] | None = None  # who got what, if there are several clients (report/division.py)
 
 
 def task_of(config: RunConfig) -> Literal["causal", "classification"]:
-    """``classification`` for that data format, else ``causal``."""
-    return "classification" if config.data.format == "classification" else "causal"
+    """``classification`` for that data format (of all clients, as a check of the run sees to), else ``causal``."""
+    name = config.client_names[0]
+    return "classification" if config.data_of(name).format == "classification" else "causal"
 
 
-def layout_of(config: RunConfig, num_blocks: int) -> Layout:
-    """Who holds which blocks.
+def layouts_of(config: RunConfig, num_blocks: int) -> dict[str, Layout]:
+    """Who holds which blocks, by client.
 
     Raises:
-        ConfigError: clients have different cuts (no framework here merges them yet).
-        MethodError: a cut does not fit the model.
+        MethodError: a cut does not fit the model, or the framework.
     """
-    layouts: dict[str, Layout] = {}
+    layouts = {}
     for name in config.client_names:
         spec = config.partition_spec(name)
         layouts[name] = registry.create("partition", spec.name, spec.options).layout(num_blocks)
-    if len(set(layouts.values())) > 1:
-        raise ConfigError(
-            ["clients have different cuts (head_blocks, tail_blocks); no framework of this version merges them. "
-             "Give all clients the same cut."]
-        )  # fmt: skip
-    return next(iter(layouts.values()))
+    profiles = {
+        c.name: profile_from(c.profile if c.profile is not None else config.profile) for c in config.client_list
+    }
+    speeds = {name: profile.flops for name, profile in profiles.items() if profile is not None}
+    framework: Framework = config.build("framework")
+    return dict(framework.layouts(layouts, num_blocks, speeds if len(speeds) == len(layouts) else None))
 
 
 def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
@@ -101,13 +86,18 @@ def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
                 "data.eval_fraction splits data.train, which no client uses. Name an evaluation file in data.eval."
             )
         rows, held_out = split_eval(rows, data.eval_fraction, config.seed, data.shuffle)
-    divided = _divide(config, rows, shared) | own
-    labels = None
+    divided = _divide(config, tokenizer, rows, shared) | own
+    classes = None
     if task == "classification":
-        labels = label_names([row for part in (*divided.values(), held_out) for row in part])
-    made = partial(tokenize, tokenizer=tokenizer, task=task, label_names=labels)
+        everything = [row for part in (*divided.values(), held_out) for row in part]
+        classes = classes_of(everything, head_of(config.model), model=config.model)
+    made = partial(tokenize, tokenizer=tokenizer, task=task, classes=classes.numbers if classes else None)
     train = {name: made(divided[name], config.data_of(name), where=f"client '{name}'") for name in names}
     evaluation = made(held_out, data, where="the evaluation data") if held_out else []
+    picture = None
+    if len(names) > 1:  # before packing, which hides how long the texts are
+        column = data.division.options.get("column")
+        picture = describe(train, divided, names=classes.names if classes else None, column=column)
     if data.packing:
         train = {name: pack(part, data.max_length) for name, part in train.items()}
         evaluation = pack(evaluation, data.max_length)
@@ -115,15 +105,20 @@ def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
     together = partial(collate, pad_id=pad or 0, padding_side=data.padding_side, causal=task == "causal")
     prints = [fingerprint(train[name]) for name in names] + [fingerprint(evaluation)]
     return Data(
-        train, evaluation, together, len(labels) if labels else None, "-".join(p[:16] for p in prints), pad or 0
+        train, evaluation, together, classes.names if classes else None, "-".join(p[:16] for p in prints), pad or 0,
+        picture,
     )  # fmt: skip
 
 
-def _divide(config: RunConfig, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
+def _divide(
+    config: RunConfig, tokenizer: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, list[Any]]:
     if not names:
         return {}
     division = config.build("data")
-    dealt = division.divide(rows, names, seed=config.seed, shuffle=config.data.shuffle)
+    count = partial(token_lengths, rows, config.data, tokenizer, where="data.train")
+    given = Rows(rows, batch_size=config.batch_size, lengths=count)
+    dealt = division.divide(given, names, seed=config.seed, shuffle=config.data.shuffle)
     for name in names:
         if not dealt[name]:
             raise DataError(
@@ -133,12 +128,12 @@ def _divide(config: RunConfig, rows: Sequence[Mapping[str, Any]], names: Sequenc
     return {name: [rows[i] for i in dealt[name]] for name in names}
 
 
-def load_base(config: RunConfig, *, num_labels: int | None, device: str) -> Base:
+def load_base(config: RunConfig, *, labels: Sequence[str] | None, device: str) -> Base:
     """The whole model, once, with its adapters: every simulated party runs its own part of it."""
     task = task_of(config)
     model, anatomy = load_model(
         config.model, task=task, precision=config.precision, attn_implementation=config.attn_implementation,
-        num_labels=num_labels, device="cpu", seed=config.seed,
+        labels=labels, device="cpu", seed=config.seed,
     )  # fmt: skip
     if config.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
@@ -152,7 +147,7 @@ def load_base(config: RunConfig, *, num_labels: int | None, device: str) -> Base
         raise ModelError(
             f"'{config.model}' names no padding token, which a classifier needs to find the end of a text."
         )
-    if config.data.packing and (not anatomy.exact or model.config.model_type in UNPACKED):
+    if config.data.packing and not anatomy.exact:
         raise ModelError(
             f"data.packing needs a family that is known to keep packed examples apart; "
             f"'{model.config.model_type}' is not. Set data.packing: false."
@@ -164,7 +159,7 @@ def load_base(config: RunConfig, *, num_labels: int | None, device: str) -> Base
     return base
 
 
-def _check_fit(config: RunConfig, base: Base, data: Data) -> None:
+def check_fit(config: RunConfig, base: Base, data: Data) -> None:
     """Every token must have an embedding, and every place in a row a position.
 
     Raises:
@@ -204,89 +199,13 @@ def _positions(base: Base) -> int | None:
     return None
 
 
-def planned_steps(config: RunConfig, data: Data) -> dict[str, int]:
-    """How many optimizer steps each client makes at most."""
-    kind, count = config.length
-    local = config.build("framework").local_steps
-    planned = {}
-    for name in config.client_names:
-        batches = _batches(config, data, name)
-        planned[name] = {"rounds": count * local, "steps": count, "epochs": count * batches.steps_per_epoch}[kind]
-    return planned
-
-
-def _batches(config: RunConfig, data: Data, name: str) -> Batches:
-    return Batches(
-        data.train[name], batch_size=config.batch_size, accumulation=config.gradient_accumulation, seed=config.seed,
-        client=name, shuffle=config.data.shuffle, collate=data.collate,
-    )  # fmt: skip
-
-
-def learning_rate(config: RunConfig, total: int) -> Callable[[int], float]:
-    """The learning rate, as a multiple of ``optimizer.lr``, by the number of updates that a slot has had."""
-    probe = torch.optim.SGD(
-        [Parameter(torch.zeros(1))], lr=config.optimizer.lr
-    )  # polynomial ends at a rate, not a part
-    warmup = config.optimizer.warmup_steps(total)
-    schedule = get_scheduler(
-        config.optimizer.schedule, probe, num_warmup_steps=warmup, num_training_steps=max(total, 1)
-    )
-    rate: Callable[[int], float] = schedule.lr_lambdas[0]
-    return rate
-
-
-def make_optimizer(config: RunConfig) -> Callable[[list[Parameter]], torch.optim.Optimizer]:
-    """Makes the run's optimizer for some parameters."""
-    optimizer = config.optimizer
-    return lambda params: optimizer.torch_class(params, lr=optimizer.lr, **optimizer.arguments)  # type: ignore[call-arg]
-
-
-def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
-    """Cut the base, make the slots and the parties."""
-    _check_fit(config, base, data)
-    layout = layout_of(config, base.anatomy.num_blocks)
-    planned = planned_steps(config, data)
-    framework = config.build("framework")
-    everything = sum(planned.values())
-    head = Segment(base, "head", layout.head, bottom=True)
-    tail = Segment(base, "tail", layout.tail, top=True) if layout.tail_at_client else None
-    if layout.tail_at_client:
-        middle = Segment(base, "trunk", layout.trunk)
-    else:
-        middle = Segment(base, "tail", layout.tail, top=True)
-    make = make_optimizer(config)
-    arena = Arena()
-    of_trunk = new_params(base.initial, middle.names, arena)
-    trunk_slot = Slot(SHARED, of_trunk, make, learning_rate(config, everything), arena)
-    trunk = TrunkParty(middle, {SHARED: trunk_slot}, seed=config.seed)
-    names = [*head.names, *(tail.names if tail else [])]
-    rows = [data.evaluation[i : i + config.batch_size] for i in range(0, len(data.evaluation), config.batch_size)]
-    clients = {}
-    for name in config.client_names:
-        own = everything if framework.travels else planned[name]
-        clients[name] = ClientParty(
-            name,
-            head=head,
-            tail=tail,
-            slot=Slot(name, new_params(base.initial, names, arena), make, learning_rate(config, own), arena),
-            batches=_batches(config, data, name),
-            evaluation=[partial(data.collate, part) for part in rows],
-            sizes={
-                "examples": len(data.train[name]),
-                "label_tokens": sum(e.label_tokens for e in data.train[name]),
-            },
-            seed=config.seed,
-        )
-    return Parts(base, layout, clients, trunk, planned)
-
-
 def open_model(config: RunConfig) -> tuple[Any, int]:
     """The model's configuration and number of blocks, before any weight is read; refuses a cut that does not fit."""
     from cutlayer.models.families import number_of_blocks
 
     found = load_model_config(config.model)
     count = number_of_blocks(found)
-    layout_of(config, count)
+    layouts_of(config, count)
     return found, count
 
 

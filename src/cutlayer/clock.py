@@ -164,7 +164,10 @@ class VirtualClock:
         threading.Thread(target=target, name="cutlayer-virtual-clock", daemon=True).start()
         try:
             go.set()
-            wait([outcome])  # not a join: in Python 3.11 one that was interrupted takes the thread for ended
+            # Not a join: in Python 3.11 one that was interrupted takes the thread for ended. And not one long wait, at
+            # whose end only a signal would be seen that comes in the moment before it begins.
+            while not outcome.done():
+                wait([outcome], timeout=0.2)
         except BaseException:  # Ctrl-C reaches the caller's thread only: take the run down before passing it on
             while not outcome.done():
                 if cancels:
@@ -258,13 +261,15 @@ class Turnstile:
 class Fifo:
     """A lock that serves in order of arrival, ties by (key, sequence): one party's CPU, uplink, downlink or worker.
 
-    Whom to serve is decided when everything else at that instant has happened, so a tie is seen whole.
+    Whom to serve is decided when everything else at that instant has happened, so a tie is seen whole. ``capacity`` is
+    how many it serves at a time.
     """
 
-    def __init__(self, clock: VirtualClock, name: str = "queue") -> None:
+    def __init__(self, clock: VirtualClock, name: str = "queue", *, capacity: int = 1) -> None:
         self.name = name
+        self.capacity = capacity
         self._clock = clock
-        self._holder: str | None = None
+        self._holders: list[str] = []
         self._queue: list[tuple[int, str, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
 
@@ -276,21 +281,21 @@ class Fifo:
         heapq.heappush(self._queue, (loop.now, key, next(self._numbers), served))
         self._ask(loop)
         try:
-            with self._clock.waiting(key, lambda: f"'{self.name}' (held by {self._holder})"):
+            with self._clock.waiting(key, lambda: f"'{self.name}' (held by {', '.join(self._holders)})"):
                 await served
             yield
         finally:
             if served.done() and not served.cancelled():
-                self._holder = None
+                self._holders.remove(key)
                 self._ask(loop)
 
     def _ask(self, loop: JumpingLoop) -> None:
-        if self._holder is None and self._queue:
+        if len(self._holders) < self.capacity and self._queue:
             loop.at(loop.now, self._serve, key=self.name, late=True)
 
     def _serve(self) -> None:
-        while self._holder is None and self._queue:
+        while len(self._holders) < self.capacity and self._queue:
             _, key, _, served = heapq.heappop(self._queue)
             if not served.done():
-                self._holder = key
+                self._holders.append(key)
                 served.set_result(None)

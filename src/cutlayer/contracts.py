@@ -5,9 +5,10 @@ A method sees what its Protocol hands it and nothing else. Shapes: B rows, T pos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -15,8 +16,12 @@ from cutlayer.wire import Header
 
 if TYPE_CHECKING:
     from cutlayer.driver import Run
+    from cutlayer.models.families import Anatomy
+    from cutlayer.models.segment import Base
 
 IGNORE = -100  # label of a position that does not count, as in Transformers
+SERVER = "server"  # the party that everybody reaches
+SHARED = "shared"  # the slot of a trunk that serves all clients
 
 Row = Mapping[str, Any]  # one row of a data set: column -> value
 
@@ -105,11 +110,13 @@ class Parcel:
 class How:
     """How a step is to be made.
 
-    ``update``: the last micro-batch ends in an optimizer step. ``graph``: gradients are wanted (False: evaluation).
-    ``head_weight`` and ``trunk_weight`` scale what this step adds to the client's and to the server's gradient.
+    ``head_update`` and ``trunk_update``: the last micro-batch ends in an optimizer step of the client's part, of the
+    slots on its route. ``graph``: gradients are wanted (False: evaluation). ``head_weight`` and ``trunk_weight`` scale
+    what this step adds to the client's and to the server's gradient.
     """
 
-    update: bool = True
+    head_update: bool = True
+    trunk_update: bool = True
     graph: bool = True
     head_weight: float = 1.0
     trunk_weight: float = 1.0
@@ -189,6 +196,28 @@ class Layout:
     tail: range
     tail_at_client: bool
 
+    @property
+    def middle(self) -> range:
+        """The blocks that are not the client's."""
+        return self.trunk if self.tail_at_client else self.tail
+
+    @property
+    def at_client(self) -> tuple[range, ...]:
+        """The runs of blocks that the client holds."""
+        return (self.head, self.tail) if self.tail_at_client else (self.head,)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A stretch of the route between a client's head and its tail: who runs which blocks, with which slot.
+
+    In the two-part split the last stop has the norm, the head and the loss as well.
+    """
+
+    party: str
+    slot: str
+    blocks: range
+
 
 class Partition(Protocol):
     """Family ``partition``: into how many parts, and where labels and loss sit."""
@@ -198,26 +227,97 @@ class Partition(Protocol):
         ...
 
 
+class Peft(Protocol):
+    """Family ``peft``: what is trained, and where in the model it is put."""
+
+    def check(self, model: Any, anatomy: Anatomy, *, task: str) -> None:
+        """Refuse by MethodError what does not fit the whole model, whose weights are not there yet (device meta)."""
+        ...
+
+    def prepare(self, model: Any, anatomy: Anatomy, *, task: str, seed: int) -> Base:
+        """Make a model, whole or in part, trainable; the start follows from the seed."""
+        ...
+
+
+class Rows(Sequence[Row]):
+    """The rows that a division deals, and what it may ask beyond their columns.
+
+    Args:
+        rows: in file order.
+        batch_size: rows of a micro-batch in this run.
+        lengths: counts the tokens of all rows; called once, if ever.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, batch_size: int, lengths: Callable[[], Sequence[int]]) -> None:
+        self._rows = rows
+        self.batch_size = batch_size
+        self._count = lengths
+        self._lengths: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The tokens of each row by the run's tokenizer, before anything is cut off."""
+        if self._lengths is None:
+            self._lengths = self._count()
+        return self._lengths
+
+
 class Division(Protocol):
     """Family ``data``: how rows are divided over clients."""
 
-    def divide(self, rows: Sequence[Row], clients: Sequence[str], *, seed: int, shuffle: bool) -> dict[str, list[int]]:
-        """The row numbers of each client; each row goes to at most one client."""
+    def divide(self, rows: Rows, clients: Sequence[str], *, seed: int, shuffle: bool) -> dict[str, list[int]]:
+        """The row numbers of each client; each row goes to at most one client, unless an option says otherwise."""
         ...
 
 
 class Aggregator(Protocol):
-    """Family ``aggregator``: merges the clients' states at step 11."""
+    """Family ``aggregator``: merges the clients' copies of the model at step 11.
 
-    def merge(self, before: State, states: Mapping[str, State], weights: Mapping[str, float]) -> Mapping[str, State]:
-        """The new state of each receiver; a framework may need one that is common to all, and then refuses others.
+    A copy is all that is trained of one client's model: what the client holds, and what of its trunk is to be merged.
+    Where cuts differ, a block that is one client's head is another's trunk, and its copy comes from there.
+    """
+
+    exchanges: ClassVar[bool] = True  # False: nothing is merged or sent, every holder keeps what it has
+
+    @property
+    def weight_by(self) -> str:
+        """What a client's weight is proportional to: ``examples``, ``tokens`` or ``uniform``."""
+        return "examples"
+
+    def begin(self, trunks: Mapping[str, Collection[str]]) -> None:
+        """Told before anything is merged: by client, the trained tensors of its trunk that no other client trains.
+
+        Raises:
+            MethodError: the aggregator cannot work with that.
+        """
+
+    @abstractmethod
+    def merge(self, before: State, states: Mapping[str, State], weights: Mapping[str, float]) -> State:
+        """The merged state, by name.
 
         Args:
-            before: the merged state of the last round (empty in the first).
-            states: name -> tensor, by client.
+            before: what was last merged of each tensor, and the start of those that never were.
+            states: name -> tensor, by client; shapes may differ (ranks), and names (cuts).
             weights: by client, summing to 1.
         """
         ...
+
+    def fit(self, merged: State, shapes: Mapping[str, Sequence[int]]) -> State:
+        """What a receiver that holds tensors of these names and shapes gets of a merged state."""
+        return {name: merged[name] for name in shapes if name in merged}
+
+    def state(self) -> Mapping[str, float]:
+        """What it must remember beyond a merge, for checkpoints."""
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on with what ``state`` gave."""
 
 
 class Selection(Protocol):
@@ -247,15 +347,66 @@ class Exchange(Protocol):
 
 
 class Framework(Protocol):
-    """Family ``framework``: who trains when, against which slot, and what is merged."""
+    """Family ``framework``: who trains when, against which slot, and what is merged.
 
-    local_steps: int
-    travels: bool  # the clients' parts are handed on, rather than each client keeping its own
+    Subclass it: what has a body here is the default.
+    """
 
+    local_steps: int  # optimizer steps of a client in a round
+    participation: float  # the share of the selected clients that a round takes
+    travels: ClassVar[bool] = False  # the clients' parts are handed on, rather than each client keeping its own
+    pooled: ClassVar[bool] = False  # a slot makes one update for all clients of a step, not one for each
+    personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
+
+    def layouts(
+        self, given: Mapping[str, Layout], num_blocks: int, speeds: Mapping[str, float] | None
+    ) -> Mapping[str, Layout]:
+        """The cut of each client; by default as the run's partition has it.
+
+        Args:
+            given: the partition's, by client.
+            num_blocks: of the model.
+            speeds: FLOP/s by client, where the run has profiles.
+
+        Raises:
+            MethodError: the model or the clients do not fit this framework.
+        """
+        return given
+
+    def slots(self, clients: Sequence[str]) -> Mapping[str, str]:
+        """The trunk slot of each client; by default one for all."""
+        return dict.fromkeys(clients, SHARED)
+
+    def route(self, client: str, layouts: Mapping[str, Layout]) -> Sequence[Stop]:
+        """The stops between the client's head and its tail, in order; by default one at the server.
+
+        Raises:
+            MethodError: the model or the clients do not fit this framework.
+        """
+        return [Stop(SERVER, self.slots(list(layouts))[client], layouts[client].middle)]
+
+    def reach(self, client: str, layouts: Mapping[str, Layout]) -> Sequence[Stop]:
+        """Every stop that the client may come to in the run; more than its route where that changes (``set_route``)."""
+        return self.route(client, layouts)
+
+    def eligible(self, number: int, clients: Sequence[str]) -> Sequence[str]:
+        """Who may train in round ``number``: the others help, or wait for their turn."""
+        return clients
+
+    def trainers(self, clients: Sequence[str]) -> Sequence[str]:
+        """Who trains at all in a run."""
+        return clients
+
+    def line(self, client: str, clients: Sequence[str]) -> Sequence[str]:
+        """The clients among whom this client's part is handed on: their steps are those of one schedule."""
+        return clients if self.travels else [client]
+
+    @abstractmethod
     async def round(self, run: Run, number: int) -> None:
         """One round. On return nothing is in flight."""
         ...
 
+    @abstractmethod
     def evaluators(self, run: Run) -> Sequence[str]:
-        """The clients whose parts, with the trunk, are the model at the end of a round."""
+        """The clients whose parts, with their trunks, are the model (or the models) at the end of a round."""
         ...

@@ -2,71 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from cutlayer.build import Parts, task_of
+from cutlayer.assembly import Parts, check_profiles, segments_of
+from cutlayer.build import task_of
 from cutlayer.config import RunConfig
+from cutlayer.contracts import SERVER
 from cutlayer.costs import Profile, Training, Work, profile_from, seconds, shape_of
-from cutlayer.errors import ConfigError
 from cutlayer.links.local import Pace
+from cutlayer.models.segment import Segment
+
+EDGE = "edge-box+fibre"  # a party that is neither a client nor the server, where the run names no profile for it
 
 
-def paces(config: RunConfig, parts: Parts) -> tuple[dict[str, Pace | None], Pace | None]:
-    """The pace of each client and of the server; all None where the run has no profile.
+class Paces:
+    """The durations of a run's work; all of them None where the run has no profile.
 
     Raises:
         ConfigError: some clients have a profile and some have none, so that their times could not be compared.
     """
-    profiles = {
-        c.name: profile_from(c.profile if c.profile is not None else config.profile) for c in config.client_list
-    }
-    without = [name for name, profile in profiles.items() if profile is None]
-    if len(without) == len(profiles):
-        return dict.fromkeys(profiles, None), None
-    if without:
-        raise ConfigError(
-            [f"client '{without[0]}' has no profile, but others have. Give it one, or set profile for all."]
-        )
-    shape = shape_of(parts.base.model.config, task=task_of(config))
-    training = training_of(config)
-    layout = parts.layout
-    rest = layout.trunk if layout.tail_at_client else layout.tail
-    trained_head = any(
-        parts.base.owner(n) == "bottom" or n in parts.clients[config.client_names[0]].head.names
-        for n in parts.base.initial
-    )
 
-    @lru_cache
-    def work(length: int) -> Work:
-        return Work(shape, length=length, training=training)
+    def __init__(self, config: RunConfig, parts: Parts) -> None:
+        clients = {
+            c.name: profile_from(c.profile if c.profile is not None else config.profile) for c in config.client_list
+        }
+        check_profiles(clients)
+        self._timed = all(profile is not None for profile in clients.values())
+        self._parts = parts
+        self.profiles: dict[str, Profile | None] = {}
+        self.access: dict[str, Profile | None] = {}  # whose links to the network are counted: all but the server's
+        if not self._timed:
+            return
+        others = {
+            name: profile_from(config.profiles.get(name, "server" if name == SERVER else EDGE))
+            for name in parts.parties
+            if name not in clients
+        }
+        self.profiles = {**clients, **others}
+        self.access = {name: profile for name, profile in self.profiles.items() if name != SERVER}
+        shape, training = shape_of(parts.base.model.config, task=task_of(config)), training_of(config)
 
-    def client_seconds(profile: Profile, verb: str, rows: int, length: int, graph: bool) -> float:
-        cost = work(length)
-        flop = {
-            "head_forward": lambda: cost.forward(layout.head),
-            "tail_step": lambda: (
-                cost.forward(layout.tail, lm_head=True)
-                + (cost.backward(layout.tail, lm_head=True, input_gradient=True) if graph else 0.0)
-            ),
-            "head_backward": lambda: cost.backward(layout.head, input_gradient=False),
-        }.get(verb)
-        return seconds(flop() * rows * length, profile) if flop else 0.0
+        @lru_cache
+        def work(length: int) -> Work:
+            return Work(shape, length=length, training=training)
 
-    def server_seconds(profile: Profile, verb: str, rows: int, length: int, graph: bool) -> float:
-        cost, top = work(length), not layout.tail_at_client
-        flop = 0.0
-        if verb in ("forward", "tail_step"):
-            flop += cost.forward(rest, lm_head=top)
-        if verb in ("backward", "tail_step") and graph:
-            flop += cost.backward(rest, lm_head=top, input_gradient=trained_head)
-        return seconds(flop * rows * length, profile)
+        self._work = work
 
-    server = profile_from("server")
-    assert server is not None
-    clients: dict[str, Pace | None] = {
-        name: Pace(profile, client_seconds) for name, profile in profiles.items() if profile is not None
-    }
-    return clients, Pace(server, server_seconds)
+    def client(self, name: str) -> Pace | None:
+        """How long a client's verbs take."""
+        if not self._timed:
+            return None
+        head, _, tail = segments_of(self._parts.base, self._parts.layouts[name], self._parts.routes[name])
+
+        def flop(verb: str, length: int, graph: bool) -> float:
+            cost = self._work(length)
+            if verb == "head_forward":
+                return cost.forward(head.blocks)
+            if verb == "head_backward":
+                return cost.backward(head.blocks, input_gradient=False)
+            if verb != "tail_step" or tail is None:
+                return 0.0
+            back = cost.backward(tail.blocks, lm_head=True, input_gradient=True) if graph else 0.0
+            return cost.forward(tail.blocks, lm_head=True) + back
+
+        return self._pace(name, flop)
+
+    def stop(self, party: str, segment: Segment) -> Pace | None:
+        """How long a stop's verbs take."""
+        if not self._timed:
+            return None
+        below = any(self._below(n, segment) for n in self._parts.base.initial)
+
+        def flop(verb: str, length: int, graph: bool) -> float:
+            cost, total = self._work(length), 0.0
+            if verb in ("forward", "tail_step"):
+                total += cost.forward(segment.blocks, lm_head=segment.top)
+            if verb in ("backward", "tail_step") and graph:
+                total += cost.backward(segment.blocks, lm_head=segment.top, input_gradient=below)
+            return total
+
+        return self._pace(party, flop)
+
+    def _below(self, name: str, segment: Segment) -> bool:
+        """Whether a trained tensor lies below a segment, so that somebody needs the gradient of its input."""
+        owner = self._parts.base.owner(name)
+        return owner == "bottom" or (isinstance(owner, int) and owner < segment.blocks.start)
+
+    def _pace(self, party: str, flop: Callable[[str, int, bool], float]) -> Pace:
+        profile = self.profiles[party]
+        assert profile is not None
+        return Pace(lambda verb, rows, length, graph: seconds(flop(verb, length, graph) * rows * length, profile))
+
+
+def workers(profiles: Mapping[str, Profile | None], party: str) -> int:
+    """How many steps a party works on at a time."""
+    profile = profiles.get(party)
+    return profile.workers if profile is not None else 1
 
 
 def training_of(config: RunConfig) -> Training:

@@ -33,7 +33,7 @@ LINKS: Mapping[str, tuple[float, float, float]] = {
     "lan": (1000, 1000, 0.5),
 }
 
-_KEYS = ("flops", "up_mbps", "down_mbps", "rtt_ms", "memory_gb", "device", "link", "name")
+_KEYS = ("flops", "up_mbps", "down_mbps", "rtt_ms", "memory_gb", "workers", "device", "link", "name")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Profile:
     """One party: ``flops`` in FLOP/s, ``up`` and ``down`` in bit/s, ``rtt`` in seconds, ``memory`` in bytes.
 
     The link is the one between a client and the server, seen from the client: ``up`` carries activations. A server's
-    own link is not counted again. ``memory`` None is unlimited.
+    own link is not counted again. ``memory`` None is unlimited. ``workers`` is how many steps it works on at a time,
+    each at the full speed (a server with several GPUs).
     """
 
     flops: float
@@ -49,6 +50,7 @@ class Profile:
     down: float
     rtt: float
     memory: int | None = None
+    workers: int = 1
     name: str = "given"
 
 
@@ -83,6 +85,7 @@ def profile_from(value: str | Mapping[str, object] | None) -> Profile | None:
             numbers[key] = _number(number, key, problems)
     if device is None and "flops" not in numbers:
         problems.append(f"'flops' is missing: give FLOP/s, or 'device', one of: {', '.join(DEVICES)}")
+    count = _whole(value.get("workers"), problems)
     if problems:
         raise ConfigError(problems, where="profile")
     return Profile(
@@ -91,6 +94,7 @@ def profile_from(value: str | Mapping[str, object] | None) -> Profile | None:
         down=numbers["down_mbps"] * MBIT,
         rtt=numbers["rtt_ms"] / 1000,
         memory=round(numbers["memory_gb"] * GB) if "memory_gb" in numbers else None,
+        workers=count,
         name=str(value.get("name", f"{device or 'given'}+{link}")),
     )
 
@@ -102,6 +106,15 @@ def _preset(
         near = suggest(str(name), presets)
         problems.append(f"{kind} '{name}' is not known.{near} Known: {', '.join(presets)}")
     return presets.get(str(name), ())
+
+
+def _whole(given: object, problems: list[str]) -> int:
+    if given is None:
+        return 1
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        problems.append(f"'workers' is a whole number from 1 on, not {given!r}")
+        return 1
+    return given
 
 
 def _number(given: object, key: str, problems: list[str]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -19,16 +20,20 @@ from typing import Any
 import torch
 
 from cutlayer import checkpoint
-from cutlayer.build import Data, assemble, load_base, open_model, prepare_data, tokenizer_of
+from cutlayer.assembly import assemble
+from cutlayer.build import Data, load_base, prepare_data, tokenizer_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig, dump, load_config, resolved
 from cutlayer.driver import Run
+from cutlayer.engine import Engine
 from cutlayer.errors import CheckpointError, ConfigError, CutlayerError, OutputError
 from cutlayer.models.adapters import save_adapter
 from cutlayer.models.loading import device_named
 from cutlayer.models.verify import check_unknown_family
-from cutlayer.outputs import alone, is_empty, undoing
-from cutlayer.report.progress import Quiet, Reporter
+from cutlayer.outputs import OURS, alone, holds_a_run, undoing
+from cutlayer.preflight import preflight
+from cutlayer.report import division
+from cutlayer.report.progress import Reporter, reporter
 from cutlayer.report.summary import summarize
 from cutlayer.wire import Meter, keep_lines
 
@@ -40,6 +45,10 @@ class Result:
     out: Path
     adapter: Path
     summary: Mapping[str, Any]
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a run that has an output folder; the message says how to go on with it."""
 
 
 def total_rounds(config: RunConfig) -> int:
@@ -54,7 +63,7 @@ def train(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
-    progress: Reporter | None = None,
+    progress: bool | Reporter | None = None,
 ) -> Result:
     """Make a run, or go on with one.
 
@@ -63,12 +72,14 @@ def train(
         out: the folder that gets the result; new or empty. By default ``outputs/<name>-<time>``.
         resume: the folder of a run that was interrupted; then ``source`` is not needed.
         overrides: ``key=value`` texts, or a mapping.
-        progress: told of every step.
+        progress: told of every step. True shows a bar (without a terminal lines now and then), False nothing, None a
+            bar where somebody may look at it: in a terminal or a notebook.
 
     Raises:
         CutlayerError: anything that a user can mend; nothing half-written is left.
+        Interrupted: the user stopped it; it can be resumed.
     """
-    progress = progress or Quiet()
+    shown = reporter(progress)
     if resume is not None:
         if source is not None or out is not None or overrides:
             raise ConfigError(
@@ -77,41 +88,38 @@ def train(
         folder = Path(resume)
         config = _config_of(folder)
         if (folder / "summary.json").is_file():
-            progress.note(f"The run in {folder} is complete; nothing is left to do.")
+            shown.note(f"The run in {folder} is complete; nothing is left to do.")
             return _finished(folder)
+        preflight(config)
         with alone(folder):
-            return _attempt(config, folder, progress, undo=None)
+            return _attempt(config, folder, shown, undo=None)
     if source is None:
         raise ConfigError(["give a run (a file or a mapping), or resume with an output folder."], "the call")
     config = resolved(load_config(source, overrides), _base_of(source))
-    open_model(config)
     folder = Path(out) if out is not None else _new_folder(source)
+    preflight(config, folder)
+    places = [folder, *([Path(config.record_wire)] if config.record_wire else [])]
+    undo = undoing(*places)
     try:
-        if folder.exists() and (not folder.is_dir() or not is_empty(folder)):
-            raise OutputError(
-                f"{folder} exists and is not empty. Give another --out, or go on with it by --resume {folder}."
-            )
-        if config.record_wire and (Path(config.record_wire) / "frames.bin").exists():
-            raise OutputError(
-                f"record_wire names {config.record_wire}, which holds the frames of another run. Name a new folder."
-            )
-        undo = undoing(folder, *([Path(config.record_wire)] if config.record_wire else []))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(folder / "run.yaml", dump(config))
-        except OSError:
-            undo()
-            raise
+        for place in reversed(places):
+            place.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(folder / "run.yaml", OURS + dump(config))
     except OSError as error:
-        raise OutputError(f"The output folder {folder} cannot be written: {error}. Give another --out.") from error
+        undo()
+        which = "folder of record_wire" if place != folder else "output folder"
+        other = "Name another" if place != folder else "Give another --out"
+        raise OutputError(f"The {which} {place} cannot be written: {error}. {other}.") from error
     with alone(folder):
-        return _attempt(config, folder, progress, undo=undo)
+        return _attempt(config, folder, shown, undo=undo)
 
 
 def _attempt(config: RunConfig, folder: Path, progress: Reporter, *, undo: Callable[[], None] | None) -> Result:
     """Carry the run out; undo it if it fails before its first checkpoint, else say how to go on after a full disk."""
+    again = f"cutlayer train --resume {shlex.quote(str(folder))}"
     try:
         return _carry_out(config, folder, progress)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"nothing half-written is left. Take the run up where it was with: {again}") from stop
     except Exception as error:
         undone = undo is not None and checkpoint.newest(folder / "checkpoints") is None
         if undo is not None and undone:
@@ -125,14 +133,20 @@ def _attempt(config: RunConfig, folder: Path, progress: Reporter, *, undo: Calla
                 f"The record of frames in {config.record_wire}" if config.record_wire else folder
             )
             said = f"{where} cannot be written: {error.strerror or error}."
-        then = "start the run again" if undone else f"go on with: cutlayer train --resume {folder}"
+        then = "start the run again" if undone else f"go on with: {again}"
         raise OutputError(f"{said} Free some space (or mend the rights), then {then}.") from error
 
 
 def _config_of(folder: Path) -> RunConfig:
     if not (folder / "run.yaml").is_file():
         raise CheckpointError(f"There is no run to resume in {folder}: it has no run.yaml.")
-    return load_config(folder / "run.yaml")
+    config = load_config(folder / "run.yaml")
+    if not holds_a_run(folder):  # it may be anybody's folder
+        raise CheckpointError(
+            f"There is no run to resume in {folder}: its run.yaml was not written by a run. Start it with: "
+            f"cutlayer train {shlex.quote(str(folder / 'run.yaml'))}"
+        )
+    return config
 
 
 def _base_of(source: object) -> Path | None:
@@ -154,32 +168,48 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
         torch.cuda.reset_peak_memory_stats()
     data: Data = prepare_data(config, tokenizer_of(config))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
-        base = load_base(config, num_labels=data.num_labels, device=device)
+        base = load_base(config, labels=data.labels, device=device)
+        _ = config.identity  # of the files as they are now
         parts = assemble(config, base, data)
-        check_unknown_family(base, parts.layout)
+        for layout in dict.fromkeys(parts.layouts.values()):
+            check_unknown_family(base, layout, when=config.verify)
+        progress.note(f"output folder: {out}")
+        two_part = not next(iter(parts.layouts.values())).tail_at_client
+        if base.peft_model is None and base.tied and two_part:
+            progress.note(
+                "the LM head and the embedding share one matrix in this model; client and server train a copy each, so "
+                "the result is saved with two"
+            )
         clock = VirtualClock()
         with _metered(config.record_wire) as meter:
             run = Run(config, parts, meter=meter, clock=clock, out=out, progress=progress)
-            run.data_fingerprint = data.fingerprint
+            engine = Engine(run, data_fingerprint=data.fingerprint)
             found = checkpoint.newest(out / "checkpoints")
             keep = 0
             if found is not None:
-                run.restore(found)
+                engine.restore(found)
                 keep = run.counters.lines
                 progress.note(f"going on after round {run.counters.rounds}")
             else:
                 meter.restore(None)
-                _adapter(run, out / "adapter_initial")
+            if not (out / "adapter_initial").exists():
+                _adapter(run, out / "adapter_initial", state={n: p.detach() for n, p in base.initial.items()})
+            if data.division is not None and division.save(data.division, out, anew=found is None):
+                progress.note(division.told(data.division))
             keep_lines(out / "metrics.jsonl", keep)
-            left = sum(run.steps_left(name) for name in run.clients)
+            left = sum(parts.foreseen.values()) - sum(run.counters.steps.values())
             progress.start(left)
             try:
-                clock.run(run.drive(rounds=total_rounds(config)))
+                clock.run(engine.drive(rounds=total_rounds(config)))
             except BaseExceptionGroup as group:
                 raise _first(group) from group
             finally:
                 progress.stop()
-        adapter = _adapter(run, out / ("adapter" if base.peft_model is not None else "model"))
+        kind = "adapter" if base.peft_model is not None else "model"
+        if run.personal:
+            for name in run.clients:
+                _adapter(run, out / f"{kind}s" / name, name)
+        adapter = _adapter(run, out / kind)
         summary = summarize(run, adapter=adapter, device=device)
         try:
             checkpoint.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -209,19 +239,21 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return found
 
 
-def _adapter(run: Run, folder: Path) -> Path:
-    """Write the model as it now is as one adapter (full fine-tuning: as one model), whole or not at all."""
+def _adapter(
+    run: Run, folder: Path, client: str | None = None, *, state: Mapping[str, torch.Tensor] | None = None
+) -> Path:
+    """Write the model as it now is (of a client) as one adapter (full fine-tuning: one model), whole or not at all."""
     base = run.parts.base
     if base.peft_model is None and folder.name == "adapter_initial":
         return folder  # full fine-tuning starts from the base itself
     draft = folder.with_name(f".{folder.name}.draft")
     try:
+        folder.parent.mkdir(exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
-        save_adapter(base, run.state(), draft, base_name=run.config.model)
+        save_adapter(base, run.state(client) if state is None else state, draft, base_name=run.config.model)
         if base.peft_model is None:
             tokenizer_of(run.config).save_pretrained(draft)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        checkpoint.move(draft, folder)
     except Exception as error:
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, CutlayerError):

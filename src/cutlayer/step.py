@@ -57,7 +57,7 @@ async def split_step(
 
 async def split_evaluate(client: End, middle: Sequence[Hop], tail: Tail, *, batch: int) -> StepResult:
     """Steps 2 to 6 on one evaluation batch: no graph, no update."""
-    how = How(update=False, graph=False)
+    how = How(head_update=False, trunk_update=False, graph=False)
     parcel = await client.head_forward(step=batch, micro=0, how=how)
     for hop in middle:
         parcel = await hop.forward(parcel, how)
@@ -74,6 +74,8 @@ class Tally:
     virtual: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     bytes_up: int = 0
     bytes_down: int = 0
+    own: float = 0.0  # virtual seconds of the client's own work and links
+    bytes_between: int = 0  # between parties neither of which is the client
 
 
 _tally: ContextVar[Tally | None] = ContextVar("cutlayer_tally", default=None)

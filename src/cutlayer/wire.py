@@ -115,12 +115,13 @@ def _tensor(part: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tenso
 class Meter:
     """Counts what crosses, by step name, and records it where asked.
 
-    ``up`` are bytes to the server, ``down`` bytes from it. ``record`` is a folder that gets ``frames.bin`` (the bytes)
-    and ``frames.jsonl`` (a line a frame).
+    ``up`` are bytes to the server, ``down`` bytes from it; ``by_pair`` has those between others too. ``record`` is a
+    folder that gets ``frames.bin`` (the bytes) and ``frames.jsonl`` (a line a frame).
     """
 
     def __init__(self, record: Path | None = None) -> None:
         self.by_step: Counter[str] = Counter()
+        self.by_pair: Counter[tuple[str, str]] = Counter()  # by sender and receiver
         self.up = self.down = self.frames = self.offset = 0
         self.folder = record
         self._index: IO[str] | None = None
@@ -132,6 +133,7 @@ class Meter:
         """Count (and record) one frame that is being sent."""
         header, length = frame.header, frame.length
         self.by_step[header.step_name] += length
+        self.by_pair[header.sender, header.receiver] += length
         self.up += length if header.receiver == "server" else 0
         self.down += length if header.sender == "server" else 0
         if self.folder is not None:
@@ -159,6 +161,7 @@ class Meter:
         """What a checkpoint keeps."""
         return {
             "by_step": dict(self.by_step),
+            "by_pair": [[*pair, count] for pair, count in self.by_pair.items()],
             "up": self.up,
             "down": self.down,
             "frames": self.frames,
@@ -167,8 +170,9 @@ class Meter:
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go back to ``state`` (None: to the start), and cut the record back to it."""
-        state = state or {"by_step": {}, "up": 0, "down": 0, "frames": 0, "offset": 0}
+        state = state or {"by_step": {}, "by_pair": [], "up": 0, "down": 0, "frames": 0, "offset": 0}
         self.by_step = Counter(state["by_step"])
+        self.by_pair = Counter({(sender, receiver): count for sender, receiver, count in state["by_pair"]})
         self.up, self.down, self.frames, self.offset = (int(state[k]) for k in ("up", "down", "frames", "offset"))
         if self.folder is not None:
             self.close()

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from cutlayer.clock import Clock, Fifo, VirtualClock
-from cutlayer.contracts import How, Parcel, StepResult
+from cutlayer.contracts import SERVER, How, Parcel, StepResult
 from cutlayer.costs import Profile, leg_seconds
 from cutlayer.parties.client import VERB_STEPS, ClientParty, answer
 from cutlayer.parties.trunk import told_how
@@ -28,84 +27,134 @@ from cutlayer.wire import Frame, Header, Meter, Value, decode, encode
 
 @dataclass(frozen=True)
 class Pace:
-    """How long things take at one party: its profile, and the seconds of a verb's work.
+    """How long a party's work takes: ``seconds(verb, rows, length, graph)`` for a batch of that size.
 
-    ``seconds(profile, verb, rows, length, graph)``: for a batch of ``rows`` rows of ``length`` positions; ``graph``
-    False is an evaluation.
+    ``graph`` False is an evaluation.
     """
 
-    profile: Profile
-    seconds: Callable[[Profile, str, int, int, bool], float]
+    seconds: Callable[[str, int, int, bool], float]
 
     def of(self, verb: str, header: Header, shapes: Sequence[Sequence[int]]) -> float:
         """The seconds of a verb whose request or reply carries tensors of ``shapes``; without a batch, none."""
         batch = next((shape for shape in shapes if len(shape) == 3), None)
         if batch is None:
             return 0.0
-        return self.seconds(self.profile, verb, batch[0], batch[1], bool(header.values.get("graph", True)))
+        return self.seconds(verb, batch[0], batch[1], bool(header.values.get("graph", True)))
+
+
+class Queues:
+    """The queues of every party: its processor (``work``) and both directions of its access to the network."""
+
+    def __init__(self, clock: VirtualClock, profiles: Mapping[str, Profile | None]) -> None:
+        self.clock, self.profiles = clock, dict(profiles)
+        self._queues: dict[str, Fifo] = {}
+
+    def of(self, party: str, what: str, *, workers: int = 1) -> Fifo:
+        """The queue ``what`` of a party."""
+        name = f"{party} {what}"
+        if name not in self._queues:
+            self._queues[name] = Fifo(self.clock, name, capacity=workers)
+        return self._queues[name]
+
+    async def carry(self, frame: Frame) -> None:
+        """Let the time of a frame's transfer pass.
+
+        It takes half of each end's round trip, and its bits at the slower of the sender's uplink and the receiver's
+        downlink; the sender's uplink (a server's client: the receiver's downlink) is busy meanwhile. Parties without a
+        profile have none of their own to add: the link between a client and the server is the client's.
+        """
+        header = frame.header
+        sender, receiver = self.profiles.get(header.sender), self.profiles.get(header.receiver)
+        rates = ([sender.up] if sender else []) + ([receiver.down] if receiver else [])
+        if not rates:
+            return
+        rtt = sum(profile.rtt for profile in (sender, receiver) if profile is not None)
+        queue = self.of(header.sender, "up") if sender else self.of(header.receiver, "down")
+        async with queue(header.client):
+            own = header.client in (header.sender, header.receiver)
+            await self.spend(header.step_name, leg_seconds(frame.length, min(rates), rtt), header.client, own=own)
+
+    async def spend(self, step_name: str, seconds: float, party: str, *, own: bool = True) -> None:
+        """Let time pass for a party, booked under the step's name; ``own``: it keeps the step's client busy."""
+        tally = current_tally()
+        if tally is not None:
+            tally.virtual[step_name] += seconds
+            tally.own += seconds if own else 0.0
+        await self.clock.sleep(seconds, key=party)
 
 
 class LocalLink:
     """Calls one client party in this process."""
 
-    def __init__(self, party: ClientParty, *, meter: Meter, clock: VirtualClock, pace: Pace | None = None) -> None:
-        self.party, self.meter, self.clock, self.pace = party, meter, clock, pace
+    def __init__(self, party: ClientParty, *, meter: Meter, queues: Queues, pace: Pace | None = None) -> None:
+        self.party, self.meter, self.queues, self.pace = party, meter, queues, pace
         self.turn = 0
         self._waiting: Parcel | None = None
-        self._queues = {way: Fifo(clock, f"{party.name} {way}") for way in ("down", "work", "up")}
 
-    async def call(self, header: Header, tensors: Sequence[Tensor] = ()) -> Parcel:
-        """Send a request and give the reply; first-in first-out."""
+    async def call(self, header: Header, tensors: Sequence[Tensor] = (), *, to: str = SERVER) -> Parcel:
+        """Send a request and give the reply, which goes to the party ``to``; first-in first-out."""
         if self._waiting is not None:
             self._waiting.open()
             self._waiting = None
         self.turn += 1
-        header = header.but(sender="server", receiver=self.party.name, client=self.party.name, turn=self.turn)
+        name = self.party.name
+        header = header.but(sender=header.sender or SERVER, receiver=name, client=name, turn=self.turn)
         request = self._send(header, tensors)
         if self.pace is not None and header.verb != "head_forward":
-            await self._carry("down", request, self.pace.profile)
+            await self.queues.carry(request)
         if self.pace is None:
-            parcel = Parcel(make=lambda: _open(self._answer(request)))
+            parcel = Parcel(make=lambda: _open(self._answer(request, to)))
             if header.verb == "head_forward":
                 self._waiting = parcel
             else:
                 parcel.open()
             return parcel
-        async with self._queues["work"](self.party.name):
-            reply = self._answer(request)
+        async with self.queues.of(name, "work")(name):
+            reply = self._answer(request, to)
             seconds = self.pace.of(header.verb, header, [*request.shapes, *reply.shapes])
-            await self._pass(VERB_STEPS[header.verb], seconds)
+            await self.queues.spend(VERB_STEPS[header.verb], seconds, name)
         if header.verb != "head_backward":
-            await self._carry("up", reply, self.pace.profile)
+            await self.queues.carry(reply)
         with at(reply.header.step_name):
             return Parcel(*decode(reply))
 
     def _send(self, header: Header, tensors: Sequence[Tensor]) -> Frame:
         """Encode and count."""
-        with at(header.step_name):
-            frame = encode(header, tensors)
-            self.meter.count(frame)
-        tally = current_tally()
-        if tally is not None:
-            tally.bytes_up += frame.length if header.receiver == "server" else 0
-            tally.bytes_down += frame.length if header.sender == "server" else 0
-        return frame
+        return send(self.meter, header, tensors, self.party.name)
 
-    def _answer(self, request: Frame) -> Frame:
+    def _answer(self, request: Frame, to: str) -> Frame:
         with at(request.header.step_name):
             header, tensors = decode(request)
-        return self._send(*answer(self.party, header, tensors))
+        header, tensors = answer(self.party, header, tensors)
+        return self._send(header.but(receiver=to), tensors)
 
-    async def _carry(self, way: Literal["down", "up"], frame: Frame, profile: Profile) -> None:
-        async with self._queues[way](self.party.name):
-            seconds = leg_seconds(frame.length, profile.down if way == "down" else profile.up, profile.rtt)
-            await self._pass(frame.header.step_name, seconds)
 
-    async def _pass(self, step_name: str, seconds: float) -> None:
-        tally = current_tally()
-        if tally is not None:
-            tally.virtual[step_name] += seconds
-        await self.clock.sleep(seconds, key=self.party.name)
+def send(meter: Meter, header: Header, tensors: Sequence[Tensor], client: str) -> Frame:
+    """Encode and count a frame, in the step of ``client``."""
+    with at(header.step_name):
+        frame = encode(header, tensors)
+        meter.count(frame)
+    tally = current_tally()
+    if tally is not None:
+        tally.bytes_up += frame.length if header.sender == client else 0
+        tally.bytes_down += frame.length if header.receiver == client else 0
+        tally.bytes_between += frame.length if client not in (header.sender, header.receiver) else 0
+    return frame
+
+
+class Carrier:
+    """Carries parcels between parties neither of which is the step's client (relays, edges, rings)."""
+
+    def __init__(self, meter: Meter, queues: Queues) -> None:
+        self.meter, self.queues = meter, queues
+
+    async def carry(self, parcel: Parcel) -> Parcel:
+        """The parcel as it arrives: encoded, counted, and copied once."""
+        header, tensors = parcel.open()
+        frame = send(self.meter, header, tensors, header.client)
+        await self.queues.carry(frame)
+        with at(header.step_name):
+            return Parcel(*decode(frame))
 
 
 def _open(frame: Frame) -> tuple[Header, list[Tensor]]:
@@ -114,19 +163,22 @@ def _open(frame: Frame) -> tuple[Header, list[Tensor]]:
 
 
 class ClientEnd:
-    """A client as the driver sees it: both ends of a step, and the tail where the client holds it."""
+    """A client as the driver sees it: both ends of a step, and the tail where the client holds it.
 
-    def __init__(self, name: str, link: LocalLink) -> None:
-        self.name, self.link = name, link
+    ``first`` and ``last`` are the parties at the two ends of the route between: they get its activations and gradients.
+    """
+
+    def __init__(self, name: str, link: LocalLink, *, first: str = SERVER, last: str = SERVER) -> None:
+        self.name, self.link, self.first, self.last = name, link, first, last
 
     async def head_forward(self, *, step: int, micro: int, how: How) -> Parcel:
         """Steps 2 and 3."""
         header = Header("head_forward", verb="head_forward", step=step, micro=micro, values={"graph": how.graph})
-        return await self.link.call(header)
+        return await self.link.call(header, to=self.first)
 
     async def tail_step(self, parcel: Parcel, how: How) -> Parcel:
         """Steps 5, 6 and 7: what the trunk gave is the request."""
-        return await self._pass_on(parcel, "tail_step", how)
+        return await self._pass_on(parcel, "tail_step", how, to=self.last if how.graph else SERVER)
 
     async def head_backward(self, parcel: Parcel, how: How) -> StepResult:
         """Steps 9 and 10."""
@@ -136,10 +188,10 @@ class ClientEnd:
             int(header.value("label_tokens")), bool(header.value("last")),
         )  # fmt: skip
 
-    async def _pass_on(self, parcel: Parcel, verb: str, how: How) -> Parcel:
+    async def _pass_on(self, parcel: Parcel, verb: str, how: How, *, to: str = SERVER) -> Parcel:
         header, tensors = parcel.open()
         values = {**header.values, **told_how(how)}
-        return await self.link.call(header.but(verb=verb, values=values), tensors)
+        return await self.link.call(header.but(verb=verb, values=values), tensors, to=to)
 
     async def ask(self, verb: str, values: Mapping[str, Value] | None = None, **more: Tensor) -> Parcel:
         """Any other verb, with values and tensors."""
@@ -157,28 +209,26 @@ class ClientEnd:
         """A client holds nothing for others."""
 
 
-class ServerStation:
-    """The server's worker on the clock: one queue for all its work."""
+class Station:
+    """A party's worker on the clock: one queue for all its work, or as many as it has workers."""
 
-    def __init__(self, clock: VirtualClock, pace: Pace | None = None) -> None:
-        self.clock, self.pace = clock, pace
-        self._queue = Fifo(clock, "server")
+    def __init__(self, party: str, queues: Queues, *, workers: int = 1) -> None:
+        self.party, self.queues, self.workers = party, queues, workers
 
-    async def work(self, verb: str, parcel: Parcel, graph: bool, do: Callable[[], Parcel]) -> Parcel:
-        """Do a verb's work when the worker is free; ``graph`` False is an evaluation."""
-        if self.pace is None:
+    async def work(
+        self, verb: str, parcel: Parcel, graph: bool, do: Callable[[], Parcel], pace: Pace | None = None
+    ) -> Parcel:
+        """Do a verb's work when a worker is free; ``graph`` False is an evaluation."""
+        if pace is None:
             return do()
-        async with self._queue(parcel.header.client):
+        async with self.queues.of(self.party, "work", workers=self.workers)(parcel.header.client):
             header, tensors = parcel.open()
             out = do()
-            seconds = self.pace.of(
-                verb, header.but(values={**header.values, "graph": graph}), [t.shape for t in tensors]
-            )
-            tally = current_tally()
-            if tally is not None:
-                tally.virtual["trunk_backward" if verb == "backward" else "trunk_forward"] += seconds
-            await self.clock.sleep(seconds, key="server")
+            about = header.but(values={**header.values, "graph": graph})
+            step_name = "trunk_backward" if verb == "backward" else "trunk_forward"
+            seconds = pace.of(verb, about, [t.shape for t in tensors])
+            await self.queues.spend(step_name, seconds, self.party, own=False)
             return out
 
 
-__all__ = ["ClientEnd", "Clock", "LocalLink", "Pace", "ServerStation"]
+__all__ = ["Carrier", "ClientEnd", "Clock", "LocalLink", "Pace", "Queues", "Station", "send"]

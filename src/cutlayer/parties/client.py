@@ -13,7 +13,7 @@ from cutlayer.contracts import Batch
 from cutlayer.data.batches import Batches
 from cutlayer.errors import WireError
 from cutlayer.models.segment import Segment
-from cutlayer.models.slots import Slot
+from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties._tail import TailWork, run_tail
 from cutlayer.parties.memory import Watch
 from cutlayer.seeds import segment_seed
@@ -79,6 +79,11 @@ class ClientParty:
             raise WireError(f"Client '{self.name}' was asked for '{header.verb}', which is no verb of a client.")
         answer: Answer = verb(header, dict(zip(header.names, tensors, strict=True)))
         return answer
+
+    def names(self, part: str) -> set[str]:
+        """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``."""
+        own, everything = {*self.head.names, *(self.tail.names if self.tail else [])}, set(self.slot.params)
+        return {"own": own, "hosted": everything - own, "all": everything}[part]
 
     def on_set_up(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 1: the server tells the cut and the length of the run, the client its sizes."""
@@ -177,8 +182,10 @@ class ClientParty:
         return self._reply(header, "head_backward", "ack", {})
 
     def on_get_state(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
-        """Step 11: the client's trainable tensors, with the optimizer's state where asked."""
+        """Step 11: the client's trainable tensors (``part``: see ``names``), with the optimizer's state where asked."""
+        wanted = self.names(str(header.value("part")))
         state = self.slot.get(optimizer=bool(header.value("optimizer")))
+        state = {name: tensor for name, tensor in state.items() if parameter_of(name) in wanted}
         return self._reply(header, "aggregate", "state", {"version": self.slot.version}, state)
 
     def on_set_state(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:

@@ -1,43 +1,52 @@
-"""The server's stops as a step meets them: the trunk of the U-shape, the tail of the two-part split."""
+"""The stops between head and tail as a step meets them: a place at a party, its worker, and the way on."""
 
 from __future__ import annotations
 
 from cutlayer.contracts import How, Parcel
-from cutlayer.links.local import ServerStation
-from cutlayer.parties.trunk import TrunkParty
+from cutlayer.links.local import Carrier, Pace, Station
+from cutlayer.parties.trunk import Place, TrunkParty
 
 
 class TrunkHop:
-    """The trunk, served by one slot (U-shape)."""
+    """A stretch of blocks at a party, served by one slot."""
 
-    def __init__(self, party: TrunkParty, slot: str, station: ServerStation) -> None:
-        self.party, self.slot, self.station = party, slot, station
+    def __init__(
+        self, party: TrunkParty, place: Place, station: Station, carrier: Carrier, pace: Pace | None = None
+    ) -> None:
+        self.party, self.place, self.station, self.carrier, self.pace = party, place, station, carrier, pace
 
     async def forward(self, parcel: Parcel, how: How) -> Parcel:
-        """Step 4."""
-        return await self.station.work("forward", parcel, how.graph, lambda: self.party.forward(parcel, how, self.slot))
+        """Step 4, and 3 again where another party comes next."""
+        out = await self.station.work(
+            "forward", parcel, how.graph, lambda: self.party.forward(parcel, how, self.place), self.pace
+        )
+        return out if self.place.after is None else await self.carrier.carry(out)
 
     async def backward(self, parcel: Parcel, how: How) -> Parcel:
-        """Step 8."""
-        return await self.station.work(
-            "backward", parcel, how.graph, lambda: self.party.backward(parcel, how, self.slot)
+        """Step 8, and 9 where the route came from another party."""
+        out = await self.station.work(
+            "backward", parcel, how.graph, lambda: self.party.backward(parcel, how, self.place), self.pace
         )
+        return out if self.place.before is None else await self.carrier.carry(out)
 
     async def leave(self, client: str) -> None:
         """Nothing waits for a client here."""
 
 
 class ServerTail:
-    """The rest of the model with the loss, served by one slot (two-part split)."""
+    """The rest of the model with the loss (two-part split)."""
 
-    def __init__(self, party: TrunkParty, slot: str, station: ServerStation) -> None:
-        self.party, self.slot, self.station = party, slot, station
+    def __init__(
+        self, party: TrunkParty, place: Place, station: Station, carrier: Carrier, pace: Pace | None = None
+    ) -> None:
+        self.party, self.place, self.station, self.carrier, self.pace = party, place, station, carrier, pace
 
     async def tail_step(self, parcel: Parcel, how: How) -> Parcel:
         """Step 4, forward, loss and backward in one."""
-        return await self.station.work(
-            "tail_step", parcel, how.graph, lambda: self.party.tail_step(parcel, how, self.slot)
+        out = await self.station.work(
+            "tail_step", parcel, how.graph, lambda: self.party.tail_step(parcel, how, self.place), self.pace
         )
+        return out if self.place.before is None or not how.graph else await self.carrier.carry(out)
 
     async def leave(self, client: str) -> None:
         """Nothing waits for a client here."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cutlayer.build import layout_of, task_of
+from cutlayer.assembly import routes_of, segments_of
+from cutlayer.build import layouts_of, task_of
 from cutlayer.config import RunConfig
-from cutlayer.contracts import How, Layout
-from cutlayer.costs import memory, shape_of
-from cutlayer.models.families import anatomy
-from cutlayer.models.loading import DTYPES, load_config
+from cutlayer.contracts import SERVER, How, Layout, Stop
+from cutlayer.costs import Memory, memory, shape_of
+from cutlayer.models.loading import DTYPES
 from cutlayer.models.segment import Base, Segment
 from cutlayer.pace import training_of
 from cutlayer.parties.trunk import told_how
+from cutlayer.preflight import check_model
 from cutlayer.report.summary import holdings
 from cutlayer.wire import Header, Value, frame_length
 
@@ -37,43 +37,53 @@ def plan(config: RunConfig) -> DryRun:
         MethodError: the cut does not fit it.
     """
     task = task_of(config)
-    model_config = load_config(config.model)
-    auto: Any = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        model = auto.from_config(model_config)
+    model_config, model, anatomy_of = check_model(config)
     model.requires_grad_(False)
     shape = shape_of(model_config, task=task)
-    anatomy_of = anatomy(model, causal=task == "causal")
-    layout = layout_of(config, anatomy_of.num_blocks)
+    layouts = layouts_of(config, anatomy_of.num_blocks)
+    routes = routes_of(config, layouts)
     base: Base = config.build("peft").prepare(model, anatomy_of, task=task, seed=config.seed)
-    head = Segment(base, "head", layout.head, bottom=True)
-    tail = Segment(base, "tail", layout.tail, top=True)
-    trunk = Segment(base, "trunk", layout.trunk) if layout.tail_at_client else tail
-    ours = [head, tail] if layout.tail_at_client else [head]
     length = min(config.data.max_length, getattr(model_config, "max_position_embeddings", config.data.max_length))
     tokens = config.batch_size * length
     optimizer = {"sgd": "momentum" if config.optimizer.arguments.get("momentum") else "sgd"}.get(
         config.optimizer.name, "adamw"
     )
+
+    held: dict[str, dict[Segment, None]] = {name: {} for name in layouts}  # segments by party
+    slots: dict[str, dict[str, dict[Segment, None]]] = {}  # and by slot, of those who run blocks for others
+    for name, layout in layouts.items():
+        head, middle, tail = segments_of(base, layout, routes[name])
+        held[name] |= dict.fromkeys([head, *([tail] if tail else [])])
+        for stop, segment in zip(routes[name], middle, strict=True):
+            held.setdefault(stop.party, {})[segment] = None
+            slots.setdefault(stop.party, {}).setdefault(stop.slot, {})[segment] = None
+
+    def needs(part: Segment) -> Memory:
+        return memory(
+            shape, blocks=part.blocks, training=training_of(config), tokens=tokens, length=length,
+            embedding=part.bottom, lm_head=part.top, precision=config.precision, optimizer=optimizer,
+            checkpointing=config.gradient_checkpointing, eager=config.attn_implementation == "eager",
+        )  # fmt: skip
+
+    def trained(parts: Iterable[Segment]) -> int:
+        names = {n: base.initial[n] for part in parts for n in part.names}
+        return sum({id(p): p.numel() for p in names.values()}.values())
+
     parties: dict[str, Any] = {}
-    for name, segments in {**dict.fromkeys(config.client_names, ours), "server": [trunk]}.items():
-        needed = [
-            memory(
-                shape, blocks=part.blocks, training=training_of(config), tokens=tokens, length=length,
-                embedding=part.bottom, lm_head=part.top, precision=config.precision, optimizer=optimizer,
-                checkpointing=config.gradient_checkpointing, eager=config.attn_implementation == "eager",
-            ).total
-            for part in segments
-        ]  # fmt: skip
-        held = holdings(segments)
-        names = {n: base.initial[n] for part in segments for n in part.names}
-        trained = sum({id(p): p.numel() for p in names.values()}.values())
+    for name, parts in held.items():
+        found = holdings(list(parts))
+        widest = [max(parts, key=lambda part: len(part.blocks))] if name not in layouts else list(parts)
+        copies = len(slots[name]) if name not in layouts else 1
+        count = sum(trained(mine) for mine in slots[name].values()) if name not in layouts else trained(parts)
+        needed = [needs(part) for part in widest]
         parties[name] = {
-            "blocks": held.words,
-            "parameters": sum(p.numel() for p in held.frozen) + trained,
-            "trainable_parameters": trained,
-            "memory_bytes": sum(needed),
+            "blocks": found.words,
+            "parameters": sum(p.numel() for p in found.frozen) + count,
+            "trainable_parameters": count,
+            "memory_bytes": sum(one.frozen + copies * one.trained + one.activations + one.logits for one in needed),
         }
+    first = config.client_names[0]
+    head_trains = bool(segments_of(base, layouts[first], routes[first])[0].names)
     return DryRun({
         "model": config.model,
         "framework": config.framework.name,
@@ -81,34 +91,46 @@ def plan(config: RunConfig) -> DryRun:
         "clients": config.client_names,
         "parties": parties,
         "batch": {"rows": config.batch_size, "tokens": length},
-        "bytes": step_bytes(config, layout, bool(head.names), [config.batch_size, length, shape.hidden]),
+        "bytes": step_bytes(
+            config, layouts[first], routes[first], head_trains, [config.batch_size, length, shape.hidden]
+        ),
     })  # fmt: skip
 
 
-def step_bytes(config: RunConfig, layout: Layout, head_trains: bool, shape: Sequence[int]) -> dict[str, int]:
-    """Bytes by step name of one optimizer step of the first client, for full rows [B,T,H] without padding."""
+def step_bytes(
+    config: RunConfig, layout: Layout, route: Sequence[Stop], head_trains: bool, shape: Sequence[int]
+) -> dict[str, int]:
+    """Bytes by step name of one optimizer step of the first client, for full rows [B,T,H] without padding.
+
+    Those that it sends and receives; what other parties on its route send each other is not in it.
+    """
     name = config.client_names[0]
     dtype = DTYPES[config.precision]
     labels = [shape[0]] if task_of(config) == "classification" else list(shape[:2])
 
+    peers = dict.fromkeys(("send_activations", "return_gradients"), route[0].party)
+    peers |= dict.fromkeys(("return_activations", "send_gradients"), route[-1].party)
+
     def length(step: str, kind: str, verb: str, up: bool, values: dict[str, Value], tensors: dict[str, Any]) -> int:
-        sender, receiver = (name, "server") if up else ("server", name)
+        peer = peers.get(step, SERVER)
+        sender, receiver = (name, peer) if up else (peer, name)
         header = Header(step, kind, verb, sender, receiver, name, values=values, names=tuple(tensors))
         return frame_length(header, [t[0] for t in tensors.values()], [t[1] for t in tensors.values()])
 
     hidden = {"hidden": (shape, dtype)}
+    packed = {"positions": (list(shape[:2]), torch.int32)} if config.data.packing else {}
     shown: dict[str, Value] = {"last": True, "needs_gradient": head_trains}
     told = told_how(How())
     ack: dict[str, Value] = {"loss": 0.0, "tokens": 0, "label_tokens": 0, "last": True}
     back = ("gradient", hidden) if head_trains else ("no-gradient", {})
     found = {"head_forward": length("head_forward", "control", "head_forward", False, {"graph": True}, {})}
     if layout.tail_at_client:
-        found["send_activations"] = length("send_activations", "activations", "", True, shown, hidden)
+        found["send_activations"] = length("send_activations", "activations", "", True, shown, {**hidden, **packed})
         found["return_activations"] = length("return_activations", "activations", "tail_step", False, told, hidden)
         found["send_gradients"] = length("send_gradients", "gradient", "", True, {"last": True}, hidden)
         found["return_gradients"] = length("return_gradients", back[0], "head_backward", False, told, back[1])
     else:
-        both = {**hidden, "labels": (labels, torch.int32)}
+        both = {**hidden, **packed, "labels": (labels, torch.int32)}
         shown |= {"weight": 1.0, "label_tokens": 0, "tokens": 0}
         found["send_activations"] = length("send_activations", "activations", "", True, shown, both)
         found["return_gradients"] = length(

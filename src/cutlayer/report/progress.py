@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -42,8 +44,19 @@ class Quiet:
         """Nothing."""
 
 
+def reporter(wanted: bool | Reporter | None) -> Reporter:
+    """What a run is told to, as ``train`` is asked: True, False, a reporter, or None to see whether anybody looks."""
+    if wanted is not None and not isinstance(wanted, bool):
+        return wanted
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    watched = console.is_jupyter or (sys.stderr is not None and sys.stderr.isatty())
+    return RichProgress(console) if (watched if wanted is None else wanted) else Quiet()
+
+
 class RichProgress:
     """A live bar with loss, tokens a second and bytes sent; without a terminal a plain line every ``every`` seconds.
+
+    In a notebook the bar needs ipywidgets; without it there are lines.
 
     Args:
         console: where to print.
@@ -64,7 +77,7 @@ class RichProgress:
         self.stop()
         self._total, self._done, self._tokens, self._bytes = total_steps, 0, 0, 0
         self._started = self._clock()
-        if self._console.is_terminal:
+        if self._console.is_terminal or (self._console.is_jupyter and find_spec("ipywidgets")):
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cutlayer.build import SHARED
+from cutlayer.assembly import segments_of
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot
-from cutlayer.parties.memory import Watch, storage_bytes
+from cutlayer.parties.memory import storage_bytes
 from cutlayer.wire import STEP_NAMES
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
         "stopped_early": counters.stopped,
         "parties": _parties(run),
     }
+    base = run.parts.base
+    if not base.anatomy.causal:
+        names = base.model.config.id2label
+        summary["labels"] = [names[number] for number in range(len(names))]
     if counters.evaluations:
         first, last = counters.evaluations[0], counters.evaluations[-1]
         summary["eval"] = {
@@ -55,17 +59,24 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
         "tokens": counters.tokens,
         "seconds": seconds,
         "tokens_per_second": counters.tokens / seconds if seconds else 0.0,
-        "virtual_seconds": run.clock.now() if config.profile or any(c.profile for c in config.client_list) else None,
+        "virtual_seconds": run.clock.now() if run.paces.profiles else None,
         "peak_memory": {
             "process_bytes": peak_rss(),
             "accelerator_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else None,
             "by_party": "counted from the tensors that each party holds (see parties/memory.py); base weights that "
             "simulated parties share are counted at each of them",
         },
-        "adapter": str(adapter),
+        "adapter": adapter.relative_to(run.out).as_posix(),  # so that the folder may be moved
+        **({"adapters": {name: f"{adapter.name}s/{name}" for name in run.clients}} if run.personal else {}),
         "device": device,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
+    if run.paces.profiles:
+        summary |= {
+            "virtual_by_step": {name: counters.virtual.get(name, 0.0) for name in STEP_NAMES},
+            "waiting": {name: counters.waiting.get(name, 0.0) for name in run.clients},
+            "critical": {name: counters.critical.get(name, 0) for name in run.clients},
+        }
     return summary
 
 
@@ -84,13 +95,12 @@ def holdings(segments: Sequence[Segment]) -> Holdings:
     for name, parameter in base.model.named_parameters():
         if name not in base.initial and any(segment.owns(base.owner(name)) for segment in segments):
             frozen[id(parameter)] = parameter
-    words = []
-    for segment in segments:
-        words += ["embeddings"] if segment.bottom else []
-        blocks = segment.blocks
-        if len(blocks):
-            words.append(f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}")
-        words += ["norm and head"] if segment.top else []
+    words = ["embeddings"] if any(segment.bottom for segment in segments) else []
+    blocks = sorted({block for segment in segments for block in segment.blocks})
+    starts = [b for b in blocks if b - 1 not in blocks]
+    for first, last in zip(starts, [b for b in blocks if b + 1 not in blocks], strict=True):
+        words.append(f"block {first}" if first == last else f"blocks {first}-{last}")
+    words += ["norm and head"] if any(segment.top for segment in segments) else []
     if base.anatomy.causal and any(segment.top for segment in segments):
         head = base.model.get_output_embeddings()
         if head is not None and not head.weight.requires_grad:
@@ -99,29 +109,48 @@ def holdings(segments: Sequence[Segment]) -> Holdings:
 
 
 def _parties(run: Run) -> dict[str, Any]:
+    parts = run.parts
+    stretches: dict[str, dict[Segment, None]] = {name: {} for name in parts.parties}
     found = {}
-    for name, client in run.parts.clients.items():
-        found[name] = _party([client.head, *([client.tail] if client.tail else [])], client.slot, client.watch)
-    trunk = run.parts.trunk
-    found["server"] = _party([trunk.segment], trunk.slots[SHARED], trunk.watch)
+    for name, client in parts.clients.items():
+        head, middle, tail = segments_of(parts.base, parts.layouts[name], parts.routes[name])
+        for stop, segment in zip(parts.routes[name], middle, strict=True):
+            stretches[stop.party][segment] = None
+        own = [head, *([tail] if tail else [])]
+        found[name] = _party([*own, *stretches.get(name, {})], [client.slot], client.watch.saved)
+    for name, party in parts.parties.items():
+        saved = party.watch.saved
+        if name in found:
+            client = parts.clients[name]
+            own = [client.head, *([client.tail] if client.tail else [])]
+            found[name] = _party([*own, *stretches[name]], [client.slot], client.watch.saved + saved)
+        elif stretches[name]:
+            found[name] = _party(list(stretches[name]), list(party.slots.values()), saved)
     return found
 
 
-def _party(segments: list[Segment], slot: Slot, watch: Watch) -> dict[str, Any]:
+def _party(segments: list[Segment], slots: Sequence[Slot], saved: int) -> dict[str, Any]:
+    """What a party holds: the segments' frozen weights once, and what each slot trains."""
     held = holdings(segments)
-    trained = slot.get()
-    frozen_bytes, trained_bytes = storage_bytes(held.frozen), storage_bytes(trained.values())
-    moments = storage_bytes(t for n, t in slot.get(optimizer=True).items() if n.startswith("optimizer/"))
-    return {
+    trained = [t for slot in slots for t in slot.get().values()]
+    frozen_bytes, trained_bytes = storage_bytes(held.frozen), storage_bytes(trained)
+    moments = storage_bytes(
+        t for slot in slots for n, t in slot.get(optimizer=True).items() if n.startswith("optimizer/")
+    )
+    count = sum(t.numel() for t in trained)
+    found: dict[str, Any] = {
         "blocks": held.words,
-        "parameters": sum(p.numel() for p in held.frozen) + sum(t.numel() for t in trained.values()),
-        "trainable_parameters": sum(t.numel() for t in trained.values()),
-        "peak_memory_bytes": frozen_bytes + 2 * trained_bytes + moments + watch.saved,
+        "parameters": sum(p.numel() for p in held.frozen) + count,
+        "trainable_parameters": count,
+        "peak_memory_bytes": frozen_bytes + 2 * trained_bytes + moments + saved,
         "memory": {
             "frozen": frozen_bytes, "trainable": trained_bytes, "gradients": trained_bytes, "optimizer": moments,
-            "activations": watch.saved,
+            "activations": saved,
         },
     }  # fmt: skip
+    if len(slots) > 1:
+        found["slots"] = len(slots)
+    return found
 
 
 def peak_rss() -> int:

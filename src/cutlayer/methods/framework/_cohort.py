@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cutlayer.cohorts import drawn
 from cutlayer.seeds import derive
 
 if TYPE_CHECKING:
@@ -26,13 +26,8 @@ def check_options(local_steps: int, participation: float) -> None:
 
 def cohort(run: Run, number: int, participation: float) -> list[str]:
     """The clients of a round that have steps left: ``participation`` of those selected, drawn from the seed."""
-    chosen = list(run.selection.pick(number, [client for client in run.clients if run.steps_left(client)]))
-    if participation < 1:
-        count = max(1, math.ceil(participation * len(chosen)))
-        draw = np.random.default_rng(derive(run.seed, "participation", number))
-        taken = set(draw.choice(len(chosen), size=count, replace=False).tolist())
-        chosen = [client for i, client in enumerate(chosen) if i in taken]
-    return chosen
+    able = [client for client in run.framework.eligible(number, run.clients) if run.steps_left(client)]
+    return drawn(run.selection, able, number, participation, run.seed)
 
 
 def ordered(run: Run, clients: Sequence[str], order: str, *key: object) -> list[str]:
@@ -41,3 +36,14 @@ def ordered(run: Run, clients: Sequence[str], order: str, *key: object) -> list[
         return list(clients)
     draw = np.random.default_rng(derive(run.seed, "order", *key))
     return [clients[i] for i in draw.permutation(len(clients))]
+
+
+async def local_steps(run: Run, client: str, count: int) -> None:
+    """``count`` optimizer steps of a client, or as many as it has left."""
+    for _ in range(min(count, run.steps_left(client))):
+        await run.step(client)
+
+
+def newest(run: Run) -> str:
+    """A client that has the last merge."""
+    return max(run.clients, key=lambda client: run.counters.merged.get(client, 0))

@@ -2,6 +2,10 @@
 
 The trunk is updated after each client and never averaged; the clients' parts (head, and tail in the U-shape) are
 merged at the end of the round. Each client's optimizer state stays with it.
+
+A merge is of the clients of its round. So with ``epochs`` of unequal data a client that has made its own steps is in no
+later merge, like one that was not drawn: what it taught stays only in what the others go on from. ``rounds`` keeps
+everybody to the end.
 """
 
 from __future__ import annotations
@@ -9,10 +13,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cutlayer.clock import Turnstile
-from cutlayer.methods.framework._cohort import check_options, cohort, ordered
+from cutlayer.contracts import Framework
+from cutlayer.methods.framework._cohort import check_options, cohort, newest, ordered
 from cutlayer.methods.framework._turn import Turn
 from cutlayer.registry import method
 
@@ -22,15 +27,13 @@ if TYPE_CHECKING:
 
 @method("framework", paper="Thapa et al., arXiv:2004.12088")
 @dataclass(frozen=True)
-class SFLV2:
+class SFLV2(Framework):
     """Heads in parallel, one trunk that serves the clients in turn, heads averaged each round."""
 
     local_steps: int = 1  # optimizer steps of a client in a round
-    participation: float = 1.0
+    participation: float = 1.0  # the share of the clients that a round takes
     order: Literal["random", "listed"] = "random"  # random: a new permutation, from the seed, each time
     interleave: Literal["step", "client"] = "step"  # client: all local steps of a client in one turn
-
-    travels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
@@ -60,5 +63,4 @@ class SFLV2:
 
     def evaluators(self, run: Run) -> Sequence[str]:
         """Any one client of the last merge: after it they hold the same."""
-        merged = run.counters.merged
-        return [max(run.clients, key=lambda client: merged.get(client, 0))]
+        return [newest(run)]

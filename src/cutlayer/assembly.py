@@ -1,0 +1,227 @@
+"""Step 1, partition: the base is cut, slots are made, and every party gets its place on the clients' routes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import Parameter
+from transformers import get_scheduler
+
+from cutlayer.build import Data, check_fit, layouts_of
+from cutlayer.cohorts import foreseen
+from cutlayer.config import RunConfig
+from cutlayer.contracts import SERVER, Framework, Layout, Stop
+from cutlayer.data.batches import Batches
+from cutlayer.errors import ConfigError, MethodError
+from cutlayer.models.arena import Arena
+from cutlayer.models.segment import Base, Segment
+from cutlayer.models.slots import Slot, new_params
+from cutlayer.parties.client import ClientParty
+from cutlayer.parties.trunk import Place, TrunkParty
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a driver drives."""
+
+    base: Base
+    layouts: Mapping[str, Layout]  # by client
+    clients: Mapping[str, ClientParty]
+    parties: Mapping[str, TrunkParty]  # who runs blocks for others, the server first; clients too, where they do
+    routes: dict[str, tuple[Stop, ...]]  # by client
+    planned: Mapping[str, int]  # the most steps that each client makes
+    foreseen: Mapping[str, int]  # those that it will make, without an early stop
+
+    @property
+    def server(self) -> TrunkParty:
+        """The main server."""
+        return self.parties[SERVER]
+
+    def slot(self, stop: Stop) -> Slot:
+        """The slot of a stop."""
+        return self.parties[stop.party].slots[stop.slot]
+
+
+def segments_of(base: Base, layout: Layout, route: Sequence[Stop]) -> tuple[Segment, list[Segment], Segment | None]:
+    """The client's head, the stops' segments in order, and the client's tail where it holds one."""
+    head = base.segment("head", layout.head, bottom=True)
+    tail = base.segment("tail", layout.tail, top=True) if layout.tail_at_client else None
+    middle = []
+    for number, stop in enumerate(route):
+        top = not layout.tail_at_client and number == len(route) - 1
+        name = "tail" if top else f"trunk{number}" if number else "trunk"
+        middle.append(base.segment(name, stop.blocks, top=top))
+    return head, middle, tail
+
+
+def places_of(base: Base, layout: Layout, route: Sequence[Stop]) -> list[Place]:
+    """Where on its route each stop is: its segment, its slot, and its neighbours."""
+    _, middle, _ = segments_of(base, layout, route)
+    names = [None, *(stop.party for stop in route), None]
+    return [
+        Place(segment, stop.slot, before=names[i], after=names[i + 2])
+        for i, (segment, stop) in enumerate(zip(middle, route, strict=True))
+    ]
+
+
+def planned_steps(config: RunConfig, data: Data) -> dict[str, int]:
+    """How many optimizer steps each client makes at most."""
+    kind, count = config.length
+    framework: Framework = config.build("framework")
+    local = framework.local_steps
+    planned = dict.fromkeys(config.client_names, 0)
+    for name in framework.trainers(config.client_names):
+        batches = _batches(config, data, name)
+        planned[name] = {"rounds": count * local, "steps": count, "epochs": count * batches.steps_per_epoch}[kind]
+    return planned
+
+
+def foreseen_steps(config: RunConfig, planned: Mapping[str, int]) -> dict[str, int]:
+    """How many optimizer steps each client will make: fewer than planned where a round takes only some of them."""
+    kind, count = config.length
+    if kind != "rounds":
+        return dict(planned)
+    framework = config.build("framework")
+    rounds = foreseen(framework, config.build("selection"), list(planned), count, config.seed)
+    return {name: rounds[name] * framework.local_steps for name in planned}
+
+
+def _batches(config: RunConfig, data: Data, name: str) -> Batches:
+    return Batches(
+        data.train[name], batch_size=config.batch_size, accumulation=config.gradient_accumulation, seed=config.seed,
+        client=name, shuffle=config.data.shuffle, collate=data.collate,
+    )  # fmt: skip
+
+
+def learning_rate(config: RunConfig, total: int) -> Callable[[int], float]:
+    """The learning rate, as a multiple of ``optimizer.lr``, by the number of updates that a slot has had."""
+    # The run's own rate, as polynomial ends at a rate and not at a part of one.
+    probe = torch.optim.SGD([Parameter(torch.zeros(1))], lr=config.optimizer.lr)
+    warmup = config.optimizer.warmup_steps(total)
+    schedule = get_scheduler(
+        config.optimizer.schedule, probe, num_warmup_steps=warmup, num_training_steps=max(total, 1)
+    )
+    rate: Callable[[int], float] = schedule.lr_lambdas[0]
+    return rate
+
+
+def make_optimizer(config: RunConfig) -> Callable[[list[Parameter]], torch.optim.Optimizer]:
+    """Makes the run's optimizer for some parameters."""
+    optimizer = config.optimizer
+    return lambda params: optimizer.torch_class(params, lr=optimizer.lr, **optimizer.arguments)  # type: ignore[call-arg]
+
+
+def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tuple[Stop, ...]]:
+    """The stops of each client's step.
+
+    Raises:
+        MethodError: the framework cannot lay them out so.
+    """
+    framework: Framework = config.build("framework")
+    names = list(layouts)
+    first = names[0]
+    if framework.travels and any(layout != layouts[first] for layout in layouts.values()):
+        other = next(name for name in names if layouts[name] != layouts[first])
+        raise MethodError(
+            f"framework '{config.framework.name}' hands the client's part on, but '{first}' and '{other}' have "
+            "different cuts (head_blocks, tail_blocks). Give all clients the same cut, or take a framework that merges."
+        )
+    routes = {}
+    for name in names:
+        route = tuple(framework.route(name, layouts))
+        covered = [block for stop in route for block in stop.blocks]
+        if covered != list(layouts[name].middle) or not route:
+            raise MethodError(
+                f"framework '{config.framework.name}' routes client '{name}' over the blocks {covered}, but those "
+                f"between its head and its tail are {list(layouts[name].middle)}."
+            )
+        routes[name] = route
+    return routes
+
+
+def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
+    """Cut the base, make the slots and the parties.
+
+    Raises:
+        DataError: the data does not fit the model.
+        MethodError: the framework does not fit the cuts.
+    """
+    check_fit(config, base, data)
+    layouts = layouts_of(config, base.anatomy.num_blocks)
+    routes = routes_of(config, layouts)
+    framework: Framework = config.build("framework")
+    planned = planned_steps(config, data)
+    steps = foreseen_steps(config, planned)
+    make, arena = make_optimizer(config), Arena()
+
+    held: dict[tuple[str, str], list[str]] = {}  # names by (party, slot)
+    users: dict[tuple[str, str], list[str]] = {}  # clients by (party, slot)
+    for client, layout in layouts.items():
+        for stop in (*routes[client], *framework.reach(client, layouts)):
+            top = not layout.tail_at_client and stop.blocks.stop == layout.middle.stop
+            segment = base.segment("tail" if top else "trunk", stop.blocks, top=top)
+            key = (stop.party, stop.slot)
+            known = held.setdefault(key, [])
+            known += [name for name in segment.names if name not in known]
+            users.setdefault(key, [])
+            users[key] += [client] if client not in users[key] else []
+
+    def slot(name: str, names: Sequence[str], updates: int) -> Slot:
+        return Slot(name, new_params(base.initial, names, arena), make, learning_rate(config, updates), arena)
+
+    slots: dict[str, dict[str, Slot]] = {SERVER: {}}
+    for (party, name), names in held.items():
+        if party not in layouts:
+            ordered = [n for n in base.initial if n in set(names)]
+            updates = _updates(config, framework, steps, users[party, name])
+            slots.setdefault(party, {})[name] = slot(name, ordered, updates)
+    rows = [data.evaluation[i : i + config.batch_size] for i in range(0, len(data.evaluation), config.batch_size)]
+    clients = {}
+    for name in config.client_names:
+        head, _, tail = segments_of(base, layouts[name], routes[name])
+        others = {n for (party, _), names in held.items() if party == name for n in names}
+        own = [*head.names, *(tail.names if tail else [])]
+        names = own if not others else [n for n in base.initial if n in others | set(own)]
+        updates = sum(steps[other] for other in framework.line(name, config.client_names))
+        clients[name] = ClientParty(
+            name,
+            head=head,
+            tail=tail,
+            slot=slot(name, names, updates),
+            batches=_batches(config, data, name),
+            evaluation=[partial(data.collate, part) for part in rows],
+            sizes={
+                "examples": len(data.train[name]),
+                "label_tokens": sum(e.label_tokens for e in data.train[name]),
+            },
+            seed=config.seed,
+        )
+        for (party, of), _ in held.items():
+            if party == name:
+                slots.setdefault(party, {})[of] = clients[name].slot
+    parties = {name: TrunkParty(name, theirs, seed=config.seed) for name, theirs in slots.items()}
+    return Parts(base, layouts, clients, parties, routes, planned, steps)
+
+
+def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], clients: Sequence[str]) -> int:
+    """How many optimizer steps a trunk slot will make: one for each step of its clients, or one for all of them."""
+    if not framework.pooled:
+        return sum(steps[client] for client in clients)
+    kind, count = config.length
+    return count * framework.local_steps if kind == "rounds" else max(steps[client] for client in clients)
+
+
+def check_profiles(profiles: Mapping[str, object]) -> None:
+    """Refuse clients without a profile among clients with one.
+
+    Raises:
+        ConfigError: their times could not be compared.
+    """
+    without = [name for name, profile in profiles.items() if profile is None]
+    if without and len(without) < len(profiles):
+        raise ConfigError(
+            [f"client '{without[0]}' has no profile, but others have. Give it one, or set profile for all."]
+        )

@@ -1,0 +1,40 @@
+"""Who takes part in a round: what the selection picks, and of these the share that the framework asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from cutlayer.contracts import Framework, Selection
+from cutlayer.seeds import derive
+
+FORESEEN = 10_000  # rounds that are drawn ahead
+
+
+def drawn(selection: Selection, able: Sequence[str], number: int, participation: float, seed: int) -> list[str]:
+    """``participation`` of those of ``able`` that the selection picks for round ``number``, drawn from the seed."""
+    chosen = list(selection.pick(number, able))
+    if participation < 1 and chosen:
+        count = max(1, math.ceil(participation * len(chosen)))
+        draw = np.random.default_rng(derive(seed, "participation", number))
+        taken = set(draw.choice(len(chosen), size=count, replace=False).tolist())
+        chosen = [client for i, client in enumerate(chosen) if i in taken]
+    return chosen
+
+
+def foreseen(
+    framework: Framework, selection: Selection, clients: Sequence[str], rounds: int, seed: int
+) -> dict[str, int]:
+    """In how many of ``rounds`` rounds each client will take part: a schedule ends where the run does.
+
+    Of a run of more than ``FORESEEN`` rounds that many are drawn, and the rest is taken to be alike.
+    """
+    count = dict.fromkeys(clients, 0)
+    ahead = min(rounds, FORESEEN)
+    for number in range(ahead):
+        able = framework.eligible(number, clients)
+        for client in drawn(selection, able, number, framework.participation, seed):
+            count[client] += 1
+    return {client: round(times * rounds / ahead) for client, times in count.items()}

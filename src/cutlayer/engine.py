@@ -1,0 +1,236 @@
+"""The loop around a framework's rounds: set-up, evaluation, checkpoints, early stop, and going on after an end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cutlayer import checkpoint
+from cutlayer.assembly import Parts, places_of
+from cutlayer.config import RunConfig
+from cutlayer.contracts import SERVER, SHARED
+from cutlayer.driver import Run
+from cutlayer.errors import CheckpointError, MethodError, NonFinite, OutputError
+from cutlayer.merging import Counters
+from cutlayer.models.slots import Slot
+from cutlayer.outputs import recorded
+
+
+class Engine:
+    """Drives a run from its first round, or from a checkpoint, to its end."""
+
+    def __init__(self, run: Run, *, data_fingerprint: str = "") -> None:
+        self.run = run
+        self.data_fingerprint = data_fingerprint
+        self._idle = 0  # rounds in a row without a step
+        initial = {name: parameter.detach() for name, parameter in run.parts.base.initial.items()}
+        run.federated.begin(initial, own_trunks(run.parts))
+
+    async def drive(self, *, rounds: int) -> None:
+        """Rounds until the run's length is reached, with evaluation, checkpoints and early stop between."""
+        run = self.run
+        counters = run.counters
+        if counters.rounds == 0:
+            await self.set_up_and_begin()
+        else:
+            await self.set_up_again()
+        while counters.rounds < rounds and not counters.stopped and any(map(run.steps_left, run.clients)):
+            await self._round()
+            ended = counters.rounds == rounds or not any(map(run.steps_left, run.clients))
+            every = run.config.eval_every
+            if ended and not run.personal:
+                await run.catch_up(run.evaluators())  # theirs is the result
+            if ended or (every and counters.rounds % every == 0):
+                await self._evaluate_and_judge()
+            if ended or counters.stopped or counters.rounds % run.config.checkpoint_every == 0:
+                self.save()
+        self._flush()
+
+    async def _round(self) -> None:
+        run, counters = self.run, self.run.counters
+        before, made, began = time.perf_counter(), sum(counters.steps.values()), run.clock.now()
+        run.busy.clear()
+        run.finished.clear()
+        await run.framework.round(run, counters.rounds)
+        self._idle = self._idle + 1 if sum(counters.steps.values()) == made else 0
+        if self._idle > len(run.clients):
+            raise MethodError(
+                f"Round {counters.rounds} made no step, like the {self._idle - 1} before it: nobody who has steps left "
+                "was picked. Look at selection, and at who trains when in the framework."
+            )
+        took = run.clock.now() - began
+        for client, busy in run.busy.items():
+            counters.waiting[client] = counters.waiting.get(client, 0.0) + max(0.0, took - busy)
+        if run.finished:
+            last = max(run.finished, key=lambda client: (run.finished[client], client))
+            counters.critical[last] = counters.critical.get(last, 0) + 1
+        counters.seconds += time.perf_counter() - before
+        counters.rounds += 1
+        for party in run.parts.parties.values():
+            assert party.open_graphs == 0, "a framework left a graph open"
+
+    async def set_up_and_begin(self) -> None:
+        """A run's first moments: set-up and the evaluation before any step."""
+        await self.run.set_up()
+        await self._evaluate_and_judge()
+
+    async def set_up_again(self) -> None:
+        """A resumed run meets its clients anew, but what that takes was counted when it began."""
+        run = self.run
+        before, time_before = run.meter.state(), run.clock.state()
+        folder, run.meter.folder = run.meter.folder, None
+        await run.set_up()
+        run.meter.folder = folder
+        run.meter.restore(before)
+        run.clock.restore(time_before)
+        for name, link in run.links.items():
+            link.turn = run.counters.turns[name]
+
+    async def _evaluate_and_judge(self) -> None:
+        run, counters = self.run, self.run.counters
+        try:
+            found = await run.evaluate()
+        except NonFinite as error:
+            raise NonFinite(f"{error} That was in the evaluation {self._when()}.") from error
+        if found is None:
+            return
+        if not math.isfinite(found["loss"]):
+            raise NonFinite(f"The evaluation loss {self._when()} is not finite. Check the model and optimizer.lr.")
+        record: dict[str, Any] = {
+            "round": counters.rounds, **found, "steps": sum(counters.steps.values()),
+            "bytes_up": run.meter.up, "bytes_down": run.meter.down,
+        }  # fmt: skip
+        if run.paces.profiles:
+            record["virtual_time"] = run.clock.now()
+        counters.evaluations.append(record)
+        run.progress.note(
+            f"round {counters.rounds}: eval loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
+        )
+        stop = run.config.early_stop
+        if stop is None:
+            return
+        losses = [e["loss"] for e in counters.evaluations]
+        best, since = losses[0], 0
+        for loss in losses[1:]:
+            best, since = (loss, 0) if loss < best - stop.min_delta else (best, since + 1)
+        if since >= stop.patience:
+            counters.stopped = True
+            run.progress.note(f"early stop: {since} evaluations without a better loss")
+
+    def _when(self) -> str:
+        done = self.run.counters.rounds
+        return f"after round {done}" if done else "before the first step, so the model itself gives such values"
+
+    def _flush(self) -> None:
+        """Write out metrics and the record of frames."""
+        run = self.run
+        path = run.out / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in run.metrics)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+        run.counters.lines += len(run.metrics)
+        run.metrics.clear()
+        run.meter.flush()
+
+    def _slots(self) -> dict[str, Slot]:
+        """Every slot of the run by the name of its file in a checkpoint; one that two parties share comes once."""
+        parts = self.run.parts
+        found = {f"client-{name}": party.slot for name, party in parts.clients.items()}
+        known = {id(slot) for slot in found.values()}
+        for name, party in parts.parties.items():
+            for of, slot in party.slots.items():
+                if id(slot) not in known:
+                    known.add(id(slot))
+                    found[SERVER if (name, of) == (SERVER, SHARED) else f"{name}-{of}"] = slot
+        return found
+
+    def save(self) -> None:
+        """A checkpoint of everything, at the end of a round."""
+        run = self.run
+        self._flush()
+        run.counters.turns = {name: link.turn for name, link in run.links.items()}
+        slots = self._slots()
+        states: dict[str, dict[str, Tensor]] = {name: slot.get(optimizer=True) for name, slot in slots.items()}
+        if run.federated.before:
+            states["federated"] = dict(run.federated.before)
+        for holder, state in states.items():
+            wrong = [key for key, tensor in state.items() if not tensor.isfinite().all()]
+            if wrong:
+                raise NonFinite(
+                    f"After round {run.counters.rounds}, '{wrong[0]}' of {holder} is not finite, so it is not "
+                    "saved. Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
+                )
+        counters = {
+            **identity(run.config),
+            "counters": vars(run.counters), "versions": {name: slot.version for name, slot in slots.items()},
+            "meter": run.meter.state(), "clock": run.clock.state(), "data": self.data_fingerprint,
+            "aggregator": dict(run.federated.aggregator.state()),
+        }  # fmt: skip
+        checkpoint.save(run.out / "checkpoints", run.counters.rounds, states, counters)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged or of another run.
+        """
+        run = self.run
+        expect = {**identity(run.config), "data": self.data_fingerprint}
+        manifest, states = checkpoint.load(path, expect=expect)
+        try:
+            run.counters = Counters(**manifest["counters"])
+            self._prove_records(path, manifest["meter"])
+            slots = self._slots()
+            for name, slot in slots.items():
+                slot.put(states[name], version=manifest["versions"][name])
+            merged = states.get("federated", {})  # in the order of its file; frames carry the slots' order
+            order = dict.fromkeys(name for slot in slots.values() for name in slot.get())
+            run.federated.before = {key: merged[key] for key in order if key in merged}
+            run.federated.aggregator.restore(manifest["aggregator"])
+            run.meter.restore(manifest["meter"])
+            run.clock.restore(manifest["clock"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"The checkpoint {path} does not fit this run: {error}") from error
+
+    def _prove_records(self, path: Path, meter: Mapping[str, Any]) -> None:
+        """What is to be continued must have its beginning, or it would get a hole."""
+        run = self.run
+        wanted = {run.out / "metrics.jsonl": (run.counters.lines, "lines")}
+        if run.meter.folder is not None:
+            wanted[run.meter.folder / "frames.jsonl"] = (meter["frames"], "lines")
+            wanted[run.meter.folder / "frames.bin"] = (meter["offset"], "bytes")
+        for file, (count, unit) in wanted.items():
+            found = recorded(file, unit)
+            if found < count:
+                raise CheckpointError(
+                    f"{file} has {found} {unit}, but {count} of them were there when the checkpoint {path} was made. "
+                    "Put the file back as it was, or start the run again with another --out."
+                )
+
+
+def own_trunks(parts: Parts) -> dict[str, frozenset[str]]:
+    """By client, the trained tensors of the slots on its route that are on nobody else's."""
+    users = Counter(key for route in parts.routes.values() for key in {(stop.party, stop.slot) for stop in route})
+    found = {}
+    for client, route in parts.routes.items():
+        places = places_of(parts.base, parts.layouts[client], route)
+        own = [p for stop, p in zip(route, places, strict=True) if users[stop.party, stop.slot] == 1]
+        found[client] = frozenset(name for place in own for name in place.segment.names)
+    return found
+
+
+def identity(config: RunConfig) -> dict[str, str]:
+    """What must be equal for a checkpoint to be of this run."""
+    return dict(config.identity)

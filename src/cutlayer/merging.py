@@ -1,0 +1,199 @@
+"""Step 11, aggregate: whose parts are merged, handed on or caught up with, by block, over the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from cutlayer.assembly import Parts
+from cutlayer.contracts import SERVER, Parcel, State, Stop
+from cutlayer.errors import MethodError
+from cutlayer.links.local import Carrier, ClientEnd
+from cutlayer.models.slots import Slot, parameter_of
+from cutlayer.parties.federated import FederatedServer
+from cutlayer.wire import Header
+
+Moments = Literal["keep", "average", "reset"]  # what becomes of the optimizer's state of slots that are merged
+
+
+@dataclass
+class Counters:
+    """What of a run's progress is no tensor; kept in its checkpoints."""
+
+    rounds: int = 0
+    steps: dict[str, int] = field(default_factory=dict)
+    lines: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    holders: dict[str, str] = field(default_factory=dict)  # of parts that are handed on, by line: who has it
+    merges: int = 0
+    merged: dict[str, int] = field(default_factory=dict)
+    turns: dict[str, int] = field(default_factory=dict)  # requests sent to each client: they number the frames
+    virtual: dict[str, float] = field(default_factory=dict)  # seconds on the virtual clock by step name, summed
+    waiting: dict[str, float] = field(default_factory=dict)  # seconds in which a client of a round had nothing to do
+    critical: dict[str, int] = field(default_factory=dict)  # rounds that ended with this client
+    stopped: bool = False
+
+
+class StepEleven:
+    """The part of a run that moves parameters between parties. ``Run`` sets these."""
+
+    parts: Parts
+    clients: list[str]
+    counters: Counters
+    ends: Mapping[str, ClientEnd]
+    carrier: Carrier
+    federated: FederatedServer
+
+    def holder(self, clients: Sequence[str] = (), line: str = "") -> str:
+        """Of a part that is handed on among ``clients`` (all): who has it; the first of them at the start."""
+        return self.counters.holders.get(line, (clients or self.clients)[0])
+
+    def slots_of(self, clients: Iterable[str]) -> list[Slot]:
+        """The trunk slots that these clients' steps pass, each once, in the order of the routes."""
+        found = {id(slot): slot for c in clients for slot in map(self.parts.slot, self.parts.routes[c])}
+        return list(found.values())
+
+    async def merge(
+        self,
+        clients: Sequence[str],
+        *,
+        trunks: bool = False,
+        heads: bool = True,
+        moments: Moments = "keep",
+        weights: Mapping[str, float] | None = None,
+        blocks: Callable[[int | str], bool] = lambda _: True,
+    ) -> None:
+        """Step 11: merge these clients' copies of the model, and give each its own back.
+
+        A block that some of them hold in their heads and others have in a trunk is merged over all (by block).
+
+        Args:
+            clients: whose copies are merged.
+            trunks: merge their slots as well.
+            heads: merge what the clients hold; False sends nothing.
+            moments: what becomes of the optimizer's state of merged slots.
+            weights: in place of the aggregator's, by client, in any unit.
+            blocks: which owners (a block's number, ``bottom``, ``top``) are merged.
+        """
+        if not clients or not self.federated.aggregator.exchanges or (len(self.clients) == 1):
+            return  # nobody to average with
+        owner = self.parts.base.owner
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in clients}
+        if heads:
+            for name in clients:
+                parts[name] = await self._asked(name, "own")
+        shared = {n for part in parts.values() for n in part}
+        copies: dict[str, State] = {}
+        sent: dict[tuple[str, str], dict[str, Tensor]] = {}  # what each slot gave, once
+        for name in clients:
+            rest: dict[str, Tensor] = {}
+            for stop in self._stops([name]):
+                if (stop.party, stop.slot) not in sent:
+                    if stop.party in self.ends:
+                        found = await self._asked(stop.party, "hosted") if trunks else {}
+                    else:
+                        found = self.parts.slot(stop).get(optimizer=moments == "average")
+                        wanted = {n for n in found if (trunks or n in shared) and blocks(owner(parameter_of(n)))}
+                        found = await self._sent(stop.party, SERVER, {n: t for n, t in found.items() if n in wanted})
+                    sent[stop.party, stop.slot] = found
+                rest |= sent[stop.party, stop.slot]
+            own = {n: t for n, t in parts[name].items() if blocks(owner(n))}
+            copies[name] = {**rest, **own}
+        merged = self.federated.merge({c: s for c, s in copies.items() if s}, weights)
+        self.counters.merges += 1
+        for name in clients:
+            if heads:
+                await self._give(name, merged)
+            self.counters.merged[name] = self.counters.merges
+        for stop in self._stops(clients):
+            if stop.party in self.ends:
+                await self._give(stop.party, merged, part="hosted")
+                self.counters.merged[f"{stop.party}/hosted"] = self.counters.merges
+                continue
+            slot = self.parts.slot(stop)
+            if moments == "reset" and trunks:
+                slot.reset_optimizer()
+            state = self._fitting(merged, slot.get(optimizer=moments == "average"))
+            slot.put(await self._sent(SERVER, stop.party, state))
+
+    def _stops(self, clients: Iterable[str]) -> list[Stop]:
+        """The stops of these clients' routes, each party's slot once."""
+        found = {(s.party, s.slot): s for c in clients for s in self.parts.routes[c]}
+        return list(found.values())
+
+    async def _sent(self, giver: str, taker: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A slot's tensors at the other end: over the wire, unless both are the server."""
+        if giver == taker or not state:
+            return state
+        header = Header("aggregate", "state", "", giver, taker, names=tuple(state))
+        return (await self.carrier.carry(Parcel(header, list(state.values())))).tensors
+
+    async def _asked(self, client: str, part: str) -> dict[str, Tensor]:
+        """What a client's device holds: its ``own`` part of its model, or what it runs for others (``hosted``)."""
+        return (await self.ends[client].ask("get_state", {"optimizer": False, "part": part})).tensors
+
+    async def _give(self, client: str, merged: State, part: str = "own") -> None:
+        party = self.parts.clients[client]
+        mine = {n: t for n, t in party.slot.get().items() if n in party.names(part)}
+        if state := self._fitting(merged, mine):
+            await self.ends[client].put(state)
+
+    def _fitting(self, merged: State, mine: State) -> dict[str, Tensor]:
+        aggregator, shapes = self.federated.aggregator, {name: tuple(tensor.shape) for name, tensor in mine.items()}
+        fitting = dict(aggregator.fit(merged, shapes))
+        for name, tensor in fitting.items():
+            if tuple(tensor.shape) != shapes.get(name):
+                raise MethodError(
+                    f"The aggregator {type(aggregator).__name__} gives '{name}' of shape {list(tensor.shape)}, but it "
+                    f"is {list(shapes.get(name, ()))} where it is to go. Unequal ranks need an aggregator that fits."
+                )
+        return fitting
+
+    async def add_changes(self, clients: Sequence[str]) -> None:
+        """Step 11 of rings: to what all had before the round comes the sum of what each has changed, in all it holds.
+
+        Raises:
+            NonFinite: a client sent a tensor that is not finite; nothing is changed.
+        """
+        before = self.federated.before or {n: p.detach() for n, p in self.parts.base.initial.items()}
+        states = {name: await self._asked(name, "all") for name in clients}
+        self.federated.refuse_wrong(states)
+        merged = {}
+        for name, start in before.items():
+            changes = [states[c][name].double() - start.double() for c in sorted(states) if name in states[c]]
+            merged[name] = (start.double() + sum(changes)).to(start.dtype)
+        self.federated.before = {n: t.clone() for n, t in merged.items()}
+        self.counters.merges += 1
+        for name in clients:
+            await self._give(name, merged, part="all")
+            self.counters.merged[name] = self.counters.merges
+
+    async def catch_up(self, clients: Sequence[str], *, trunks: bool = False) -> None:
+        """Give the last merge to those that were not in it; with ``trunks`` to the slots on their routes too."""
+        merged, latest = self.counters.merged, self.counters.merges
+        for name in clients:
+            late = merged.get(name, 0) < latest
+            if late:
+                await self._give(name, self.federated.before)
+                merged[name] = latest
+            for stop in self.parts.routes[name] if trunks else ():
+                if stop.party in self.ends:
+                    if merged.get(f"{stop.party}/hosted", 0) < latest:
+                        await self._give(stop.party, self.federated.before, part="hosted")
+                        merged[f"{stop.party}/hosted"] = latest
+                elif late:
+                    slot = self.parts.slot(stop)
+                    slot.put(await self._sent(SERVER, stop.party, self._fitting(self.federated.before, slot.get())))
+
+    async def hand_over(self, giver: str, taker: str, *, optimizer: bool, line: str = "") -> None:
+        """Step 11 of the sequential kind: ``taker`` goes on with the part of ``giver``, of one of several lines."""
+        if giver != taker:
+            parcel = await self.ends[giver].ask("get_state", {"optimizer": optimizer, "part": "own"})
+            version = int(parcel.header.value("version"))
+            await self.ends[taker].put(dict(parcel.tensors), version=version, reset=not optimizer)
+        self.counters.holders[line] = taker
