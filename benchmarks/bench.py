@@ -207,15 +207,57 @@ def memory_table(shape: str, many: int) -> None:
     print()
 
 
+def demo_worker(framework: str, clients: int) -> None:
+    """In a fresh process: one round of so many clients on the demo's model, then peak, CPU-seconds, and one's state."""
+    from cutlayer.report.summary import peak_rss
+    from cutlayer.run import train
+
+    torch.set_num_threads(1)
+    demo = Path(__file__).resolve().parents[1] / "demo"
+    config = {
+        "model": str(demo / "model"), "clients": clients, "framework": framework, "rounds": 2,
+        "data": {"train": str(demo / "data/train.jsonl"), "format": "prompt-completion", "max_length": 96},
+        "partition": {"name": "u-shaped-split", "head_blocks": 2, "tail_blocks": 1}, "batch_size": 2,
+        "optimizer": {"name": "adamw", "lr": LR}, "checkpoint_every": 1_000_000, "device": "cpu",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        before = time.process_time()
+        result = train(config, out=Path(name) / "out")
+    parties = result.summary["parties"]
+    own = sum(parties["client-0"]["memory"][key] for key in ("trainable", "gradients", "optimizer"))
+    own += sum(parties["server"]["memory"][key] for key in ("trainable", "gradients", "optimizer")) // clients
+    print(json.dumps([peak_rss(), time.process_time() - before, own]))
+
+
+def hundred_clients() -> None:
+    """Print what memory and time a further client costs from 20 to 100 clients, with one trunk and with one each."""
+    for framework in ("sfl-v2", "sfl-v1"):
+        found = {}
+        for clients in (20, 100):
+            command = [sys.executable, __file__, "--demo", json.dumps([framework, clients])]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+            found[clients] = json.loads(out)
+        (few, short, _), (lots, long, own) = found[20], found[100]
+        print(
+            f"demo model, {framework}: 100 clients {lots / (1 << 20):.0f} MiB, each further client "
+            f"{(lots - few) / 80 / (1 << 20):.3f} MiB = {(lots - few) / 80 / own:.2f} x its adapters, gradients and "
+            f"optimizer state; CPU-seconds {short:.1f} with 20 and {long:.1f} with 100 clients"
+        )
+
+
 def main() -> None:
     """Parse the command line and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the small shape only, few steps")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--make", help=argparse.SUPPRESS)
+    parser.add_argument("--demo", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(*json.loads(arguments.worker))
+        return
+    if arguments.demo:
+        demo_worker(*json.loads(arguments.demo))
         return
     if arguments.make:
         shape, folder, rows = json.loads(arguments.make)
@@ -229,6 +271,8 @@ def main() -> None:
         for partition in ("two-part-split", "u-shaped-split"):
             time_steps(shape, partition, steps)
     memory_table(small, 12 if arguments.quick else 42)
+    if not arguments.quick:
+        hundred_clients()
 
 
 if __name__ == "__main__":

@@ -53,10 +53,13 @@ def options() -> str:
 def default_of(option: dataclasses.Field[Any]) -> str:
     """The default of an option as YAML would have it, or that it must be given."""
     if option.default is not dataclasses.MISSING:
-        return f"`{option.default}`"
+        return f"`{_YAML.get(repr(option.default), option.default)}`"
     if option.default_factory is not dataclasses.MISSING:
         return f"`{option.default_factory()}`"
     return "must be given"
+
+
+_YAML = {"None": "null", "True": "true", "False": "false", "inf": ".inf"}
 
 
 def _comment(cls: type[Any], name: str) -> str:

@@ -6,6 +6,7 @@ named by a function that the run calls and by the number of the call; ``EVENTS``
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -22,8 +23,8 @@ EVENTS = {  # where: "module:attribute", or "module:Class.attribute"
     "save_file": "cutlayer.checkpoint:save_file", "prepare_data": "cutlayer.run:prepare_data",
     "load_base": "cutlayer.run:load_base", "assemble": "cutlayer.run:assemble",
     "save_adapter": "cutlayer.run:save_adapter", "summarize": "cutlayer.run:summarize",
-    "restore": "cutlayer.driver:Run.restore",
-    "flush": "cutlayer.driver:Run._flush", "set_up": "cutlayer.driver:Run.set_up",
+    "restore": "cutlayer.engine:Engine.restore",
+    "flush": "cutlayer.engine:Engine._flush", "set_up": "cutlayer.driver:Run.set_up",
     "step": "cutlayer.driver:Run.step",
     "merge": "cutlayer.driver:Run.merge", "evaluate": "cutlayer.driver:Run.evaluate",
     "frame": "cutlayer.wire:Meter._write", "update": "cutlayer.models.slots:Slot.update",
@@ -201,6 +202,21 @@ def child(order: dict[str, Any]) -> int:
     return 0
 
 
+def warm_up() -> None:
+    """Do once what every command would do anew: find the methods, and build tables in Transformers and PEFT."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from cutlayer import registry
+
+    registry.cards()
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    model = LlamaForCausalLM(config)
+    get_model_conversion_mapping(model)
+    get_peft_model(model, LoraConfig(target_modules="all-linear"))
+
+
 def serve() -> None:
     """Fork for every line of standard input."""
     import accelerate  # noqa: F401
@@ -210,11 +226,14 @@ def serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import cutlayer.cli.generate
+    import cutlayer.report.division_picture
     import cutlayer.report.progress
     import cutlayer.report.tables
     import cutlayer.run  # noqa: F401
 
     torch.set_num_threads(1)
+    warm_up()
+    gc.freeze()  # what is here stays; a collection in a forked process would copy its pages
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,19 @@ PARTITIONS = pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-
 Rows = Sequence[Mapping[str, Any]]
 
 
+def adamw(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """The optimizer of ``train``, as a reference makes it."""
+    return torch.optim.AdamW(params, lr=LR)
+
+
+def often(every: Iterable[Any], *chosen: Any) -> list[Any]:
+    """For a sweep over values or tuples: ``chosen`` of ``every`` in the default suite, the others in the slow one."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in every]
+    quick = [case if isinstance(case, tuple) else (case,) for case in chosen]
+    assert set(quick) <= set(cases)
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
 @lru_cache
 def model(family: str = "llama", **options: Any) -> Path:
     """A random tiny model, made once a process."""
@@ -39,7 +52,13 @@ def train(folder: Path, out: Path, clients: Mapping[str, Rows], **changes: Any) 
         {"name": name, "data": str(write_rows(out.parent / f"{out.name}-{name}.jsonl", [dict(r) for r in rows]))}
         for name, rows in clients.items()
     ]
-    given = changes.pop("profiles", {})
+    cuts = changes.pop("cuts", {})  # of clients that have one of their own
+    for client in listed:
+        if client["name"] in cuts:
+            client["head_blocks"] = cuts[client["name"]]
+    given = changes.pop("profiles", {})  # of clients
+    if others := changes.pop("profiles_of_others", {}):
+        changes["profiles"] = others
     for client in listed:
         if client["name"] in given:
             client["profile"] = given[client["name"]]

@@ -92,7 +92,30 @@ MISTAKES = {
     "truth for a number": ("seed=true", ["seed is true: must be a whole number."]),
     "text for truth": ("data.packing=maybe", ["data.packing is 'maybe': must be true or false."]),
     "number for text": ("model=5", ["model is 5: must be a text"]),
-    "nothing for text": ("model=", ["model is null: must be a text"]),
+    "nothing for text": ("model=null", ["model is null: must be a text"]),
+    "nothing for a number": ("batch_size=null", ["batch_size is null: must be a whole number."]),
+    "an override with nothing": (
+        "rounds=",
+        ["the override 'rounds=' cannot be read: there is nothing after the '='; write null for no value, '' for an"],
+    ),
+    "an option of the wrong type": (
+        "framework.local_steps='8'",
+        ["framework: framework 'sfl-v2': option 'local_steps' is '8': must be a whole number."],
+    ),
+    "truth for an option that is a number": (
+        "peft.rank=true", ["peft: peft 'lora': option 'rank' is True: must be a whole number."],
+    ),
+    "a pattern that is none": ("peft.targets='q_(proj'", ["peft: peft 'lora': 'q_(proj' is no regular expression:"]),
+    "no targets": ("peft.targets=[]", ["peft: peft 'lora': targets is empty"]),
+    "an adapter without effect": ("peft.alpha=0", ["peft: peft 'lora': alpha is 0"]),
+    "different cuts": (
+        "clients: [{name: a}, {name: b, head_blocks: 1}, {name: c, head_blocks: 2}]\nframework: sequential-sl\n",
+        ["client 'b' has another cut (head_blocks, tail_blocks) than 'a', but framework 'sequential-sl' hands"],
+    ),
+    "a profile for some": (
+        "clients: [{name: a, profile: laptop}, {name: b}, {name: c}]\n",
+        ["clients 'b' and 'c' have no profile, but other clients have one"],
+    ),
     "value for a mapping": ("data=rows.jsonl", ["data is 'rows.jsonl': must be a mapping {key: value}."]),
     "number for a method": ("peft=3", ["peft is 3: must be a method's id, or {name: id, option: value}."]),
     "too small": ("gradient_accumulation=0", ["gradient_accumulation is 0: must be at least 1."]),
@@ -224,7 +247,7 @@ data:
   division: {name: label-dirichlet, alpha: 1}
 clients:
   - {name: clinic-a, data: a.jsonl, head_blocks: 2}
-  - {name: clinic.b, data: {train: b.csv, columns: {prompt: q}}, tail_blocks: 1}
+  - {name: clinic.b, data: {train: b.csv, columns: {prompt: q}}, tail_blocks: 0}
   - {name: "12"}
 framework: {name: sequential-sl}
 optimizer: {name: SGD, lr: 2e-4, momentum: 0.9, schedule: cosine, warmup: 0.1}
@@ -283,11 +306,24 @@ def test_values_are_read_as_meant() -> None:
     assert config.data.eval_fraction == 0.05
     assert load_config(SMALL).length == ("rounds", 10)
     assert load_config(SMALL, ["epochs=2"]).length == ("epochs", 2)
-    for text, value in {"2e-4": 2e-4, "1E3": 1e3, "1.e-3": 1e-3, ".5e1": 5.0, "3": 3, "true": True, "": None}.items():
+    for text, value in {
+        "2e-4": 2e-4,
+        "1E3": 1e3,
+        "1.e-3": 1e-3,
+        ".5e1": 5.0,
+        "3": 3,
+        "true": True,
+        "null": None,
+        "~": None,
+    }.items():
         assert parse_value(text) == value
         assert type(parse_value(text)) is type(value)
-    for text in ("*.jsonl", "a: b: c", "cuda:0", "2024-01-01", "x #y", "@x", "%"):
+    for text in ("*.jsonl", "a: b: c", "cuda:0", "2024-01-01", "x #y", "@x", "%", "# 3", "---"):
         assert parse_value(text) == text
+    for text in ("", "  "):
+        with pytest.raises(ValueError, match="write null for no value"):
+            parse_value(text)
+    assert parse_value("''") == ""
 
 
 def test_clients_by_number_and_by_name() -> None:
@@ -300,7 +336,7 @@ def test_clients_by_number_and_by_name() -> None:
     assert config.data_of("clinic.b").columns == {"prompt": "q"}
     assert config.data_of("clinic.b").format == "prompt-completion"
     assert config.partition_spec("clinic-a").options["head_blocks"] == 2
-    assert config.partition_spec("clinic.b").options["tail_blocks"] == 1
+    assert config.partition_spec("clinic.b").options["tail_blocks"] == 0
     assert load_config("model: m\ndata: {}\nclients: [{name: a, data: x}]\n").data_of("a").train == "x"
 
 
@@ -308,7 +344,7 @@ def test_overrides_reach_every_place() -> None:
     config = load_config(
         SMALL + "framework: sfl-v2\n",
         ["framework.local_steps=8", "clients=3", "clients.1.head_blocks=3", "clients.1.name=b",
-         "partition.tail_blocks=1",
+         "partition.tail_blocks=1", "partition.head_blocks=3",
          "data.division=by-column", "data.division.column=clinic", "clients.0.data=x", "clients.0.data.columns.text=y",
          "optimizer.momentum=0.5", "optimizer.name=sgd", "early_stop.patience=2", "eval_every=1", "data.eval=v*.jsonl",
          "max_grad_norm=1", "seed=1", "seed=2"],

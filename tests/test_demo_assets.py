@@ -43,6 +43,12 @@ def record() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def documents(record: dict[str, Any]) -> list[str]:
+    """The text that the base model has read; it takes seconds to make."""
+    return list(itertools.islice(general_text.general_documents(make_model.TEXT_SEED), record["documents"]))
+
+
+@pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
 
@@ -97,11 +103,10 @@ def test_notes_repeat_the_facts_of_their_prompt(rows: list[dict[str, str]]) -> N
         assert told <= numbers(row["completion"]), row
 
 
-def test_general_text_holds_no_clinic_notes(rows: list[dict[str, str]], record: dict[str, Any]) -> None:
+def test_general_text_holds_no_clinic_notes(rows: list[dict[str, str]], documents: list[str]) -> None:
     """No line of any note or prompt is in the text the base model has read, but for the bare ``Temperature: 37.1``."""
     lines = {line for row in rows for line in (row["prompt"] + row["completion"]).splitlines() if line}
     lines -= {line for line in lines if line.startswith("Temperature: ")}  # the weather reports have this line too
-    documents = itertools.islice(general_text.general_documents(make_model.TEXT_SEED), record["documents"])
     seen = {line for document in documents for line in document.splitlines()}
     assert not lines & seen
     assert not any(line.startswith(("Note:", "Patient:", "Subjective:", "Assessment:", "Triage:")) for line in seen)
@@ -110,7 +115,11 @@ def test_general_text_holds_no_clinic_notes(rows: list[dict[str, str]], record: 
 # -- the general text and its grammar --------------------------------------------------------------------------------
 
 
-def test_general_text_is_the_one_that_was_trained_on(record: dict[str, Any]) -> None:
+def test_general_text_is_the_one_that_was_trained_on(
+    record: dict[str, Any], documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {make_model.TEXT_SEED: documents}
+    monkeypatch.setattr(make_model, "general_documents", lambda seed: iter(made[seed]))
     assert make_model.text_sha256(record["documents"]) == record["text_sha256"]
 
 

@@ -6,9 +6,11 @@ import copy
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,8 @@ from transformers import (
 
 import cutlayer
 from crash import Ended, Forge, fill
+from spine import often
 from tiny import CONFIGS, VOCAB, make_model, make_tokenizer, text_rows, texts, write_rows
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
-    made = Forge(tmp_path_factory.mktemp("commands"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +92,15 @@ def _changed(family: str, **changes: Any) -> Any:
 
 @pytest.fixture
 def start(forge: Forge, models: Path, tmp_path: Path) -> Callable[..., Ended]:
-    """Start a run of three clients in ``tmp_path``, with some keys set otherwise; OUT is ``tmp_path/out``."""
+    """Start a run of three clients in ``tmp_path``, with some keys set otherwise; it goes to ``tmp_path/out``."""
 
     def run(
-        changes: dict[str, Any] | None = None, *, rows: Any = None, options: tuple[str, ...] = (), **how: Any
+        changes: dict[str, Any] | None = None,
+        *,
+        rows: Any = None,
+        options: tuple[str, ...] = (),
+        out: str | Path = "out",
+        **how: Any,
     ) -> Ended:
         config: dict[str, Any] = {
             "model": "llama", "data": {"train": "rows.jsonl", "eval_fraction": 0.2, "max_length": 32}, "clients": 3,
@@ -117,7 +118,7 @@ def start(forge: Forge, models: Path, tmp_path: Path) -> Callable[..., Ended]:
             config["model"] = str(models / config["model"])
         write_rows(tmp_path / "rows.jsonl", text_rows(23) if rows is None else rows)
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
-        return forge.run("train", "run.yaml", *options, "--out", "out", cwd=tmp_path, **how)
+        return forge.run("train", "run.yaml", *options, "--out", out, cwd=tmp_path, **how)
 
     return run
 
@@ -147,9 +148,9 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "encoder-decoder": ({"model": "t5"}, ["t5"]),
     "cut-out-of-range-two-part": (
         {"model": "gpt2", "clients": 1, "partition": {"name": "two-part-split", "head_blocks": 9}},
-        ["head_blocks is 9, but the model has 4 blocks"],
+        ["head_blocks is 9, but the model has 3 blocks"],
     ),
-    "classifier-as-causal": ({"model": "bert", "data": {"format": "messages"}}, ["messages"]),
+    "classifier-as-causal": ({"model": "bert", "data": {"format": "messages"}}, ["'bert' is an encoder"]),
     "classifier-without-pad": (
         {"model": "llama-classifier", "data": {"format": "classification"}}, ["padding token", "llama-classifier"],
     ),
@@ -222,7 +223,7 @@ def test_a_row_longer_than_the_positions(name: str, start: Any, tmp_path: Path) 
         return [{"text": text, "label": i % 2} for i, text in enumerate([*short, long])]
 
     data = {"max_length": 100, "eval_fraction": None, "shuffle": False, **classify}
-    wrong = {"model": name, "data": data, "clients": 1, "rounds": 5}
+    wrong = {"model": name, "data": data, "clients": 1, "rounds": 1}
     start(wrong, rows=rows(room + 1)).refused(f"{room} positions", "data.max_length", "client-0")
     assert not (tmp_path / "out").exists()
     write_rows(tmp_path / "eval.jsonl", rows(room + 1))
@@ -271,7 +272,7 @@ def test_a_tokenizer_without_pad_token_works(start: Any, tmp_path: Path) -> None
 def test_an_output_folder_in_use(start: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    start().refused("exists and is not empty", "--resume")
+    start().refused("exists and is not empty", "--out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").write_text("a file")
@@ -312,10 +313,28 @@ def test_stopped_by_the_user(start: Any, forge: Forge, tmp_path: Path) -> None:
         assert ended.code == 130
         assert ended.err.startswith("Stopped: ")
         assert "Traceback" not in ended.err
+        assert ended.err.endswith(" with: cutlayer train --resume out\n")
+        assert ended.out.startswith("output folder: out\n")
         assert forge.run("train", "--resume", "out", cwd=tmp_path).code == 0
         found = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
         assert all(torch.equal(found[k], wanted[k]) for k in wanted)
         assert len(metrics(tmp_path / "out")) == 6
+
+
+def test_stopped_where_no_folder_was_named(start: Any, forge: Forge, tmp_path: Path) -> None:
+    """The folder that was made is told at the start, and what resumes it at the end, fit to be copied to a shell."""
+    start({"model": "infinite"}).refused("nan")  # for the run file
+    (tmp_path / "my run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("infinite", "llama"))
+    ended = forge.run("train", "my run.yaml", cwd=tmp_path, at=("step", 2), act="interrupt")
+    assert ended.code == 130
+    folder = ended.out.splitlines()[0].removeprefix("output folder: ")
+    assert folder.startswith("outputs/my run-")
+    assert (tmp_path / folder / "run.yaml").is_file()
+    command = shlex.split(ended.err.partition("with: ")[2])
+    assert command == ["cutlayer", "train", "--resume", folder]
+    assert forge.run(*command[1:], cwd=tmp_path).code == 0
+    ended = forge.run("train", "my run.yaml", cwd=tmp_path, at=("replace", 1), act="interrupt")
+    assert (ended.code, ended.err) == (130, "Stopped: before anything was written.\n")
 
 
 def test_two_at_once(start: Any, forge: Forge, tmp_path: Path) -> None:
@@ -324,6 +343,40 @@ def test_two_at_once(start: Any, forge: Forge, tmp_path: Path) -> None:
     code = f"import fcntl, os; fcntl.flock(os.open({str(tmp_path / 'out')!r}, os.O_RDONLY), fcntl.LOCK_EX)"
     forge.run("train", "--resume", "out", cwd=tmp_path, code=code).refused("Another process is at work")
     assert forge.run("train", "--resume", "out", cwd=tmp_path).code == 0
+
+
+OWN = """from dataclasses import dataclass
+from cutlayer.contracts import Aggregator
+from cutlayer.registry import method
+
+@method("aggregator")
+@dataclass
+class Own(Aggregator):
+    def merge(self, before, states, weights):
+        return GIVEN
+"""
+
+
+def test_a_method_file_that_fails(start: Any, tmp_path: Path) -> None:
+    """It is the user's own mistake, and said in words, nonsense that it gives too."""
+    (tmp_path / "own.py").write_text(OWN.replace("GIVEN", "1 / 0"))
+    start({"aggregator": "own.py"}).refused(
+        f"The method file {tmp_path / 'own.py'} fails in line 9, in merge: ZeroDivisionError: division by zero."
+    )
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "own.py").write_text(OWN.replace("GIVEN", "None"))
+    start({"aggregator": "own.py"}).refused("The aggregator Own gave no tensors by name but NoneType.")
+    (tmp_path / "own.py").write_text(OWN.replace("GIVEN", "{n: t[:1, :1] for n, t in states['client-0'].items()}"))
+    start({"aggregator": "own.py"}).refused("The aggregator Own gives", "of shape [1, 1], but it is [")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_file_is_no_run_to_resume(start: Any, forge: Forge, tmp_path: Path) -> None:
+    """The folder is the user's own; nothing is written into it."""
+    start({"model": "infinite"}).refused("nan")
+    before = sorted(tmp_path.iterdir())
+    forge.run("train", "--resume", ".", cwd=tmp_path).refused("not written by a run", "cutlayer train run.yaml")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 # Checkpoints.
@@ -447,28 +500,43 @@ FULL = {  # moment: (event, whether there is a checkpoint by then, what is named
     "frames": (("frame", 60), True, "wire"),
     "later-metrics": (("flush", 2), True, "cannot be written"),
     "checkpoint": (("save_file", 6), True, "checkpoint"),
-    "manifest": (("replace", 3), True, "checkpoint"),
+    "manifest": (("replace", 5), True, "checkpoint"),
     "adapter": (("save_adapter", 2), True, "adapter"),
     "summary": (("summarize", 1), True, "summary.json"),
 }
 
 
-FULL_OFTEN = ("first-checkpoint", "frames", "checkpoint", "adapter")
+@dataclass(frozen=True)
+class Whole:
+    """How a run ends that nothing happens to."""
+
+    weights: dict[str, torch.Tensor]
+    losses: list[float]
+    frames: bytes
+
+    @staticmethod
+    def of(out: Path, wire: Path) -> Whole:
+        weights = load_file(out / "adapter" / "adapter_model.safetensors")
+        return Whole(weights, [line["loss"] for line in metrics(out)], (wire / "frames.bin").read_bytes())
 
 
-@pytest.mark.parametrize("moment", [m if m in FULL_OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in FULL])
-def test_a_full_disk(moment: str, start: Any, forge: Forge, disk: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def known() -> dict[str, Whole]:
+    """What the first of the tests with a full disk leaves for the others."""
+    return {}
+
+
+@pytest.mark.parametrize("moment", often(list(FULL), "first-checkpoint", "frames", "checkpoint", "adapter"))
+def test_a_full_disk(
+    moment: str, start: Any, forge: Forge, disk: Path, tmp_path: Path, known: dict[str, Whole]
+) -> None:
     """Refused in words; when there is space again the run goes on (or starts again) and ends with the same weights."""
     at, resumable, named = FULL[moment]
+    if not known:
+        assert start({"record_wire": str(tmp_path / "whole-wire"), "rounds": 3}, out="whole").code == 0
+        known["whole"] = Whole.of(tmp_path / "whole", tmp_path / "whole-wire")
     wire = (disk if moment == "frames" else tmp_path) / "wire"
-    assert start({"record_wire": str(wire), "rounds": 3}).code == 0
-    wanted = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    lines = [line["loss"] for line in metrics(tmp_path / "out")]
-    frames = (wire / "frames.bin").read_bytes()
-    shutil.rmtree(tmp_path / "out")
-    shutil.rmtree(wire)
-    command = ("train", "run.yaml", "--out", disk / "out")
-    ended = forge.run(*command, cwd=tmp_path, at=at, act=f"fill:{disk}")
+    ended = start({"record_wire": str(wire), "rounds": 3}, out=disk / "out", at=at, act=f"fill:{disk}")
     ended.refused(named, "No space left", "Free some space", "--resume" if resumable else "start the run again")
     assert (disk / "out").exists() == resumable
     assert wire.exists() == resumable
@@ -476,12 +544,13 @@ def test_a_full_disk(moment: str, start: Any, forge: Forge, disk: Path, tmp_path
     if resumable:  # and once more, while it is still full
         forge.run("train", "--resume", disk / "out").refused("Free some space")
     (disk / "filler").unlink()
-    again = forge.run(*(("train", "--resume", disk / "out") if resumable else command), cwd=tmp_path)
+    command = ("--resume", disk / "out") if resumable else ("run.yaml", "--out", disk / "out")
+    again = forge.run("train", *command, cwd=tmp_path)
     assert again.code == 0, again.err
-    found = load_file(disk / "out" / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(found[k], wanted[k]) for k in wanted)
-    assert [line["loss"] for line in metrics(disk / "out")] == lines
-    assert (wire / "frames.bin").read_bytes() == frames
+    found, wanted = Whole.of(disk / "out", wire), known["whole"]
+    assert found.weights.keys() == wanted.weights.keys()
+    assert all(torch.equal(found.weights[name], wanted.weights[name]) for name in wanted.weights)
+    assert (found.losses, found.frames) == (wanted.losses, wanted.frames)
 
 
 def test_a_disk_that_is_full_from_the_start(start: Any, forge: Forge, disk: Path, tmp_path: Path) -> None:
@@ -549,7 +618,7 @@ def test_line_ends_do_not_matter(start: Any, tmp_path: Path) -> None:
     [
         ({"clients": 1}, 23),
         ({"clients": 1, "framework": "sequential-sl", "data": {"eval_fraction": None}}, 1),
-        ({"clients": 50, "data": {"eval_fraction": None}, "rounds": 1}, 51),
+        ({"clients": 20, "data": {"eval_fraction": None}, "rounds": 1}, 21),
         ({"batch_size": 500, "gradient_accumulation": 7}, 23),
         ({"optimizer": {"name": "adamw", "schedule": "linear", "warmup": 100}}, 23),
         ({"rounds": None, "epochs": 2, "clients": 4, "framework": {"name": "sfl-v2", "local_steps": 3}}, 23),
@@ -559,7 +628,7 @@ def test_line_ends_do_not_matter(start: Any, tmp_path: Path) -> None:
         ({"gradient_checkpointing": True, "max_grad_norm": 0.1}, 23),
         ({"precision": "bfloat16"}, 23),
     ],
-    ids=["one-client", "one-row", "50-clients-51-rows", "large-batch", "short-of-warmup", "epochs", "steps",
+    ids=["one-client", "one-row", "20-clients-21-rows", "large-batch", "short-of-warmup", "epochs", "steps",
          "early-stop", "rate-0", "gradient-checkpointing", "bfloat16"],
 )  # fmt: skip
 def test_odd_but_allowed(changes: dict[str, Any], rows: int, start: Any, tmp_path: Path) -> None:
@@ -575,6 +644,9 @@ def test_odd_but_allowed(changes: dict[str, Any], rows: int, start: Any, tmp_pat
         assert set(summary["steps"].values()) == {5}
     if "early_stop" in changes:
         assert (summary["rounds"], summary["stopped_early"]) == (1, True)
+    if changes.get("optimizer", {}).get("lr") == 0.0:
+        first, last = (load_file(out / name / "adapter_model.safetensors") for name in ("adapter_initial", "adapter"))
+        assert all(torch.equal(first[name], last[name]) for name in first)
     if summary.get("eval"):
         loss, perplexity = (summary["eval"]["after"][k] for k in ("loss", "perplexity"))
         assert perplexity == pytest.approx(math.exp(loss))
@@ -636,20 +708,28 @@ def test_prompts_that_leave_no_room_for_a_label(partition: str, models: Path, tm
 
 
 def test_no_label_at_all_in_a_step(models: Path, tmp_path: Path) -> None:
-    """A whole step without a label token changes nothing and its loss is a number."""
+    """A whole step without a label token changes nothing and its loss is a number; the next one does, and has one."""
     long = " ".join(["w5"] * 40) + " "
     rows = [{"prompt": p, "completion": "w6 w7"} for p in (long, long, "w3 ", "w4 ")]
     train = write_rows(tmp_path / "rows.jsonl", rows)
     for partition in ("u-shaped-split", "two-part-split"):
         config = {
-            "model": str(models / "llama"), "clients": 1, "steps": 2, "batch_size": 2, "device": "cpu",
+            "model": str(models / "llama"), "clients": 1, "batch_size": 2, "device": "cpu",
             "data": {"train": str(train), "format": "prompt-completion", "max_length": 20, "shuffle": False},
             "partition": {"name": partition, "head_blocks": 1}, "max_grad_norm": 1.0,
+            "optimizer": {"name": "sgd", "lr": 0.1},  # AdamW would still decay the weights
         }  # fmt: skip
-        cutlayer.train(config, out=tmp_path / partition)
-        lines = metrics(tmp_path / partition)
+        for steps in (1, 2):
+            out = tmp_path / f"{partition}-{steps}"
+            cutlayer.train({**config, "steps": steps}, out=out)
+            first, last = (
+                load_file(out / name / "adapter_model.safetensors") for name in ("adapter_initial", "adapter")
+            )
+            assert all(torch.equal(first[name], last[name]) for name in first) == (steps == 1)
+        lines = metrics(out)
         assert [line["label_tokens"] > 0 for line in lines] == [False, True]
-        assert all(math.isfinite(line["loss"]) for line in lines)
+        assert lines[0]["loss"] == 0.0
+        assert 3 < lines[1]["loss"] < 6  # about the logarithm of 97 words
 
 
 def test_a_run_given_as_text(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

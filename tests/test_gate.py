@@ -38,25 +38,10 @@ def test_an_encoder_as_a_language_model_is_refused(tmp_path: Path) -> None:
         run(folder, tmp_path / "out", text_rows(8))
 
 
-@pytest.mark.parametrize("family", ["bloom", "opt"])
-def test_packing_needs_a_family_that_keeps_examples_apart(family: str, tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", family)
+def test_packing_needs_a_family_that_keeps_examples_apart(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "bloom")
     with pytest.raises(ModelError, match="keep packed examples apart"):
         run(folder, tmp_path / "out", text_rows(8), data={"packing": True})
-
-
-def test_an_aggregator_must_give_one_common_state(tmp_path: Path) -> None:
-    """The result is one client's part with the trunk; clients that differ after the merge have no one result."""
-    method = tmp_path / "own.py"
-    method.write_text(
-        "from dataclasses import dataclass\n"
-        "from cutlayer.registry import method\n\n"
-        "@method('aggregator')\n@dataclass\nclass Own:\n"
-        "    def merge(self, before, states, weights):\n        return states\n"
-    )
-    folder = make_model(tmp_path / "model", "llama")
-    with pytest.raises(MethodError, match="common state"):
-        run(folder, tmp_path / "out", text_rows(8), clients=2, aggregator=str(method), data={"division": "iid"})
 
 
 @pytest.mark.parametrize("partition", ["two-part-split", "u-shaped-split"])
@@ -67,6 +52,17 @@ def test_a_dry_run_says_what_a_step_moves(partition: str, tmp_path: Path) -> Non
     changes = {"partition": {"name": partition, "head_blocks": 1}, "gradient_accumulation": 2, "max_grad_norm": 1.0}
     run(folder, tmp_path / "out", rows, data={"max_length": 10}, **changes)
     line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    told = dry_run(tmp_path / "out" / "run.yaml").summary["bytes"]
+    assert sum(told.values()) == line["bytes_up"] + line["bytes_down"]
+
+
+@pytest.mark.parametrize("partition", ["two-part-split", "u-shaped-split"])
+def test_a_dry_run_of_packed_rows_counts_their_positions(partition: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    rows = text_rows(8, shortest=9, longest=9)
+    changes = {"partition": {"name": partition, "head_blocks": 1}}
+    run(folder, tmp_path / "out", rows, data={"max_length": 10, "packing": True}, **changes)
+    line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     told = dry_run(tmp_path / "out" / "run.yaml").summary["bytes"]
     assert sum(told.values()) == line["bytes_up"] + line["bytes_down"]
 

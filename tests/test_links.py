@@ -21,14 +21,15 @@ from cutlayer.costs import (
     shape_of,
     two_part_stages,
 )
+from cutlayer.driver import Run
 from cutlayer.errors import WireError
 from cutlayer.links.local import LocalLink
 from cutlayer.methods.framework.sfl_v2 import SFLV2
 from cutlayer.parties.client import ClientParty
-from cutlayer.parties.trunk import TrunkParty
+from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.wire import Header, Meter, read_frames
 from spine import PARTITIONS, TWO, U, caught, equal, lines, model, train  # noqa: F401
-from tiny import text_rows
+from tiny import BLOCKS, text_rows
 
 ROWS = {name: text_rows(size, seed=i) for i, (name, size) in enumerate({"ann": 3, "bob": 3, "cid": 3}.items())}
 PROFILES = {"ann": "phone+4g", "bob": "laptop+dsl", "cid": "edge-box+fibre"}
@@ -57,7 +58,7 @@ def stages(folder: Path, run: Any, cut: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize("cut", [1, 2])
 @pytest.mark.parametrize("client", PROFILES)
 def test_sequential_time_is_the_closed_form(client: str, cut: int, tmp_path: Path, caught: list[Any]) -> None:
     train(
@@ -95,13 +96,59 @@ def test_sfl_v2_time_is_a_queue_in_the_order_of_turns(
     assert max(ends.values()) < sequential_step(list(found.values()))
 
 
+def finish(framework: str, tmp_path: Path, caught: list[Any], workers: int) -> tuple[float, dict[str, Any]]:
+    """Virtual seconds of the first round, and each client's stages."""
+    out = tmp_path / f"{framework}-{workers}"
+    train(
+        model(), out, ROWS, partition=TWO, profiles=PROFILES, rounds=1, framework=framework,
+        record_wire=str(tmp_path / f"{framework}-{workers}-wire"),
+        profiles_of_others={"server": {"device": "server", "workers": workers}},
+    )  # fmt: skip
+    found = stages(tmp_path / f"{framework}-{workers}-wire", caught[-1], 1)
+    return max(line["virtual_time"] for line in lines(out)) - caught[-1].began, found
+
+
+@pytest.mark.parametrize("framework", ["psl", "sfl-v1"])
+def test_parallel_time_is_the_slowest_client_or_a_queue(
+    framework: str, tmp_path: Path, caught: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a worker a client: max of head + s + q. With one worker: a queue in the order of arrival."""
+    original = Run.together
+
+    async def watched(self: Any, work: Any, clients: Any) -> None:
+        self.began = self.clock.now()
+        await original(self, work, clients)
+
+    monkeypatch.setattr(Run, "together", watched)
+    took, found = finish(framework, tmp_path, caught, workers=3)
+    assert took == pytest.approx(max(one.release + one.server + one.delivery for one in found.values()), rel=1e-6)
+    took, found = finish(framework, tmp_path, caught, workers=1)
+    arrivals = sorted(found.values(), key=lambda one: one.release)
+    assert took == pytest.approx(queue_step(arrivals), rel=1e-6)
+
+
+def test_waiting_and_who_was_critical(tmp_path: Path, caught: list[Any]) -> None:
+    """In a parallel round whoever is slowest is critical, and waits least: only for the server's own work."""
+    result = train(model(), tmp_path / "out", ROWS, partition=TWO, profiles=PROFILES, rounds=2, framework="sfl-v1")
+    waiting, critical = result.summary["waiting"], result.summary["critical"]
+    assert critical == {"ann": 2, "bob": 0, "cid": 0}
+    assert min(waiting, key=waiting.__getitem__) == "ann"
+    assert all(seconds >= 0 for seconds in waiting.values())
+    by_step = result.summary["virtual_by_step"]
+    assert by_step["head_forward"] > 0
+    assert by_step["tail_step"] == 0  # the server's, in the two-part split
+    assert sum(by_step.values()) == pytest.approx(
+        sum(s for line in lines(tmp_path / "out") for s in line["virtual_seconds"].values())
+    )
+
+
 # ---------------------------------------------------------------- verbs out of order
 
 
 @pytest.fixture
 def party(tmp_path: Path, caught: list[Any], request: pytest.FixtureRequest) -> tuple[ClientParty, TrunkParty]:
     train(model(), tmp_path / "out", {"ann": ROWS["ann"]}, partition=request.param, rounds=1)
-    return caught[0].parts.clients["ann"], caught[0].parts.trunk
+    return caught[0].parts.clients["ann"], caught[0].parts.server
 
 
 both = pytest.mark.parametrize("party", [TWO, U], ids=["two-part", "u-shape"], indirect=True)
@@ -138,14 +185,15 @@ def test_a_client_refuses_verbs_out_of_order(party: tuple[ClientParty, TrunkPart
 def test_a_server_has_no_graph_twice(party: tuple[ClientParty, TrunkParty]) -> None:
     client, trunk = party
     header, tensors = client.handle(Header("head_forward", verb="head_forward", step=1, values=HEADS), [])
-    shown = trunk.forward(Parcel(header, [t.detach().clone() for t in tensors]), How(), "shared")
+    place = Place(client.head.base.segment("trunk", range(U["head_blocks"], BLOCKS - U["tail_blocks"])), "shared")
+    shown = trunk.forward(Parcel(header, [t.detach().clone() for t in tensors]), How(), place)
     assert trunk.open_graphs == 1
     back = Header("send_gradients", "gradient", client="ann", step=1, values={"last": True}, names=("hidden",))
     gradient = torch.ones_like(shown.tensors["hidden"])
-    trunk.backward(Parcel(back, [gradient]), How(), "shared")
+    trunk.backward(Parcel(back, [gradient]), How(), place)
     assert trunk.open_graphs == 0
     with pytest.raises(WireError, match="no open graph of client 'ann', step 1, micro-batch 0"):
-        trunk.backward(Parcel(back, [gradient]), How(), "shared")
+        trunk.backward(Parcel(back, [gradient]), How(), place)
 
 
 def test_turns_number_the_requests_of_a_client(tmp_path: Path) -> None:
@@ -207,20 +255,20 @@ def test_a_client_that_fails_leaves_nothing_behind(
         train(model(), tmp_path / "out", ROWS, framework="sfl-v2", rounds=3, profiles=profiles)
     assert note in raised.value.__notes__
     parts = caught[0].parts
-    assert parts.trunk.open_graphs == 0
+    assert parts.server.open_graphs == 0
     assert all(party._open == {} for party in parts.clients.values())
     assert all(party.slot.idle for party in parts.clients.values())
-    assert parts.trunk.slots["shared"].idle
+    assert parts.server.slots["shared"].idle
 
 
 def test_the_first_error_is_the_one_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that are cancelled because another failed do not hide its error."""
     original = LocalLink.call
 
-    async def call(self: LocalLink, header: Header, tensors: Any = ()) -> Any:
+    async def call(self: LocalLink, header: Header, tensors: Any = (), **options: Any) -> Any:
         if header.verb == "head_backward" and self.party.name == "bob":
             raise LookupError("bob has lost his key")
-        return await original(self, header, tensors)
+        return await original(self, header, tensors, **options)
 
     monkeypatch.setattr(LocalLink, "call", call)
     for profiles in ({}, PROFILES):

@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,11 @@ from safetensors.torch import load_file
 
 from crash import Forge
 from cutlayer.wire import read_frames
+from spine import often
 from tiny import make_model, text_rows, write_rows
 
-MEASURED = ("seconds", "tokens_per_second", "peak_memory", "adapter", "parties")  # clocks, memory, and a path
+MEASURED = ("seconds", "tokens_per_second", "peak_memory", "parties")  # clocks and memory
 FINAL = ("adapter", "model")
-
-
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
-    made = Forge(tmp_path_factory.mktemp("commands"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +215,8 @@ def test_killed_twice(cases: Any, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-OFTEN = ("sequential", "full-tied", "two-part", "profile", "no-evaluation")
-
-
 @pytest.mark.parametrize(
-    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS if n != "sfl-v2"]
+    "name", often([n for n in VARIANTS if n != "sfl-v2"], "sequential", "full-tied", "two-part", "profile")
 )
 def test_every_kind_of_run(name: str, cases: Any, tmp_path: Path) -> None:
     """Other frameworks, partitions, optimizers and data, killed after the first checkpoint."""
@@ -264,7 +255,8 @@ def test_the_command_itself(cases: Any, tmp_path: Path) -> None:
         [*program, *map(str, command)], cwd=folder, stdout=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None
-    process.stdout.readline()  # the first line: the evaluation before, or the first step
+    assert process.stdout.readline() == "output folder: out\n"
+    process.stdout.readline()  # the evaluation before
     process.kill()
     process.wait()
     process.stdout.close()

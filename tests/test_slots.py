@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from cutlayer.build import learning_rate
+from cutlayer.assembly import learning_rate
 from cutlayer.config import OptimizerConfig, RunConfig
 from cutlayer.config_optimizer import optimizer_classes, optimizer_problems
 from cutlayer.models.slots import Slot, new_params

@@ -33,11 +33,12 @@ from transformers import (
 )
 
 VOCAB = 97
-BLOCKS = 4
+BLOCKS = 3
 CLASSIFIERS = ("bert", "roberta", "distilbert")
 _SAME = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
 _PLAIN = {**_SAME, "max_position_embeddings": 64}
 _GATED = {**_PLAIN, "intermediate_size": 48, "num_key_value_heads": 2}
+_BOTH_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]  # each has rotary angles of its own
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 CONFIGS: Mapping[str, Any] = {
@@ -52,7 +53,7 @@ CONFIGS: Mapping[str, Any] = {
     "qwen3": lambda: Qwen3Config(**_GATED, head_dim=8),
     "gemma": lambda: GemmaConfig(**_GATED, head_dim=8),
     "gemma2": lambda: Gemma2Config(**_GATED, head_dim=8, sliding_window=5),
-    "gemma3": lambda: Gemma3TextConfig(**_GATED, head_dim=8, sliding_window=5),
+    "gemma3": lambda: Gemma3TextConfig(**_GATED, head_dim=8, sliding_window=5, layer_types=_BOTH_KINDS),
     "phi": lambda: PhiConfig(**_GATED),
     "phi3": lambda: Phi3Config(**_GATED),
     "bert": lambda: BertConfig(**_PLAIN, intermediate_size=48),

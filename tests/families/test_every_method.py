@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import sys
@@ -43,7 +44,10 @@ def test_card_docstring_and_test_file(family: str, name: str) -> None:
     assert card.paper == "" or any(mark in card.paper for mark in ("arXiv:", "doi:", "http"))
     test = TESTS / family / f"test_{name.replace('-', '_')}.py"
     assert test.is_file(), f"{family} '{name}' has no test: {test}"
-    assert "def test_" in test.read_text()
+    tree = ast.parse(test.read_text())
+    assert any(isinstance(node, ast.FunctionDef) and node.name.startswith("test_") for node in tree.body)
+    made = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert name in made, f"{test} makes no {family} '{name}'"
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)

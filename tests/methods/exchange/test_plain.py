@@ -14,7 +14,7 @@ def test_the_step_is_called_once_with_what_was_given() -> None:
         calls.append((args, options))
         return "result"
 
-    how = How(update=False)
+    how = How(head_update=False)
     step = create("exchange", "plain").step(inner, "client", ["hop"], "tail", step=3, micro=1, how=how)
     assert asyncio.run(step) == "result"
     assert calls == [(("client", ["hop"], "tail"), {"step": 3, "micro": 1, "how": how})]

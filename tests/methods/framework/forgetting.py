@@ -34,7 +34,7 @@ def forgetting(out: Path, clients: list[str], *, framework: dict[str, Any], roun
 
     def loss(run: Any, holder: str, client: str) -> float:
         base, batch = run.parts.base, held_out[client]
-        params = {**run.parts.clients[holder].slot.params, **run.parts.trunk.slots["shared"].params}
+        params = {**run.parts.clients[holder].slot.params, **run.parts.server.slots["shared"].params}
         whole = Segment(base, "whole", range(base.anatomy.num_blocks), bottom=True, top=True)
         with torch.no_grad():
             return float(whole.forward(params, **batch).loss)
@@ -54,4 +54,4 @@ def forgetting(out: Path, clients: list[str], *, framework: dict[str, Any], roun
         )  # fmt: skip
     run = runs[-1]
     travels = run.framework.travels
-    return {c: loss(run, run.holder if travels else c, c) - own[c] for c in clients}
+    return {c: loss(run, run.holder() if travels else c, c) - own[c] for c in clients}

@@ -12,8 +12,7 @@ import torch
 from forgetting import forgetting
 
 import unsplit
-from spine import PARTITIONS, adapter, caught, equal, lines, losses, model, train  # noqa: F401
-from test_whole import adamw
+from spine import TWO, U, adamw, adapter, caught, equal, lines, losses, model, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(size, seed=i) for i, (name, size) in enumerate({"ann": 6, "bob": 3, "cid": 9}.items())}
@@ -35,10 +34,10 @@ def sgd(params: list[torch.Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.5, momentum=0.9)
 
 
-@PARTITIONS
 @pytest.mark.parametrize(
-    ("optimizer", "make"), [({"name": "adamw", "lr": 1e-2}, adamw), (SGD, sgd)], ids=["adamw", "sgd"]
-)
+    ("partition", "optimizer", "make"), [(TWO, {"name": "adamw", "lr": 1e-2}, adamw), (U, SGD, sgd)],
+    ids=["two-part-adamw", "u-shape-sgd"],
+)  # fmt: skip
 def test_equals_unsplit_on_the_concatenation(
     partition: dict[str, Any], optimizer: Any, make: Any, tmp_path: Path
 ) -> None:
@@ -87,10 +86,10 @@ def test_all_have_what_the_last_one_had(tmp_path: Path, caught: list[Any]) -> No
     """There is one live copy: the result is the holder's part, and the trunk counts every step."""
     train(model(), tmp_path / "out", ROWS, rounds=2)
     run = caught[0]
-    assert run.holder == "cid"
+    assert run.holder() == "cid"
     assert run.framework.evaluators(run) == ["cid"]
-    assert run.parts.trunk.slots["shared"].version == run.parts.clients["cid"].slot.version == 6
-    assert set(run.parts.trunk.slots) == {"shared"}
+    assert run.parts.server.slots["shared"].version == run.parts.clients["cid"].slot.version == 6
+    assert set(run.parts.server.slots) == {"shared"}
 
 
 def test_a_random_order_is_drawn_from_the_seed_each_round(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import torch
 from forgetting import forgetting
 
 import unsplit
 import unsplit_clients
 from cutlayer.driver import Run
-from spine import PARTITIONS, TWO, U, adapter, block_of, caught, equal, lines, losses, model, train  # noqa: F401
-from test_whole import adamw
+from spine import PARTITIONS, TWO, U, adamw, adapter, block_of, caught, equal, lines, losses, model, train  # noqa: F401
 from tiny import BLOCKS, text_rows
 
 SIZES = {"ann": 6, "bob": 3, "cid": 9}
@@ -75,7 +75,7 @@ def test_b_permutations_give_other_trunks_with_as_many_updates(tmp_path: Path, c
         train(model(), tmp_path / name, {c: ROWS[c] for c in order.split()}, framework=framework, rounds=2)
     assert equal(adapter(tmp_path / "abc"), adapter(tmp_path / "again"))
     assert not equal(trunk_of(tmp_path / "abc"), trunk_of(tmp_path / "cab"))
-    assert [run.parts.trunk.slots["shared"].version for run in caught] == [2 * 3 * 2] * 3
+    assert [run.parts.server.slots["shared"].version for run in caught] == [2 * 3 * 2] * 3
     assert {party.slot.version for run in caught for party in run.parts.clients.values()} == {2 * 2}
 
 
@@ -106,8 +106,8 @@ def test_c_who_comes_early_in_a_round_is_forgotten_unless_steps_interleave(tmp_p
 def test_d_the_server_holds_one_adapter_set(partition: dict[str, Any], tmp_path: Path, caught: list[Any]) -> None:
     train(model(), tmp_path / "out", ROWS, partition=partition, framework="sfl-v2")
     parts = caught[0].parts
-    assert list(parts.trunk.slots) == ["shared"]
-    names = set(parts.trunk.slots["shared"].get())
+    assert list(parts.server.slots) == ["shared"]
+    names = set(parts.server.slots["shared"].get())
     assert names == {n for n in parts.base.initial if not AT_CLIENT[partition["name"]](n)}
     for party in parts.clients.values():
         assert set(party.slot.get()) == set(parts.base.initial) - names
@@ -164,3 +164,58 @@ def test_a_client_that_has_made_its_steps_stays_out_of_the_merge(tmp_path: Path)
     )  # fmt: skip
     assert losses(out) == reference.losses
     assert equal(adapter(out), reference.states["cid"])
+
+
+def test_a_schedule_ends_with_the_run_when_rounds_take_some_clients(tmp_path: Path, caught: list[Run]) -> None:
+    """Linear decay ends at the last step of each party: its steps are counted as they will be drawn."""
+    framework = {"name": "sfl-v2", "participation": 0.5}
+    optimizer = {"name": "sgd", "lr": 1.0, "schedule": "linear"}
+    train(model(), tmp_path / "out", ROWS, framework=framework, optimizer=optimizer, rounds=9)
+    run = caught[0]
+    made = run.counters.steps
+    assert sum(made.values()) == 18  # two of three in each round
+    assert made == dict(run.parts.foreseen)
+    assert len(set(made.values())) > 1  # the draw is uneven, so an equal share would not do
+    rates = [group["lr"] for group in run.parts.server.slots["shared"].optimizer.param_groups]
+    assert rates == pytest.approx([1 / 18])
+    for name, party in run.parts.clients.items():
+        assert [g["lr"] for g in party.slot.optimizer.param_groups] == pytest.approx([1 / made[name]])
+
+
+def test_one_that_has_made_its_epochs_is_in_no_later_merge(tmp_path: Path, caught: list[Run]) -> None:
+    """As the docstring says: with epochs of unequal data the early ones are merged no more, and get no more."""
+    train(model(), tmp_path / "out", ROWS, framework="sfl-v2", epochs=1, batch_size=3)
+    run = caught[0]
+    assert run.counters.steps == {"ann": 2, "bob": 1, "cid": 3}
+    assert run.counters.merged == {"ann": 2, "bob": 1, "cid": 3}
+
+
+@PARTITIONS
+def test_unequal_cuts_are_merged_by_block(
+    partition: dict[str, Any], tmp_path: Path, caught: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block in some heads: their mean with the trunk's copy, which stands for the clients that do not hold it."""
+    before: dict[str, Any] = {}
+    original = Run.merge
+
+    async def merge(self: Run, clients: Any, **options: Any) -> None:
+        before.update({c: {n: t.clone() for n, t in self.state(c).items()} for c in ROWS})
+        await original(self, clients, **options)
+
+    monkeypatch.setattr(Run, "merge", merge)
+    deep, cuts = model(num_hidden_layers=5), {"ann": 1, "bob": 2, "cid": 3}
+    train(deep, tmp_path / "out", ROWS, partition=partition, cuts=cuts, framework="sfl-v2", rounds=1)
+    run = caught[0]
+    trunk = run.parts.server.slots["shared"].get()
+    total = sum(SIZES.values())
+    for name, tensor in run.state("ann").items():
+        block = block_of(name)
+        if block >= 3 and partition["name"] == "two-part-split":
+            continue  # nobody's head has it: the trunk's copy stands
+        own = {c for c in ROWS if cuts[c] > block or (partition["name"] == "u-shaped-split" and block == 4)}
+        if own:
+            mean = sum(before[c][name].double() * SIZES[c] for c in ROWS) / total
+            assert torch.allclose(tensor.double(), mean, rtol=0, atol=1e-7), name
+            assert all(torch.equal(run.state(c)[name], tensor) for c in ROWS), name
+        for client in set(ROWS) - own:
+            assert torch.equal(run.state(client)[name], trunk[name])

@@ -1,0 +1,95 @@
+"""What every framework must do: with one client be unsplit training, and with four on eight blocks run by default."""
+
+# ruff: noqa: F811 - a fixture that is imported
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cutlayer
+import unsplit
+from cutlayer import registry
+from cutlayer.driver import Run
+from cutlayer.errors import CutlayerError
+from spine import PARTITIONS, adamw, adapter, caught, equal, lines, losses, model, train  # noqa: F401
+from tiny import text_rows
+
+EVERY = registry.names("framework")
+ALONE: dict[str, dict[str, Any]] = {  # options that a single client needs
+    "gsfl": {"groups": 1},
+    "hsfl": {"edges": 1},
+}
+NOT_ALONE = {"ringsfl", "pairingfl"}  # they need a peer, and say so
+U_ONLY = {"ringsfl"}
+FOUR = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
+
+
+@PARTITIONS
+@pytest.mark.parametrize("name", sorted(set(EVERY) - NOT_ALONE))
+def test_one_client_equals_unsplit(name: str, partition: dict[str, Any], tmp_path: Path) -> None:
+    """Losses and all trained tensors after six AdamW steps, without any difference."""
+    rows, out, folder = text_rows(9), tmp_path / "out", model(num_hidden_layers=6)
+    framework = {"name": name, **ALONE.get(name, {})}
+    train(folder, out, {"ann": rows}, partition=partition, framework=framework, steps=6)
+    batches = unsplit.text_batches(folder, rows, size=3)
+    steps = [[batch] for batch in batches * 2]
+    reference = unsplit.train(folder, steps, adapter=out / "adapter_initial", make_optimizer=adamw)
+    assert [loss for _, loss in losses(out)] == reference.losses
+    assert equal(adapter(out), reference.state)
+
+
+@PARTITIONS
+@pytest.mark.parametrize("name", EVERY)
+def test_four_clients_and_eight_blocks_by_default(
+    name: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]
+) -> None:
+    """Everybody trains, nothing is left open, and the same run twice gives the same order of events and weights."""
+    if name in U_ONLY and partition["name"] != "u-shaped-split":
+        with pytest.raises(CutlayerError, match="Take partition: u-shaped-split"):
+            train(model(num_hidden_layers=8), tmp_path / "out", FOUR, partition=partition, framework=name)
+        return
+    for out in ("one", "two"):
+        profiles = dict(zip(FOUR, ("laptop+dsl", "phone+4g", "workstation+lan", "laptop+5g"), strict=True))
+        changes = {"partition": partition, "framework": name, "rounds": 2, "profiles": profiles}
+        train(model(num_hidden_layers=8), tmp_path / out, FOUR, **changes)
+    first, second = caught
+    assert all(steps > 0 for steps in first.counters.steps.values())
+    assert first.counters.steps == dict(first.parts.foreseen)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert [line["virtual_time"] for line in lines(tmp_path / "one")] == [
+        line["virtual_time"] for line in lines(tmp_path / "two")
+    ]
+    for client in FOUR:
+        assert equal(first.state(client), second.state(client))
+        assert all(torch.isfinite(t).all() for t in first.state(client).values())
+    assert all(slot.idle for party in first.parts.parties.values() for slot in party.slots.values())
+    assert first.meter.state() == second.meter.state()
+
+
+@pytest.mark.parametrize("name", sorted(NOT_ALONE))
+def test_who_needs_a_peer_says_so(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CutlayerError, match=f"framework '{name}' needs"):
+        train(model(), tmp_path / "out", {"ann": text_rows(3)}, framework=name)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_killed_run_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
+    """Resumed after the first of three rounds, everything a framework keeps between rounds is there."""
+    framework = {
+        "name": name,
+        **({"local_steps": 1} if "local_steps" in registry.option_fields(registry.load("framework", name)) else {}),
+    }
+    train(model(num_hidden_layers=8), tmp_path / "whole", FOUR, framework=framework, rounds=3, checkpoint_every=1)
+    train(model(num_hidden_layers=8), tmp_path / "part", FOUR, framework=framework, rounds=3, checkpoint_every=1)
+    part = tmp_path / "part"
+    shutil.rmtree(part / "checkpoints" / "round-000003")
+    shutil.rmtree(part / "adapter")
+    (part / "summary.json").unlink()
+    cutlayer.train(resume=part)
+    assert losses(part) == losses(tmp_path / "whole")
+    assert equal(adapter(part), adapter(tmp_path / "whole"))

@@ -1,0 +1,130 @@
+"""The row's check: the two-tier limits, three tiers with every interval 1, and what the intervals do."""
+
+# ruff: noqa: F811 - a fixture that is imported
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import joint
+import unsplit
+from cutlayer.driver import Run
+from cutlayer.errors import CutlayerError
+from cutlayer.wire import read_frames
+from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, train  # noqa: F401
+from tiny import text_rows
+
+ROWS = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
+SGD = {"name": "sgd", "lr": joint.LR}
+TOKENS = {"name": "fedavg", "weight_by": "tokens"}
+
+
+def hsfl(**options: Any) -> dict[str, Any]:
+    return {"name": "hsfl", **options}
+
+
+@PARTITIONS
+def test_a_two_tiers_with_one_interval_are_sfl_v1(partition: dict[str, Any], tmp_path: Path) -> None:
+    common = {"partition": partition, "rounds": 2}
+    train(
+        model(num_hidden_layers=4),
+        tmp_path / "one",
+        ROWS,
+        framework={"name": "sfl-v1", "local_steps": 3, "moments": "keep"},
+        **common,
+    )
+    train(
+        model(num_hidden_layers=4), tmp_path / "two", ROWS, framework=hsfl(edge_blocks=0, intervals=[3, 3, 3]), **common
+    )
+    assert sorted(losses(tmp_path / "one")) == sorted(losses(tmp_path / "two"))  # they take turns in other orders
+    assert equal(adapter(tmp_path / "one"), adapter(tmp_path / "two"))
+
+
+@PARTITIONS
+def test_b_three_tiers_merged_every_step_are_the_joint_batch(partition: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    framework = hsfl(intervals=[1, 1, 1])
+    train(
+        model(num_hidden_layers=4), out, ROWS, partition=partition, framework=framework, optimizer=SGD,
+        aggregator=TOKENS, rounds=3, record_wire=str(tmp_path / "wire"),
+    )  # fmt: skip
+    batches = [unsplit.text_batches(model(num_hidden_layers=4), rows, size=3)[0] for rows in ROWS.values()]
+    reference = unsplit.train(
+        model(num_hidden_layers=4), [batches] * 3, adapter=out / "adapter_initial", make_optimizer=joint.sgd
+    )
+    found = adapter(out)
+    assert max(float((found[n] - reference.state[n]).abs().max()) for n in found) <= 1e-6
+    pairs = {(line["sender"], line["receiver"]) for line, *_ in read_frames(tmp_path / "wire")}
+    assert {
+        ("ann", "edge-0"),
+        ("edge-0", "server"),
+        ("server", "edge-0"),
+        ("edge-0", "ann"),
+        ("bob", "edge-1"),
+    } <= pairs
+
+
+def test_u_shaped_relays_hold_no_token_and_no_label(tmp_path: Path) -> None:
+    train(
+        model(num_hidden_layers=4),
+        tmp_path / "out",
+        ROWS,
+        partition=U,
+        framework="hsfl",
+        rounds=1,
+        record_wire=str(tmp_path / "wire"),
+    )
+    for line, header, tensors in read_frames(tmp_path / "wire"):
+        for name, tensor in zip(header.names, tensors, strict=True):
+            assert name in ("mask", "positions") or tensor.is_floating_point(), (line, name)
+
+
+def test_c_short_intervals_keep_the_tier_together_and_cost_bytes(
+    tmp_path: Path, caught: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its average the edge tier has drifted less with (8, 2, 1) than with (8, 8, 8); traffic goes by 1/I."""
+    spread: dict[str, list[float]] = {}
+    original = Run.merge
+
+    async def merge(self: Run, clients: Any, **options: Any) -> None:
+        if "blocks" in options and options["blocks"](1):  # the edge's block
+            states = [self.state(client) for client in ROWS]
+            names = [n for n in states[0] if ".layers.1." in n]
+            gaps = [torch.stack([s[n] for s in states]).var(0).mean() for n in names]
+            spread.setdefault(self.out.name, []).append(float(torch.stack(gaps).mean()))
+        await original(self, clients, **options)
+
+    monkeypatch.setattr(Run, "merge", merge)
+    traffic = {}
+    for name, intervals in {"often": [8, 2, 1], "rarely": [8, 8, 8]}.items():
+        train(
+            model(num_hidden_layers=4),
+            tmp_path / name,
+            ROWS,
+            partition=TWO,
+            framework=hsfl(intervals=intervals),
+            rounds=1,
+        )
+        run = caught[-1]
+        traffic[name] = sum(n for pair, n in run.meter.by_pair.items() if set(pair) == {"edge-0", "server"})
+        traffic[f"{name} steps"] = sum(
+            n for pair, n in run.meter.by_pair.items() if pair in {("ann", "edge-0"), ("cid", "edge-0")}
+        )
+    assert max(spread["often"]) < spread["rarely"][0]
+    assert len(spread["often"]) == 4
+    assert len(spread["rarely"]) == 1
+    assert traffic["often steps"] == traffic["rarely steps"]
+    one = (traffic["often"] - traffic["rarely"]) / 3  # what one average of the edge tier moves
+    assert one > 0
+    assert traffic["rarely"] > one
+
+
+def test_cuts_that_leave_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CutlayerError, match="edge_blocks 2 leave the cloud no block"):
+        train(model(num_hidden_layers=4), tmp_path / "out", ROWS, partition=U, framework=hsfl(edge_blocks=2))
+    with pytest.raises(CutlayerError, match="they must fall from device to cloud"):
+        train(model(num_hidden_layers=4), tmp_path / "out", ROWS, framework=hsfl(intervals=[2, 4, 1]))
