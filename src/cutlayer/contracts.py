@@ -145,11 +145,9 @@ class End(Protocol):
 
     async def head_forward(self, *, step: int, micro: int, how: How) -> Parcel:
         """Steps 2 and 3."""
-        ...
 
     async def head_backward(self, parcel: Parcel, how: How) -> StepResult:
         """Steps 9 and 10."""
-        ...
 
 
 class Hop(Protocol):
@@ -157,15 +155,12 @@ class Hop(Protocol):
 
     async def forward(self, parcel: Parcel, how: How) -> Parcel:
         """Steps 4 and 5."""
-        ...
 
     async def backward(self, parcel: Parcel, how: How) -> Parcel:
         """Steps 8 and 9."""
-        ...
 
     async def leave(self, client: str) -> None:
         """The client needs this hop no more in this step (or is lost)."""
-        ...
 
 
 class Tail(Protocol):
@@ -173,11 +168,9 @@ class Tail(Protocol):
 
     async def tail_step(self, parcel: Parcel, how: How) -> Parcel:
         """Step 6 (two-part: step 4, forward, loss and backward in one) and 7."""
-        ...
 
     async def leave(self, client: str) -> None:
         """The client needs this tail no more in this step (or is lost)."""
-        ...
 
 
 class Slot(Protocol):
@@ -224,7 +217,6 @@ class Partition(Protocol):
 
     def layout(self, num_blocks: int) -> Layout:
         """The blocks of each part; raises MethodError where the cut does not fit the model."""
-        ...
 
 
 class Peft(Protocol):
@@ -232,11 +224,9 @@ class Peft(Protocol):
 
     def check(self, model: Any, anatomy: Anatomy, *, task: str) -> None:
         """Refuse by MethodError what does not fit the whole model, whose weights are not there yet (device meta)."""
-        ...
 
     def prepare(self, model: Any, anatomy: Anatomy, *, task: str, seed: int) -> Base:
         """Make a model, whole or in part, trainable; the start follows from the seed."""
-        ...
 
 
 class Rows(Sequence[Row]):
@@ -273,7 +263,6 @@ class Division(Protocol):
 
     def divide(self, rows: Rows, clients: Sequence[str], *, seed: int, shuffle: bool) -> dict[str, list[int]]:
         """The row numbers of each client; each row goes to at most one client, unless an option says otherwise."""
-        ...
 
 
 class Aggregator(Protocol):
@@ -291,11 +280,7 @@ class Aggregator(Protocol):
         return "examples"
 
     def begin(self, trunks: Mapping[str, Collection[str]]) -> None:
-        """Told before anything is merged: by client, the trained tensors of its trunk that no other client trains.
-
-        Raises:
-            MethodError: the aggregator cannot work with that.
-        """
+        """Told at the start: by client, what of its trunk nobody else trains. MethodError: it cannot work with that."""
 
     @abstractmethod
     def merge(self, before: State, states: Mapping[str, State], weights: Mapping[str, float]) -> State:
@@ -306,7 +291,6 @@ class Aggregator(Protocol):
             states: name -> tensor, by client; shapes may differ (ranks), and names (cuts).
             weights: by client, summing to 1.
         """
-        ...
 
     def fit(self, merged: State, shapes: Mapping[str, Sequence[int]]) -> State:
         """What a receiver that holds tensors of these names and shapes gets of a merged state."""
@@ -325,7 +309,6 @@ class Selection(Protocol):
 
     def pick(self, number: int, clients: Sequence[str]) -> Sequence[str]:
         """The clients of round ``number``."""
-        ...
 
 
 class Scheduler(Protocol):
@@ -333,7 +316,6 @@ class Scheduler(Protocol):
 
     def wrap(self, stop: Any, client: str) -> Any:
         """A stop of the server (``Hop`` or ``Tail``), as this client's step shall meet it."""
-        ...
 
 
 class Exchange(Protocol):
@@ -343,7 +325,6 @@ class Exchange(Protocol):
         self, inner: Any, client: End, middle: Sequence[Hop], tail: Tail, *, step: int, micro: int, how: How
     ) -> StepResult:
         """Make one micro-batch by ``inner`` (``split_step``) or in its place."""
-        ...
 
 
 class Framework(Protocol):
@@ -404,9 +385,7 @@ class Framework(Protocol):
     @abstractmethod
     async def round(self, run: Run, number: int) -> None:
         """One round. On return nothing is in flight."""
-        ...
 
     @abstractmethod
     def evaluators(self, run: Run) -> Sequence[str]:
         """The clients whose parts, with their trunks, are the model (or the models) at the end of a round."""
-        ...

@@ -60,7 +60,7 @@ def test_the_evaluation_is_the_mean_over_the_clients_own_models(tmp_path: Path, 
 
 
 def test_alike_data_lose_little_against_averaged_heads(tmp_path: Path) -> None:
-    """One block at the client, the same kind of text for all: within 5 percent of SFL-V2."""
+    """One block of six at the client, the same kind of text for all: within 5 percent of SFL-V2."""
     from tiny import write_rows
 
     held_out = write_rows(tmp_path / "eval.jsonl", [{"text": "w5 w6 w7 w8 w9 w10 w11 w12"}] * 3)
@@ -68,9 +68,9 @@ def test_alike_data_lose_little_against_averaged_heads(tmp_path: Path) -> None:
     after = {}
     for aggregator in ("fedavg", "mhsl"):
         result = train(
-            model(), tmp_path / aggregator, rows, framework="sfl-v2", aggregator=aggregator, rounds=15,
-            data={"eval": str(held_out)}, partition={"name": "two-part-split", "head_blocks": 1},
+            model(num_hidden_layers=6), tmp_path / aggregator, rows, framework="sfl-v2", aggregator=aggregator,
+            rounds=15, data={"eval": str(held_out)}, partition={"name": "two-part-split", "head_blocks": 1},
         )  # fmt: skip
         after[aggregator] = result.summary["eval"]["after"]["loss"]
-        assert after[aggregator] < 0.8 * result.summary["eval"]["before"]["loss"]
+        assert after[aggregator] < 0.85 * result.summary["eval"]["before"]["loss"]
     assert after["mhsl"] < 1.05 * after["fedavg"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cutlayer.driver import Run
 
 
-@method("framework", paper="PairingFL, IEEE/ACM Transactions on Networking, 2025")
+@method("framework", paper="IEEE/ACM Transactions on Networking, 2025, after the survey, arXiv:2604.24468")
 @dataclass(frozen=True)
 class PairingFL(Framework):
     """Pairs of clients train like one federated client each: hidden states pass between the two, models to the server.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cutlayer.driver import Run
 
 
-@method("framework", paper="Shen et al., IEEE TMC 23(5), 2023")
+@method("framework", paper="Shen et al., IEEE TMC 23(5), 2023, after the survey, arXiv:2604.24468")
 @dataclass(frozen=True)
 class RingSFL(Framework):
     """Clients in a ring: each batch passes all of them, every one runs as many blocks as its speed allows.
