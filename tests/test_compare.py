@@ -272,6 +272,7 @@ def test_what_makes_no_comparison_is_refused_by_its_key(
     write_rows(place.root / "other.jsonl", text_rows(6, seed=3))
     make_model(place.root / "other", "llama", num_hidden_layers=3)
     files = [place.file("one"), place.file("two"), place.file("odd", **changes)]
+    capsys.readouterr()  # what saving a model draws
     err = refused(capsys, *files, "--out", str(tmp_path / "out"))
     assert err.startswith("Error: 1 mistake in the comparison:\n")
     assert re.search(rf"  - {re.escape(key)} differs: .* in one, two; .* in odd\.", err)
