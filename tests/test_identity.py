@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from crash import Forge
 from cutlayer import identity
 from cutlayer.config import load_config
-from cutlayer.driver import identity as identity_of_run
+from cutlayer.engine import identity as identity_of_run
 from cutlayer.errors import MethodError, ModelError
 from cutlayer.identity import fingerprint
 from tiny import make_model, text_rows, write_rows

@@ -50,8 +50,8 @@ class Profile:
     down: float
     rtt: float
     memory: int | None = None
-    workers: int = 1
     name: str = "given"
+    workers: int = 1
 
 
 def profile_from(value: str | Mapping[str, object] | None) -> Profile | None:
