@@ -135,7 +135,7 @@ class Fate:
                 call()
                 os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
             if self.act == "torn":
-                tear(arguments[0])
+                tear(arguments[0].run)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
