@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cutlayer.models.segment import Base
+from cutlayer.parties import trunk
 from cutlayer.parties.trunk import TrunkParty
 from side_by_side import GPU_LIMITS, SGD, Pair, both, farthest
 from spine import U, often
@@ -42,7 +43,7 @@ def positions_twice(patch: pytest.MonkeyPatch) -> None:
 
 def no_mask(patch: pytest.MonkeyPatch) -> None:
     """The server takes padding for text."""
-    patch.setattr(TrunkParty, "_mask", lambda self, tensors: None)
+    patch.setattr(trunk, "_mask", lambda tensors, device: None)
 
 
 def half_a_gradient(patch: pytest.MonkeyPatch) -> None:
