@@ -24,17 +24,17 @@ from cutlayer.identity import fingerprint
 from tiny import make_model, text_rows, write_rows
 
 MEAN = """from dataclasses import dataclass
+from cutlayer.contracts import Aggregator
 from cutlayer.registry import method
 
 @method("aggregator")
 @dataclass
-class Mean:
+class Mean(Aggregator):
     share: float = 1.0
 
     def merge(self, before, states, weights):
         first = next(iter(states.values()))
-        mean = {name: sum(state[name] for state in states.values()) / len(states) for name in first}
-        return dict.fromkeys(states, mean)
+        return {name: sum(state[name] for state in states.values()) / len(states) for name in first}
 """
 
 
