@@ -90,7 +90,8 @@ def test_the_bottom_knows_nothing_above_it() -> None:
     assert ours(SOURCE / "seeds.py") == set()
     assert ours(SOURCE / "_header.py") == {"errors"}
     assert ours(SOURCE / "wire.py") == {"_header", "errors"}
-    assert ours(SOURCE / "contracts.py") == {"wire"}
+    assert ours(SOURCE / "values.py") == {"wire"}
+    assert ours(SOURCE / "contracts.py") == {"values"}
     assert ours(SOURCE / "step.py") == {"contracts", "wire"}
 
 
