@@ -85,15 +85,19 @@ def test_evaluation_is_of_the_function_that_was_trained(partition: dict[str, Any
     )
     for when, folder in (("before", "adapter_initial"), ("after", "adapter")):
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model("gpt2")), out / folder).eval()
-        total = tokens = 0.0
+        total = tokens = right = 0.0
         with torch.no_grad():
             for batch in unsplit.text_batches(model("gpt2"), held_out, size=3):
                 count = int((batch["labels"][:, 1:] != -100).sum())
-                total += float(plain(**batch).loss) * count
+                output = plain(**batch)
+                total += float(output.loss) * count
                 tokens += count
+                labels = batch["labels"][:, 1:]
+                right += int((output.logits[:, :-1].argmax(dim=-1)[labels != -100] == labels[labels != -100]).sum())
         found = result.summary["eval"][when]
         assert found["loss"] == pytest.approx(total / tokens, abs=1e-6)
         assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
+        assert found["accuracy"] == right / tokens
     before, after = (result.summary["eval"][when]["loss"] for when in ("before", "after"))
     assert abs(after - before) > 1e-3  # far more than the tolerance above
 

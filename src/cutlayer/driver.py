@@ -220,7 +220,8 @@ class Run(StepEleven):
                 group.create_task(_awaited(work(client)), name=client)
 
     async def evaluate(self) -> dict[str, float] | None:
-        """Mean loss over the label tokens of the evaluation data, and its perplexity; None without such data.
+        """Mean loss over the label tokens of the evaluation data, its perplexity, and the accuracy: the share of them
+        that the model finds most probable. None without such data.
 
         Of several evaluators (whose models differ) it is the mean. It takes no time on the virtual clock.
         """
@@ -230,16 +231,18 @@ class Run(StepEleven):
         if not self.personal:
             await self.catch_up(names)
         time = self.clock.state()
-        total = tokens = 0.0
+        total, tokens, correct = 0.0, 0, 0
         for name in names:
             end, middle, tail, _ = self.route(name)
             for number in range(len(self.parts.clients[name].evaluation)):
                 result = await split_evaluate(end, middle, tail, batch=number)
                 total += result.loss * result.label_tokens
                 tokens += result.label_tokens
+                correct += result.correct
         self.clock.restore(time)
         loss = total / tokens if tokens else math.nan
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        accuracy = correct / tokens if tokens else math.nan
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy}
 
     def state(self, client: str | None = None) -> dict[str, Tensor]:
         """All trainable tensors of a client's model as it now is, by name; by default of the first evaluator's."""

@@ -63,7 +63,10 @@ async def split_evaluate(client: End, middle: Sequence[Hop], tail: Tail, *, batc
         parcel = await hop.forward(parcel, how)
     header = (await tail.tail_step(parcel, how)).header
     loss, tokens = header.value("loss"), header.value("tokens")
-    return StepResult(client.name, batch, float(loss), int(tokens), int(header.value("label_tokens")), True)
+    return StepResult(
+        client.name, batch, float(loss), int(tokens), int(header.value("label_tokens")), True,
+        correct=int(header.value("correct")),
+    )  # fmt: skip
 
 
 @dataclass

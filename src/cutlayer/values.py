@@ -118,7 +118,7 @@ class StepResult:
     """What one micro-batch (or a whole optimizer step, summed) gave.
 
     ``loss`` is the mean over the ``label_tokens`` of the whole optimizer step (a micro-batch: its share of that mean),
-    ``last`` whether the micro-batch was the step's last.
+    ``last`` whether the micro-batch was the step's last, ``correct`` how many labels were hit (evaluation only).
     """
 
     client: str
@@ -127,6 +127,7 @@ class StepResult:
     tokens: int
     label_tokens: int
     last: bool
+    correct: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cutlayer.errors import NonFinite
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot
 from cutlayer.parties.memory import Watch
+from cutlayer.values import IGNORE
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,22 @@ class TailWork:
     micro: int
 
 
+@dataclass(frozen=True)
+class TailGave:
+    """The loss times the work's weight; of a training step the gradient [B,T,H], of an evaluation the hits.
+
+    ``correct`` counts the label tokens (of a classifier: the rows) whose most probable value is the right one.
+    """
+
+    loss: float
+    gradient: Tensor | None = None
+    correct: int = 0
+
+
 def run_tail(
     segment: Segment, slot: Slot, work: TailWork, *, seed: int | None, slot_weight: float, watch: Watch
-) -> tuple[float, Tensor | None]:
-    """Loss (times ``work.weight``) and the gradient of ``work.hidden`` [B,T,H]; ``seed`` None is evaluation.
+) -> TailGave:
+    """Forward, loss and (unless ``seed`` is None, which is evaluation) backward.
 
     The gradients of the tail's own parameters are added to ``slot``, times ``slot_weight``.
 
@@ -60,8 +74,16 @@ def run_tail(
             "Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
         )
     if not training:
-        return value, None
+        return TailGave(value, correct=hits(output.logits, work.labels))
     with segment.entered(slot.params):
         loss.backward()
     slot.collect(segment.names, (work.client, work.step, work.micro), weight=slot_weight)
-    return value, hidden.grad
+    return TailGave(value, hidden.grad)
+
+
+def hits(logits: Tensor, labels: Tensor) -> int:
+    """How many labels are the most probable value: of causal ``logits`` [B,T,V] shifted by one, or of rows [B,C]."""
+    if labels.dim() == 2:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    right = logits.argmax(dim=-1) == labels
+    return int(torch.sum(right & (labels != IGNORE)))

@@ -143,12 +143,13 @@ class ClientParty:
         seed = segment_seed(self.seed, "tail", self.name, header.step, header.micro) if training else None
         weight = float(header.value("head_weight")) if training else 1.0
         with torch.set_grad_enabled(training):
-            held.loss, gradient = run_tail(self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch)
-        if gradient is None:
+            gave = run_tail(self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch)
+        held.loss = gave.loss
+        if gave.gradient is None:
             del self._open[header.step, header.micro]
-            return self._reply(header, "tail_step", "ack", self._told(held))
+            return self._reply(header, "tail_step", "ack", {**self._told(held), "correct": gave.correct})
         values: dict[str, Value] = {"last": held.last}
-        return self._reply(header, "send_gradients", "gradient", values, {"hidden": gradient})
+        return self._reply(header, "send_gradients", "gradient", values, {"hidden": gave.gradient})
 
     def on_head_backward(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 10: backward through the head, and the optimizer step of the client's part if it is the last."""

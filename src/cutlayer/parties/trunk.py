@@ -121,14 +121,15 @@ class TrunkParty:
                 client=header.client, step=header.step, micro=header.micro,
             )  # fmt: skip
             seed = self._seed(segment, header) if how.graph else None
-            loss, gradient = run_tail(segment, owner, work, seed=seed, slot_weight=how.trunk_weight, watch=self.watch)
+            gave = run_tail(segment, owner, work, seed=seed, slot_weight=how.trunk_weight, watch=self.watch)
             if how.graph:
                 self._settle(owner, key, last, how)
-        values: dict[str, Value] = {"loss": loss}
+        values: dict[str, Value] = {"loss": gave.loss}
         if not how.graph:
-            told = {**values, "tokens": header.value("tokens"), "label_tokens": header.value("label_tokens")}
+            told = {**values, "correct": gave.correct}
+            told |= {name: header.value(name) for name in ("tokens", "label_tokens")}
             return Parcel(header.but(step_name="tail_step", kind="ack", values=told, names=()))
-        wanted = {"hidden": gradient} if header.value("needs_gradient") and gradient is not None else {}
+        wanted = {"hidden": gave.gradient} if header.value("needs_gradient") and gave.gradient is not None else {}
         return self._back(header, how, place, wanted, values, last=last)
 
     def _settle(self, owner: Slot, key: Key, last: bool, how: How) -> None:

@@ -23,6 +23,7 @@ from cutlayer.wire import STEP_NAMES
 if TYPE_CHECKING:
     from cutlayer.driver import Run
 
+QUALITY = ("loss", "perplexity", "accuracy")
 PACKAGES = ("cutlayer", "torch", "transformers", "peft", "safetensors")
 
 
@@ -46,8 +47,8 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
     if counters.evaluations:
         first, last = counters.evaluations[0], counters.evaluations[-1]
         summary["eval"] = {
-            "before": {k: first[k] for k in ("loss", "perplexity")},
-            "after": {k: last[k] for k in ("loss", "perplexity")},
+            "before": {k: first[k] for k in QUALITY},
+            "after": {k: last[k] for k in QUALITY},
             "history": counters.evaluations,
         }
     seconds = counters.seconds
