@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from transformers import get_scheduler
 from cutlayer.build import Data, check_fit, layouts_of
 from cutlayer.cohorts import foreseen
 from cutlayer.config import RunConfig
-from cutlayer.contracts import SERVER, Framework, Layout, Stop
+from cutlayer.contracts import SERVER, Example, Framework, Layout, Peft, Planner, Stop
 from cutlayer.data.batches import Batches
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.models.arena import Arena
@@ -21,6 +22,8 @@ from cutlayer.models.segment import Base, Segment
 from cutlayer.models.slots import Slot, new_params
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.trunk import Place, TrunkParty
+from cutlayer.planning import Costs, at_cut
+from cutlayer.plans import at_ranks, costs_of, keep_back, situation, slot_ranks
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,16 @@ class Parts:
     """Everything that a driver drives."""
 
     base: Base
-    layouts: Mapping[str, Layout]  # by client
+    layouts: dict[str, Layout]  # by client
     clients: Mapping[str, ClientParty]
     parties: Mapping[str, TrunkParty]  # who runs blocks for others, the server first; clients too, where they do
     routes: dict[str, tuple[Stop, ...]]  # by client
     planned: Mapping[str, int]  # the most steps that each client makes
     foreseen: Mapping[str, int]  # those that it will make, without an early stop
+    peft: Peft
+    costs: Costs
+    planner: Planner | None = None
+    bounds: Mapping[str, range] | None = None  # by client: the cuts that the planner may give it
 
     @property
     def server(self) -> TrunkParty:
@@ -151,8 +158,16 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     """
     check_fit(config, base, data)
     layouts = layouts_of(config, base.anatomy.num_blocks)
-    routes = routes_of(config, layouts)
     framework: Framework = config.build("framework")
+    peft: Peft = config.build("peft")
+    planner: Planner | None = config.build("planner")
+    data, kept = keep_back(config, data, planner.validation if planner else 0.0)
+    costs, bounds = costs_of(config, base, data), None
+    if planner:
+        now = situation(costs, base, layouts, {name: len(rows) for name, rows in data.train.items()})
+        bounds, cuts = planner.bounds(now), planner.start(now)
+        layouts = {name: at_cut(layout, cuts[name]) for name, layout in layouts.items()}
+    routes = routes_of(config, layouts)
     planned = planned_steps(config, data)
     steps = foreseen_steps(config, planned)
     make, arena = make_optimizer(config), Arena()
@@ -160,7 +175,11 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     held: dict[tuple[str, str], list[str]] = {}  # names by (party, slot)
     users: dict[tuple[str, str], list[str]] = {}  # clients by (party, slot)
     for client, layout in layouts.items():
-        for stop in (*routes[client], *framework.reach(client, layouts)):
+        reach = [*routes[client], *framework.reach(client, layouts)]
+        if bounds:  # a trunk may come to train all from the lowest cut on
+            lowest = at_cut(layout, min(bounds[client]))
+            reach += framework.reach(client, {**layouts, client: lowest})
+        for stop in reach:
             top = not layout.tail_at_client and stop.blocks.stop == layout.middle.stop
             segment = base.segment("tail" if top else "trunk", stop.blocks, top=top)
             key = (stop.party, stop.slot)
@@ -169,30 +188,36 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
             users.setdefault(key, [])
             users[key] += [client] if client not in users[key] else []
 
-    def slot(name: str, names: Sequence[str], updates: int) -> Slot:
-        return Slot(name, new_params(base.initial, names, arena), make, learning_rate(config, updates), arena)
+    def slot(name: str, names: Sequence[str], updates: int, users: Sequence[str]) -> Slot:
+        ranks = slot_ranks(peft, base, names, [layouts[user] for user in users])
+        start = {**base.initial, **at_ranks(base, ranks)} if ranks else base.initial
+        return Slot(name, new_params(start, names, arena), make, learning_rate(config, updates), arena)
 
     slots: dict[str, dict[str, Slot]] = {SERVER: {}}
     for (party, name), names in held.items():
         if party not in layouts:
             ordered = [n for n in base.initial if n in set(names)]
             updates = _updates(config, framework, steps, users[party, name])
-            slots.setdefault(party, {})[name] = slot(name, ordered, updates)
-    rows = [data.evaluation[i : i + config.batch_size] for i in range(0, len(data.evaluation), config.batch_size)]
+            slots.setdefault(party, {})[name] = slot(name, ordered, updates, users[party, name])
+    rows = _chunks(data.evaluation, config.batch_size)
     clients = {}
     for name in config.client_names:
         head, _, tail = segments_of(base, layouts[name], routes[name])
         others = {n for (party, _), names in held.items() if party == name for n in names}
         own = [*head.names, *(tail.names if tail else [])]
+        if bounds:  # it may come to train all up to the highest cut
+            highest = base.segment("head", at_cut(layouts[name], max(bounds[name])).head, bottom=True)
+            own = list(dict.fromkeys([*own, *highest.names]))
         names = own if not others else [n for n in base.initial if n in others | set(own)]
         updates = sum(steps[other] for other in framework.line(name, config.client_names))
         clients[name] = ClientParty(
             name,
             head=head,
             tail=tail,
-            slot=slot(name, names, updates),
+            slot=slot(name, names, updates, [name]),
             batches=_batches(config, data, name),
             evaluation=[partial(data.collate, part) for part in rows],
+            validation=[partial(data.collate, part) for part in _chunks(kept[name], config.batch_size)],
             sizes={
                 "examples": len(data.train[name]),
                 "label_tokens": sum(e.label_tokens for e in data.train[name]),
@@ -203,7 +228,22 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
             if party == name:
                 slots.setdefault(party, {})[of] = clients[name].slot
     parties = {name: TrunkParty(name, theirs, seed=config.seed) for name, theirs in slots.items()}
-    return Parts(base, layouts, clients, parties, routes, planned, steps)
+    return Parts(base, dict(layouts), clients, parties, routes, planned, steps, peft, costs, planner, bounds)
+
+
+def _chunks(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def own_trunks(parts: Parts) -> dict[str, frozenset[str]]:
+    """By client, the trained tensors of the slots on its route that are on nobody else's."""
+    users = Counter(key for route in parts.routes.values() for key in {(stop.party, stop.slot) for stop in route})
+    found = {}
+    for client, route in parts.routes.items():
+        places = places_of(parts.base, parts.layouts[client], route)
+        own = [p for stop, p in zip(route, places, strict=True) if users[stop.party, stop.slot] == 1]
+        found[client] = frozenset(name for place in own for name in place.segment.names)
+    return found
 
 
 def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], clients: Sequence[str]) -> int:

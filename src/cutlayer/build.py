@@ -12,6 +12,7 @@ import torch
 from cutlayer import registry
 from cutlayer.config import RunConfig
 from cutlayer.contracts import Batch, Example, Framework, Layout, Rows
+from cutlayer.costs import Memory, Training, memory
 from cutlayer.data.batches import collate, fingerprint, split_eval
 from cutlayer.data.classes import classes_of
 from cutlayer.data.formats import pack, token_lengths, tokenize
@@ -212,3 +213,27 @@ def open_model(config: RunConfig) -> tuple[Any, int]:
 def tokenizer_of(config: RunConfig) -> Any:
     """The model's tokenizer."""
     return load_tokenizer(config.model)
+
+
+def training_of(config: RunConfig) -> Training:
+    """What is trained, as the cost model says it (a rank pattern counts as the plain rank)."""
+    options = config.peft.options
+    head = task_of(config) == "classification"
+    if config.peft.name == "full":
+        return Training(full=True)
+    targets = options.get("targets", "all-linear")
+    return Training(
+        rank=options.get("rank", 8),
+        targets=[targets] if targets != "all-linear" and isinstance(targets, str) else targets,
+        head=head,
+    )
+
+
+def memory_of(config: RunConfig) -> Callable[..., Memory]:
+    """``costs.memory`` with what a run's numbers, optimizer and checkpointing make of it."""
+    momentum = config.optimizer.arguments.get("momentum")
+    optimizer = {"sgd": "momentum" if momentum else "sgd"}.get(config.optimizer.name, "adamw")
+    return partial(
+        memory, precision=config.precision, optimizer=optimizer, checkpointing=config.gradient_checkpointing,
+        eager=config.attn_implementation == "eager",
+    )  # fmt: skip

@@ -53,7 +53,7 @@ def _touches(key: str, doubtful: frozenset[str]) -> bool:
 
 # The families that the engine of this version drives. A method of another is refused, even if it can be loaded: who
 # names a defense must not believe that it is on.
-DRIVEN = ("framework", "partition", "peft", "data", "selection", "aggregator", "scheduler", "exchange")
+DRIVEN = ("framework", "partition", "peft", "planner", "data", "selection", "aggregator", "scheduler", "exchange")
 
 
 def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) -> list[str]:
@@ -212,6 +212,25 @@ def _cuts(config: RunConfig) -> Iterator[str]:
             spec = config.partition_spec(client.name)
             if not _method_problems("partition", "partition", config.partition.name, config.partition.options):
                 yield from _method_problems(f"clients.{number}", "partition", spec.name, spec.options)
+
+
+@_rule("planner", "framework", "aggregator")
+def _moves(config: RunConfig) -> Iterator[str]:
+    if config.planner is None:
+        return
+    try:
+        framework, aggregator = config.build("framework"), config.build("aggregator")
+    except CutlayerError:
+        return  # said by the other rules
+    if not framework.replans or not aggregator.exchanges:
+        which = f"framework '{config.framework.name}'"
+        if framework.replans:
+            which = f"aggregator '{config.aggregator.name}'"
+        yield (
+            f"planner '{config.planner.name}' gives clients cuts of their own, and blocks change hands where all "
+            f"copies are equal: after a merge. But {which} leaves the clients' parts unequal, or sets the cuts itself. "
+            "Take framework sfl-v1 or sfl-v2 with an aggregator that merges, or planner: none."
+        )
 
 
 @_rule("rounds", "steps", "epochs")

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from cutlayer.driver import Run
     from cutlayer.models.families import Anatomy
     from cutlayer.models.segment import Base
+    from cutlayer.planning import Situation
 
 __all__ = [
     "IGNORE", "SERVER", "SHARED", "Aggregator", "Batch", "Division", "End", "Example", "Exchange", "Framework", "Hop",
-    "How", "Layout", "Parcel", "Partition", "Peft", "Row", "Rows", "Scheduler", "Selection", "Slot", "State",
+    "How", "Layout", "Parcel", "Partition", "Peft", "Planner", "Row", "Rows", "Scheduler", "Selection", "Slot", "State",
     "StepResult", "Stop", "Tail",
 ]  # fmt: skip
 
@@ -95,6 +96,10 @@ class Peft(Protocol):
     def prepare(self, model: Any, anatomy: Anatomy, *, task: str, seed: int) -> Base:
         """Make a model, whole or in part, trainable; the start follows from the seed."""
 
+    def rank_at(self, block: int | str, layout: Layout) -> int | None:
+        """The adapters' rank in a block (or ``bottom``, ``top``) of a client with this layout; None: as injected."""
+        return None
+
 
 class Division(Protocol):
     """Family ``data``: how rows are divided over clients."""
@@ -142,6 +147,43 @@ class Aggregator(Protocol):
         """Go on with what ``state`` gave."""
 
 
+class Planner(Protocol):
+    """Family ``planner``: the cut of each client, before the run and again between its rounds.
+
+    Subclass it: what has a body here is the default.
+    """
+
+    every: int  # rounds between two plans; 0: the first one holds
+
+    @property
+    def validation(self) -> float:
+        """The share of each client's examples that it keeps from training and reports its accuracy on; 0: none."""
+        return 0.0
+
+    @abstractmethod
+    def bounds(self, now: Situation) -> Mapping[str, range]:
+        """The head blocks that each client may come to hold in this run.
+
+        Raises:
+            MethodError: a client can hold none.
+        """
+
+    @abstractmethod
+    def start(self, now: Situation) -> Mapping[str, int]:
+        """The head blocks of each client at the start."""
+
+    def plan(self, now: Situation) -> Mapping[str, int]:
+        """The head blocks of each client from now on."""
+        return {client: len(layout.head) for client, layout in now.layouts.items()}
+
+    def state(self) -> Mapping[str, float]:
+        """What it must remember from plan to plan, for checkpoints."""
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on with what ``state`` gave."""
+
+
 class Selection(Protocol):
     """Family ``selection``: which clients take part in a round."""
 
@@ -175,6 +217,7 @@ class Framework(Protocol):
     participation: float  # the share of the selected clients that a round takes
     travels: ClassVar[bool] = False  # the clients' parts are handed on, rather than each client keeping its own
     pooled: ClassVar[bool] = False  # a slot makes one update for all clients of a step, not one for each
+    replans: ClassVar[bool] = False  # each round ends in a merge of heads (and of trunk copies), so cuts may move then
     personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
 
     def layouts(

@@ -137,6 +137,8 @@ class Run(StepEleven):
             record["virtual_seconds"] = dict(tally.virtual)
             record["virtual_time"] = self.clock.now()
             self.busy[result.client] += tally.own
+            seconds, steps = self.counters.own.get(result.client, (0.0, 0))
+            self.counters.own[result.client] = [seconds + tally.own, steps + 1]
             self.finished[result.client] = self.clock.now()
             for name, seconds in tally.virtual.items():
                 self.counters.virtual[name] = self.counters.virtual.get(name, 0.0) + seconds

@@ -6,15 +6,14 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from cutlayer import checkpoint
-from cutlayer.assembly import Parts, places_of
+from cutlayer import checkpoint, moving
+from cutlayer.assembly import own_trunks
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED
 from cutlayer.driver import Run
@@ -59,6 +58,9 @@ class Engine:
         before, made, began = time.perf_counter(), sum(counters.steps.values()), run.clock.now()
         run.busy.clear()
         run.finished.clear()
+        planner = run.parts.planner
+        if planner and planner.every and counters.rounds and counters.rounds % planner.every == 0:
+            await moving.replan(run)
         await run.framework.round(run, counters.rounds)
         self._idle = self._idle + 1 if sum(counters.steps.values()) == made else 0
         if self._idle > len(run.clients):
@@ -177,6 +179,7 @@ class Engine:
             "counters": vars(run.counters), "versions": {name: slot.version for name, slot in slots.items()},
             "meter": run.meter.state(), "clock": run.clock.state(), "data": self.data_fingerprint,
             "aggregator": dict(run.federated.aggregator.state()),
+            "planner": dict(run.parts.planner.state()) if run.parts.planner else {},
         }  # fmt: skip
         checkpoint.save(run.out / "checkpoints", run.counters.rounds, states, counters)
 
@@ -191,14 +194,18 @@ class Engine:
         manifest, states = checkpoint.load(path, expect=expect)
         try:
             run.counters = Counters(**manifest["counters"])
+            moving.restore(run)
             self._prove_records(path, manifest["meter"])
             slots = self._slots()
             for name, slot in slots.items():
-                slot.put(states[name], version=manifest["versions"][name])
+                slot.put(states[name], version=manifest["versions"][name], resize=True)
             merged = states.get("federated", {})  # in the order of its file; frames carry the slots' order
             order = dict.fromkeys(name for slot in slots.values() for name in slot.get())
             run.federated.before = {key: merged[key] for key in order if key in merged}
             run.federated.aggregator.restore(manifest["aggregator"])
+            run.federated.aggregator.begin(own_trunks(run.parts))
+            if run.parts.planner:
+                run.parts.planner.restore(manifest["planner"])
             run.meter.restore(manifest["meter"])
             run.clock.restore(manifest["clock"])
         except (KeyError, TypeError, RuntimeError) as error:
@@ -218,17 +225,6 @@ class Engine:
                     f"{file} has {found} {unit}, but {count} of them were there when the checkpoint {path} was made. "
                     "Put the file back as it was, or start the run again with another --out."
                 )
-
-
-def own_trunks(parts: Parts) -> dict[str, frozenset[str]]:
-    """By client, the trained tensors of the slots on its route that are on nobody else's."""
-    users = Counter(key for route in parts.routes.values() for key in {(stop.party, stop.slot) for stop in route})
-    found = {}
-    for client, route in parts.routes.items():
-        places = places_of(parts.base, parts.layouts[client], route)
-        own = [p for stop, p in zip(route, places, strict=True) if users[stop.party, stop.slot] == 1]
-        found[client] = frozenset(name for place in own for name in place.segment.names)
-    return found
 
 
 def identity(config: RunConfig) -> dict[str, str]:

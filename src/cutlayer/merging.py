@@ -36,6 +36,8 @@ class Counters:
     virtual: dict[str, float] = field(default_factory=dict)  # seconds on the virtual clock by step name, summed
     waiting: dict[str, float] = field(default_factory=dict)  # seconds in which a client of a round had nothing to do
     critical: dict[str, int] = field(default_factory=dict)  # rounds that ended with this client
+    cuts: dict[str, list[list[int]]] = field(default_factory=dict)  # by client: round and head blocks of each move
+    own: dict[str, list[float]] = field(default_factory=dict)  # since the last plan: virtual seconds of own work, steps
     stopped: bool = False
 
 
@@ -120,6 +122,23 @@ class StepEleven:
                 slot.reset_optimizer()
             state = self._fitting(merged, slot.get(optimizer=moments == "average"))
             slot.put(await self._sent(SERVER, stop.party, state))
+        if heads and not trunks:
+            self._note_shared_trunk(merged)
+
+    def _note_shared_trunk(self, merged: State) -> None:
+        """Those who were not in a merge and hold more blocks than those who were get the trunk's newest copy of these.
+
+        Of a block that only they have in their heads, the trunk's copy has been trained meanwhile.
+        """
+        if len(set(self.parts.layouts.values())) == 1:
+            return
+        stops = {(stop.party, stop.slot) for stop in self._stops(self.clients)}
+        if len(stops) > 1 or stops.pop()[0] != SERVER:
+            return  # copies of their own: there is no newest one
+        (slot,) = self.slots_of(self.clients)
+        held = {name for client in self.clients for name in self.parts.clients[client].names("own")}
+        newer = {n: t.clone() for n, t in slot.get().items() if n in held and n not in merged}
+        self.federated.before = {**self.federated.before, **newer}
 
     def _stops(self, clients: Iterable[str]) -> list[Stop]:
         """The stops of these clients' routes, each party's slot once."""

@@ -24,8 +24,8 @@ from cutlayer.errors import MethodError
 
 # The families that have a Protocol in contracts.py, and its name there.
 PROTOCOLS = {
-    "framework": "Framework", "partition": "Partition", "peft": "Peft", "data": "Division", "selection": "Selection",
-    "scheduler": "Scheduler", "exchange": "Exchange", "aggregator": "Aggregator",
+    "framework": "Framework", "partition": "Partition", "peft": "Peft", "planner": "Planner", "data": "Division",
+    "selection": "Selection", "scheduler": "Scheduler", "exchange": "Exchange", "aggregator": "Aggregator",
 }  # fmt: skip
 
 

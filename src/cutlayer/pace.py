@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 from cutlayer.assembly import Parts, check_profiles, segments_of
-from cutlayer.build import task_of
+from cutlayer.build import task_of, training_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
-from cutlayer.costs import Profile, Training, Work, profile_from, seconds, shape_of
+from cutlayer.costs import Profile, Work, profile_from, seconds, shape_of
 from cutlayer.links.local import Pace
 from cutlayer.models.segment import Segment
 
@@ -53,9 +53,10 @@ class Paces:
         """How long a client's verbs take."""
         if not self._timed:
             return None
-        head, _, tail = segments_of(self._parts.base, self._parts.layouts[name], self._parts.routes[name])
 
         def flop(verb: str, length: int, graph: bool) -> float:
+            # Looked up each time: a planner may have moved the cut.
+            head, _, tail = segments_of(self._parts.base, self._parts.layouts[name], self._parts.routes[name])
             cost = self._work(length)
             if verb == "head_forward":
                 return cost.forward(head.blocks)
@@ -99,17 +100,3 @@ def workers(profiles: Mapping[str, Profile | None], party: str) -> int:
     """How many steps a party works on at a time."""
     profile = profiles.get(party)
     return profile.workers if profile is not None else 1
-
-
-def training_of(config: RunConfig) -> Training:
-    """What is trained, as the cost model says it (a rank pattern counts as the plain rank)."""
-    options = config.peft.options
-    head = task_of(config) == "classification"
-    if config.peft.name == "full":
-        return Training(full=True)
-    targets = options.get("targets", "all-linear")
-    return Training(
-        rank=options.get("rank", 8),
-        targets=[targets] if targets != "all-linear" and isinstance(targets, str) else targets,
-        head=head,
-    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from cutlayer.errors import ModelError, NonFinite
 from cutlayer.models.families import Anatomy
 from cutlayer.models.segment import Base
+from cutlayer.ranks import pairs
 from cutlayer.seeds import derive
 
 TASK_TYPES = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
@@ -72,11 +75,31 @@ def save_adapter(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_
     try:
         if base.peft_model is not None:
             base.peft_model.peft_config["default"].base_model_name_or_path = base_name
-            base.peft_model.save_pretrained(folder, save_embedding_layers=False)
+            with _ranks_told(base, state):
+                base.peft_model.save_pretrained(folder, save_embedding_layers=False)
         else:
             _save_full(base, state, folder)
     finally:
         base.bind(base.initial)
+
+
+@contextmanager
+def _ranks_told(base: Base, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, PEFT's configuration has the ranks of ``state``, each with the scaling that it was trained at."""
+    config = base.peft_model.peft_config["default"]
+    before = config.rank_pattern, config.alpha_pattern
+    ranks, alphas = {}, {}
+    for a in pairs(state):
+        if len(state[a]) != len(base.initial[a]):
+            path = re.split(r"\.lora_(?:embedding_)?A\.", a)[0]
+            scaling = base.model.get_submodule(path).scaling["default"]
+            ranks[re.escape(path)], alphas[re.escape(path)] = len(state[a]), scaling * len(state[a])
+    # PEFT takes the first pattern that fits.
+    config.rank_pattern, config.alpha_pattern = {**ranks, **before[0]}, {**alphas, **before[1]}
+    try:
+        yield
+    finally:
+        config.rank_pattern, config.alpha_pattern = before
 
 
 def _save_full(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:

@@ -172,6 +172,24 @@ class Slot:
                     entries[key] = home.copy_(value)
         self._at_home = True
 
+    def reshape(self, state: Mapping[str, Tensor]) -> None:
+        """Take parameters of other shapes (ranks); the optimizer's state of these is forgotten.
+
+        The Parameters stay the same objects, with another tensor inside.
+        """
+        assert self.idle, f"slot {self.name} has gradients in waiting"
+        for name, tensor in state.items():
+            parameter = self.params[name]
+            parameter.data = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
+        self.forget(state)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget the optimizer's state of some parameters: whoever has them now goes on with it."""
+        if self.optimizer is not None:
+            for name in names:
+                self.optimizer.state.pop(self.params[name], None)
+            self._at_home = False
+
     @property
     def idle(self) -> bool:
         """Whether no gradient waits."""
@@ -193,16 +211,19 @@ class Slot:
                         )
         return state
 
-    def put(self, state: Mapping[str, Tensor], *, version: int | None = None) -> None:
+    def put(self, state: Mapping[str, Tensor], *, version: int | None = None, resize: bool = False) -> None:
         """Take parameters (and optimizer state, where given) from ``state``; names that are absent stay as they are.
 
         Values are copied in. There must be no open graph on this slot: a copy under one would change its gradients.
+        ``resize`` allows other shapes than it has (a checkpoint's, after ranks have changed).
         """
         assert self.idle, f"slot {self.name} has gradients in waiting"
+        given = {name: state[name] for name in self._unique if name in state}
+        if resize:
+            self.reshape({n: t for n, t in given.items() if t.shape != self.params[n].shape})
         with torch.no_grad():
-            for name, parameter in self._unique.items():
-                if name in state:
-                    parameter.copy_(state[name])
+            for name, tensor in given.items():
+                self.params[name].copy_(tensor)
         moments = {k: v for k, v in state.items() if k.startswith("optimizer/")}
         if moments and self.optimizer is not None:
             self._put_optimizer(moments)
@@ -218,8 +239,9 @@ class Slot:
             number = key.endswith(NUMBER)
             key = key.removesuffix(NUMBER)
             entries.setdefault(index[name], {})[key] = value.item() if number else value.clone()
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        kept = self.optimizer.state_dict()  # of what is not given, such as the blocks that stay when others move
+        entries = {**kept["state"], **entries}
+        self.optimizer.load_state_dict({"state": entries, "param_groups": kept["param_groups"]})
         self._at_home = False
         for name, parameter in self._unique.items():
             for key, value in entries.get(index[name], {}).items():

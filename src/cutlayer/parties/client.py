@@ -16,6 +16,7 @@ from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties._tail import TailWork, run_tail
 from cutlayer.parties.memory import Watch
+from cutlayer.ranks import pairs, refit
 from cutlayer.seeds import segment_seed
 from cutlayer.step import at
 from cutlayer.wire import Header, Value
@@ -44,6 +45,7 @@ class ClientParty:
         slot: the trainable parameters of both.
         batches: the training schedule.
         evaluation: the evaluation batches, made anew at each call.
+        validation: those of its own that it keeps from training; they are numbered after the evaluation's.
         sizes: what it tells the server of its data: ``examples`` and ``label_tokens``.
         seed: the run's seed (for dropout).
     """
@@ -57,12 +59,14 @@ class ClientParty:
         slot: Slot,
         batches: Batches,
         evaluation: Sequence[Callable[[], Batch]] = (),
+        validation: Sequence[Callable[[], Batch]] = (),
         sizes: Mapping[str, int],
         seed: int,
     ) -> None:
         self.name = name
         self.head, self.tail, self.slot = head, tail, slot
-        self.batches, self.evaluation, self.sizes, self.seed = batches, evaluation, sizes, seed
+        self.batches, self.evaluation, self.validation = batches, evaluation, validation
+        self.sizes, self.seed = sizes, seed
         self.device = head.base.device
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
@@ -87,11 +91,12 @@ class ClientParty:
 
     def on_set_up(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 1: the server tells the cut and the length of the run, the client its sizes."""
+        own = self.names("own")
         values: dict[str, Value] = {
             **self.sizes,
             "steps_per_epoch": self.batches.steps_per_epoch,
             "evaluation_batches": len(self.evaluation),
-            "trainable": sum(t.numel() for t in self.slot.get().values()),
+            "trainable": sum(t.numel() for n, t in self.slot.get().items() if n in own),
         }
         return self._reply(header, "partition", "ack", values)
 
@@ -102,7 +107,7 @@ class ClientParty:
             batch, weight, last = self._draw(header.step, header.micro)
             seed = segment_seed(self.seed, "head", self.name, header.step, header.micro)
         else:
-            batch, weight, last, seed = self.evaluation[header.step](), 1.0, True, None
+            batch, weight, last, seed = [*self.evaluation, *self.validation][header.step](), 1.0, True, None
         with torch.set_grad_enabled(training), self.watch:
             hidden = self.head.forward(
                 self.slot.params,
@@ -181,6 +186,23 @@ class ClientParty:
         """The optimizer step of the client's part, with its gradient scaled."""
         self.slot.update(scale=float(header.value("scale")))
         return self._reply(header, "head_backward", "ack", {})
+
+    def on_move(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 1 again: from now on the head has this many blocks, and its adapters the ``ranks`` given, if any.
+
+        What leaves with the blocks that the server takes over (parameters and optimizer state) is the answer.
+        """
+        before, cut = self.names("own"), int(header.value("head_blocks"))
+        self.head = self.head.base.segment("head", range(cut), bottom=True)
+        leaving = before - self.names("own")
+        state = {n: t.clone() for n, t in self.slot.get(optimizer=True).items() if parameter_of(n) in leaving}
+        self.slot.forget(leaving)
+        if "ranks" in tensors:
+            held = {n: t for n, t in self.slot.get().items() if n in self.names("own")}
+            ranks = dict(zip(pairs(held), tensors["ranks"].tolist(), strict=True))
+            fitted = refit(held, ranks)
+            self.slot.reshape({n: t for n, t in fitted.items() if t.shape != held[n].shape})
+        return self._reply(header, "partition", "state", {}, state)
 
     def on_get_state(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 11: the client's trainable tensors (``part``: see ``names``), with the optimizer's state where asked."""
@@ -261,6 +283,7 @@ VERB_STEPS = {
     "head_backward": "head_backward",
     "grad_norm": "head_backward",
     "update": "head_backward",
+    "move": "partition",
     "get_state": "aggregate",
     "set_state": "aggregate",
 }

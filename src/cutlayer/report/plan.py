@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from cutlayer.assembly import routes_of, segments_of
-from cutlayer.build import layouts_of, task_of
+from cutlayer.build import layouts_of, memory_of, task_of, training_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, How, Layout, Stop
-from cutlayer.costs import Memory, memory, shape_of
+from cutlayer.costs import Memory, shape_of
 from cutlayer.models.loading import DTYPES
 from cutlayer.models.segment import Base, Segment
-from cutlayer.pace import training_of
 from cutlayer.parties.trunk import told_how
 from cutlayer.preflight import check_model
 from cutlayer.report.summary import holdings
@@ -45,9 +44,6 @@ def plan(config: RunConfig) -> DryRun:
     base: Base = config.build("peft").prepare(model, anatomy_of, task=task, seed=config.seed)
     length = min(config.data.max_length, getattr(model_config, "max_position_embeddings", config.data.max_length))
     tokens = config.batch_size * length
-    optimizer = {"sgd": "momentum" if config.optimizer.arguments.get("momentum") else "sgd"}.get(
-        config.optimizer.name, "adamw"
-    )
 
     held: dict[str, dict[Segment, None]] = {name: {} for name in layouts}  # segments by party
     slots: dict[str, dict[str, dict[Segment, None]]] = {}  # and by slot, of those who run blocks for others
@@ -59,10 +55,9 @@ def plan(config: RunConfig) -> DryRun:
             slots.setdefault(stop.party, {}).setdefault(stop.slot, {})[segment] = None
 
     def needs(part: Segment) -> Memory:
-        return memory(
+        return memory_of(config)(
             shape, blocks=part.blocks, training=training_of(config), tokens=tokens, length=length,
-            embedding=part.bottom, lm_head=part.top, precision=config.precision, optimizer=optimizer,
-            checkpointing=config.gradient_checkpointing, eager=config.attn_implementation == "eager",
+            embedding=part.bottom, lm_head=part.top,
         )  # fmt: skip
 
     def trained(parts: Iterable[Segment]) -> int:

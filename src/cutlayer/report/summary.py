@@ -72,6 +72,11 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
         "device": device,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
+    if run.parts.planner is not None:
+        summary["cuts"] = {
+            name: {"head_blocks": len(run.parts.layouts[name].head), "moves": counters.cuts.get(name, [])}
+            for name in run.clients
+        }
     if run.paces.profiles:
         summary |= {
             "virtual_by_step": {name: counters.virtual.get(name, 0.0) for name in STEP_NAMES},

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cutlayer.contracts import State
+from cutlayer.errors import MethodError
 
 
 def holders_of(name: str, states: Mapping[str, State]) -> list[str]:
@@ -32,6 +33,9 @@ def weighted_mean(
         states: name -> tensor, by client.
         weights: by client; those of a tensor's holders are scaled to sum to 1.
         names: which tensors; by default all.
+
+    Raises:
+        MethodError: shapes differ.
     """
     merged: dict[str, Tensor] = {}
     for name in sorted({name for state in states.values() for name in state} if names is None else names):
@@ -42,6 +46,12 @@ def weighted_mean(
             continue
         total = torch.zeros_like(first, dtype=torch.float64)
         for client, share in shares.items():
+            if states[client][name].shape != first.shape:
+                raise MethodError(
+                    f"'{name}' has the shape {list(first.shape)} of client '{next(iter(shares))}', but "
+                    f"{list(states[client][name].shape)} of '{client}'; a mean needs equal ranks. Unequal ranks are "
+                    "merged by aggregator: lora-products."
+                )
             total += states[client][name].double() * share
         merged[name] = total.to(first.dtype)
     return merged

@@ -12,7 +12,7 @@ and the best that a receiver of rank r can get of it are its r largest singular 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,10 +21,9 @@ from torch import Tensor
 
 from cutlayer.contracts import Aggregator, State
 from cutlayer.methods.aggregator._mean import holders_of, shares_of, weighted_mean
+from cutlayer.ranks import balanced, fresh_rows, pairs, widened
 from cutlayer.registry import method
-from cutlayer.seeds import derive
 
-FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 MOMENTS = "optimizer/"
 
 
@@ -53,11 +52,11 @@ class LoraProducts(Aggregator):
     def merge(self, before: State, states: Mapping[str, State], weights: Mapping[str, float]) -> State:
         """Pairs of factors by their products, of any rank; the rest by its mean."""
         names = {name for state in states.values() for name in state}
-        pairs = _pairs(names)
-        factors = {*pairs, *pairs.values()}
+        found = pairs(names)
+        factors = {*found, *found.values()}
         plain = {name for name in names if name not in factors and not _is_moment_of(name, factors)}
         merged = weighted_mean(states, weights, plain)
-        for a, b in pairs.items():
+        for a, b in found.items():
             shares = shares_of(holders_of(a, states), weights)
             ups = [states[client][b].double() * share for client, share in shares.items()]
             downs = [states[client][a].double() for client in shares]
@@ -66,9 +65,9 @@ class LoraProducts(Aggregator):
                 up, down = balanced(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
             else:
                 rank = max(down.shape[0] for down in downs)
-                up = torch.stack([_resized(u, 1, rank) for u in ups]).sum(dim=0)
+                up = torch.stack([widened(u, 1, rank) for u in ups]).sum(dim=0)
                 scaled = [d * share for d, share in zip(downs, shares.values(), strict=True)]
-                down = torch.stack([_resized(d, 0, rank) for d in scaled]).sum(dim=0)
+                down = torch.stack([widened(d, 0, rank) for d in scaled]).sum(dim=0)
             merged |= {a: down.to(kind), b: up.to(kind)}
         return merged
 
@@ -76,7 +75,7 @@ class LoraProducts(Aggregator):
         """The first directions of each pair, as many as the receiver's rank; new ones where there are fewer."""
         fitted = {name: merged[name] for name in shapes if name in merged}
         lost = [0.0]
-        for a, b in _pairs(fitted).items():
+        for a, b in pairs(fitted).items():
             rank = shapes[a][0]
             down, up = merged[a], merged[b]
             lost.append(_norm(up[:, rank:], down[rank:]) / (_norm(up, down) or 1.0))
@@ -84,58 +83,13 @@ class LoraProducts(Aggregator):
             down = down[:live]
             if live < rank:
                 down = torch.cat([down, fresh_rows(a, rank, down)])
-            fitted |= {a: down.contiguous(), b: _resized(up[:, :live], 1, rank).contiguous()}
+            fitted |= {a: down.contiguous(), b: widened(up[:, :live], 1, rank).contiguous()}
         self.discarded = max(lost)
         return fitted
 
 
-def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product by singular values, largest first, shared equally between the two.
-
-    Args:
-        up: [d_out, R].
-        down: [R, d_in]; R may be larger than both sizes.
-
-    Returns:
-        U S^1/2 [d_out, k] and S^1/2 V^T [k, d_in], for the k singular values that are not numerically zero (or 1).
-    """
-    left, upper = torch.linalg.qr(up)  # [d_out, m], [m, R]
-    right, lower = torch.linalg.qr(down.T)  # [d_in, n], [n, R]
-    u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    nought = float(s[0]) * max(up.shape[0], down.shape[1]) * torch.finfo(s.dtype).eps
-    kept = max(1, int((s > nought).sum()))
-    root = s[:kept].sqrt()
-    return left @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ right.T)
-
-
-def fresh_rows(name: str, rank: int, down: Tensor) -> Tensor:
-    """The rows [rank - len(down), d_in] that a factor A grows by: Kaiming-uniform, as PEFT begins, from the name."""
-    d_in = down.shape[1]
-    draw = torch.Generator().manual_seed(derive("lora-products", name))
-    rows = (torch.rand(rank, d_in, generator=draw) * 2 - 1) / math.sqrt(d_in)
-    return rows[len(down) :].to(down)
-
-
-def _pairs(names: Collection[str]) -> dict[str, str]:
-    """The names of the factors A, each with that of its B, in sorted order."""
-    found = {}
-    for name in sorted(names):
-        for a, b in FACTORS:
-            other = name.replace(f".{a}.", f".{b}.")
-            if other != name and other in names and not name.startswith(MOMENTS):
-                found[name] = other
-    return found
-
-
 def _is_moment_of(name: str, factors: set[str]) -> bool:
     return name.startswith(MOMENTS) and name.removeprefix(MOMENTS).rpartition("/")[0] in factors
-
-
-def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """A matrix with zeros appended along ``dim``."""
-    shape = list(tensor.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
 
 def _norm(up: Tensor, down: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cutlayer.contracts import Framework
 from cutlayer.methods.framework._cohort import check_options, cohort, local_steps, newest
@@ -22,6 +22,8 @@ class SFLV1(Framework):
     That is FedAvg of the whole model. Trunk copies are adapters on one frozen base. With LoRA the factors A and B are
     averaged, which is not the average of their products (published practice; an aggregator may do better).
     """
+
+    replans: ClassVar[bool] = True
 
     local_steps: int = 1  # optimizer steps of a client in a round
     participation: float = 1.0  # the share of the clients that a round takes

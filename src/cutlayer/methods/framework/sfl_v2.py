@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cutlayer.clock import Turnstile
 from cutlayer.contracts import Framework
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SFLV2(Framework):
     """Heads in parallel, one trunk that serves the clients in turn, heads averaged each round."""
+
+    replans: ClassVar[bool] = True
 
     local_steps: int = 1  # optimizer steps of a client in a round
     participation: float = 1.0  # the share of the clients that a round takes

@@ -1,0 +1,92 @@
+"""What a run lays down for its planner and its adapters: validation shards, the cost model, the ranks of each slot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch.nn import Parameter
+
+from cutlayer.build import Data, memory_of, task_of, training_of
+from cutlayer.config import RunConfig
+from cutlayer.contracts import SERVER, Example, Layout, Peft
+from cutlayer.costs import BYTES, profile_from, shape_of
+from cutlayer.errors import DataError
+from cutlayer.models.segment import Base
+from cutlayer.planning import Costs, Situation
+from cutlayer.ranks import pairs, refit
+from cutlayer.seeds import derive
+
+
+def keep_back(config: RunConfig, data: Data, share: float) -> tuple[Data, dict[str, Sequence[Example]]]:
+    """Take a validation shard out of each client's examples: ``share`` of them, drawn from the seed, at least one.
+
+    Raises:
+        DataError: a client has but one example.
+    """
+    train, kept = dict(data.train), dict[str, Sequence[Example]]()
+    for name, rows in data.train.items():
+        kept[name] = []
+        if share:
+            if len(rows) < 2:
+                raise DataError(
+                    f"Client '{name}' has one example, but planner '{config.planner.name if config.planner else ''}' "
+                    "needs one to train on and one to validate on. Give it more data, or take planner: none."
+                )
+            count = min(len(rows) - 1, max(1, round(share * len(rows))))
+            drawn = np.random.default_rng(derive(config.seed, "validation", name)).permutation(len(rows))[:count]
+            shard = {int(number) for number in drawn}
+            kept[name] = [rows[number] for number in sorted(shard)]
+            train[name] = [row for number, row in enumerate(rows) if number not in shard]
+    return replace(data, train=train), kept
+
+
+def costs_of(config: RunConfig, base: Base, data: Data) -> Costs:
+    """The cost model of a run; a row is as long as the client's rows are in the mean."""
+    profiles = {
+        c.name: profile_from(c.profile if c.profile is not None else config.profile) for c in config.client_list
+    }
+    lengths = {
+        name: math.ceil(sum(len(row.input_ids) for row in rows) / max(1, len(rows))) or 1
+        for name, rows in data.train.items()
+    }
+    return Costs(
+        shape=shape_of(base.model.config, task=task_of(config)), training=training_of(config), rows=config.batch_size,
+        micro=config.gradient_accumulation, lengths=lengths,
+        profiles={name: profile for name, profile in profiles.items() if profile is not None},
+        server=profile_from(config.profiles.get(SERVER, SERVER)), number=BYTES[config.precision],
+        holds=memory_of(config),
+    )  # fmt: skip
+
+
+def situation(
+    costs: Costs, base: Base, layouts: Mapping[str, Layout], examples: Mapping[str, float], **measured: Any
+) -> Situation:
+    """What a planner is told now."""
+    return Situation(base.anatomy.num_blocks, dict(layouts), dict(examples), costs.profiles, costs, **measured)
+
+
+def slot_ranks(peft: Peft, base: Base, names: Sequence[str], layouts: Sequence[Layout]) -> dict[str, int]:
+    """The rank of each factor A of a slot, by the layouts of the clients that use it; empty where all is as injected.
+
+    A trunk that serves several clients may want different ranks of one block; it gets the highest that a client wants
+    whose trunk the block is in (of a client's own slot, and of blocks that no trunk trains now: that anybody wants).
+    """
+    ranks = {}
+    for name in pairs(names):
+        owner = base.owner(name)
+        there = [layout for layout in layouts if owner in layout.middle] or layouts
+        wanted = [rank for layout in there if (rank := peft.rank_at(owner, layout)) is not None]
+        if wanted:
+            ranks[name] = max(wanted)
+    return ranks
+
+
+def at_ranks(base: Base, ranks: Mapping[str, int]) -> dict[str, Parameter]:
+    """The start of these adapters at other ranks than injected; ``ranks`` by the name of a factor A."""
+    both = pairs(base.initial)
+    state = {name: base.initial[name].detach() for a in ranks for name in (a, both[a])}
+    return {name: Parameter(tensor) for name, tensor in refit(state, ranks).items()}
