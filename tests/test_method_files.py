@@ -31,6 +31,7 @@ BODIES = {  # the least that a class of each family has
     "peft": (
         "    def check(self, model, anatomy, *, task): ...\n    def prepare(self, model, anatomy, *, task, seed): ...\n"
     ),
+    "planner": "    every: int = 1\n    def bounds(self, now): ...\n    def start(self, now): ...\n",
     "data": "    def divide(self, rows, clients, *, seed, shuffle): ...\n",
     "selection": "    def pick(self, number, clients): ...\n",
     "scheduler": "    def wrap(self, stop, client): ...\n",

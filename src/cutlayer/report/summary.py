@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cutlayer.assembly import segments_of
 from cutlayer.models.segment import Segment
-from cutlayer.models.slots import Slot
+from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties.memory import storage_bytes
 from cutlayer.wire import STEP_NAMES
 
@@ -117,31 +117,39 @@ def holdings(segments: Sequence[Segment]) -> Holdings:
 def _parties(run: Run) -> dict[str, Any]:
     parts = run.parts
     stretches: dict[str, dict[Segment, None]] = {name: {} for name in parts.parties}
+    used: dict[Slot, dict[str, None]] = {}  # what of a slot is trained now: it may hold more, where cuts move
     found = {}
     for name, client in parts.clients.items():
         head, middle, tail = segments_of(parts.base, parts.layouts[name], parts.routes[name])
         for stop, segment in zip(parts.routes[name], middle, strict=True):
             stretches[stop.party][segment] = None
+            used.setdefault(parts.slot(stop), {}).update(dict.fromkeys(segment.names))
         own = [head, *([tail] if tail else [])]
-        found[name] = _party([*own, *stretches.get(name, {})], [client.slot], client.watch.saved)
+        used.setdefault(client.slot, {}).update(dict.fromkeys(n for segment in own for n in segment.names))
+        found[name] = _party([*own, *stretches.get(name, {})], {client.slot: used[client.slot]}, client.watch.saved)
     for name, party in parts.parties.items():
         saved = party.watch.saved
         if name in found:
             client = parts.clients[name]
             own = [client.head, *([client.tail] if client.tail else [])]
-            found[name] = _party([*own, *stretches[name]], [client.slot], client.watch.saved + saved)
+            slots = {client.slot: used[client.slot]}
+            found[name] = _party([*own, *stretches[name]], slots, client.watch.saved + saved)
         elif stretches[name]:
-            found[name] = _party(list(stretches[name]), list(party.slots.values()), saved)
+            slots = {slot: used[slot] for slot in party.slots.values() if slot in used}
+            found[name] = _party(list(stretches[name]), slots, saved)
     return found
 
 
-def _party(segments: list[Segment], slots: Sequence[Slot], saved: int) -> dict[str, Any]:
-    """What a party holds: the segments' frozen weights once, and what each slot trains."""
+def _party(segments: list[Segment], slots: Mapping[Slot, Collection[str]], saved: int) -> dict[str, Any]:
+    """What a party holds: the segments' frozen weights once, and what each slot trains (names by slot)."""
     held = holdings(segments)
-    trained = [t for slot in slots for t in slot.get().values()]
+    trained = [t for slot, names in slots.items() for n, t in slot.get().items() if n in names]
     frozen_bytes, trained_bytes = storage_bytes(held.frozen), storage_bytes(trained)
     moments = storage_bytes(
-        t for slot in slots for n, t in slot.get(optimizer=True).items() if n.startswith("optimizer/")
+        t
+        for slot, names in slots.items()
+        for n, t in slot.get(optimizer=True).items()
+        if n.startswith("optimizer/") and parameter_of(n) in names
     )
     count = sum(t.numel() for t in trained)
     found: dict[str, Any] = {

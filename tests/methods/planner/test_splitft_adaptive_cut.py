@@ -136,9 +136,9 @@ def test_in_a_run_the_client_with_easy_text_grows(partition: dict[str, Any], tmp
     """P = 1: one client has one sentence over and over, another words at random, two have half of each."""
     clients = {"ann": templates(1, 0), "bob": templates(0.5, 1), "cid": templates(0.5, 2), "dan": templates(0, 3)}
     result = train(
-        model(num_hidden_layers=BLOCKS), tmp_path / "out", clients, partition=partition, rounds=6,
+        model(num_hidden_layers=BLOCKS), tmp_path / "out", clients, partition=partition, rounds=8,
         framework={"name": "sfl-v2", "local_steps": 8}, peft="full",
-        planner={"name": "splitft-adaptive-cut", "every": 1, "shard": 0.15},
+        planner={"name": "splitft-adaptive-cut", "every": 1, "shard": 0.15}, optimizer={"name": "adamw", "lr": 3e-3},
     )  # fmt: skip
     cuts = result.summary["cuts"]
     assert cuts["ann"]["head_blocks"] > 2 > cuts["dan"]["head_blocks"], cuts
