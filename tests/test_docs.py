@@ -207,15 +207,15 @@ def test_every_key_of_a_run_is_documented_with_its_default() -> None:
 def test_every_key_of_the_output_is_documented(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts(12)])
     out = tmp_path / "out"
-    cutlayer.train(
-        {
-            "model": str(make_model(tmp_path / "model", "llama")), "data": {"train": str(data), "eval": str(data)},
-            "clients": 2, "rounds": 1, "profile": "laptop", "record_wire": str(tmp_path / "wire"),
-        },
-        out=out,
-    )  # fmt: skip
+    config: dict[str, Any] = {
+        "model": str(make_model(tmp_path / "model", "llama")), "data": {"train": str(data), "eval": str(data)},
+        "clients": 2, "rounds": 1, "profile": "laptop",
+    }  # fmt: skip
+    cutlayer.train({**config, "record_wire": str(tmp_path / "wire")}, out=out)
+    cutlayer.train({**config, "framework": "async-sfl", "aggregator": "dt-asfl"}, out=tmp_path / "async")
     first = {
         "metrics.jsonl": out / "metrics.jsonl",
+        "uploads.jsonl": tmp_path / "async/uploads.jsonl",
         "summary.json": out / "summary.json",
         "Recorded frames": tmp_path / "wire/frames.jsonl",
     }
@@ -231,7 +231,7 @@ def test_every_key_of_the_output_is_documented(tmp_path: Path) -> None:
         assert set(line) <= told, heading
     said = (ROOT / "docs/outputs.md").read_text().split("```")[1]
     there = {path.name for path in out.iterdir()}
-    assert there == set(re.findall(r"^  ([\w.]+)", said, re.MULTILINE)) - {"model", "adapters"}
+    assert there == set(re.findall(r"^  ([\w.]+)", said, re.MULTILINE)) - {"model", "adapters", "uploads.jsonl"}
 
 
 def test_contracts_are_named() -> None:

@@ -46,7 +46,11 @@ def test_run_makes_a_step(path: Path, tiny_model: Path, tmp_path: Path) -> None:
         short["framework.intervals"] = [1, 1, 1]
     every = config.build("framework").eligible(0, config.client_names)
     result = cutlayer.train(path, out=tmp_path / "out", model=str(tiny_model), **short)
-    assert {c: n for c, n in result.summary["steps"].items() if n} == dict.fromkeys(every, 1)
+    made = {c: n for c, n in result.summary["steps"].items() if n}
+    if config.build("framework").asynchronous:
+        assert sorted(made) == sorted(every)
+    else:
+        assert made == dict.fromkeys(every, 1)
     assert math.isfinite(result.summary["eval"]["after"]["loss"])
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["client"] for line in lines} == set(every)

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from transformers import get_scheduler
 
 from cutlayer.build import Data, check_fit, layouts_of
-from cutlayer.cohorts import foreseen
+from cutlayer.cohorts import foreseen, runs_on
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, Example, Framework, Layout, Peft, Planner, Stop
 from cutlayer.data.batches import Batches
@@ -74,26 +74,36 @@ def places_of(base: Base, layout: Layout, route: Sequence[Stop]) -> list[Place]:
     ]
 
 
+ENDLESS = 2**31  # more steps than any client will make
+
+
 def planned_steps(config: RunConfig, data: Data) -> dict[str, int]:
     """How many optimizer steps each client makes at most."""
     kind, count = config.length
     framework: Framework = config.build("framework")
-    local = framework.local_steps
+    local = framework.round_steps if not runs_on(config) else ENDLESS
     planned = dict.fromkeys(config.client_names, 0)
     for name in framework.trainers(config.client_names):
         batches = _batches(config, data, name)
-        planned[name] = {"rounds": count * local, "steps": count, "epochs": count * batches.steps_per_epoch}[kind]
+        planned[name] = {
+            "rounds": min(count * local, ENDLESS),
+            "steps": count,
+            "epochs": count * batches.steps_per_epoch,
+        }[kind]
     return planned
 
 
 def foreseen_steps(config: RunConfig, planned: Mapping[str, int]) -> dict[str, int]:
-    """How many optimizer steps each client will make: fewer than planned where a round takes only some of them."""
+    """How many optimizer steps each client will make: fewer than planned where a round takes only some of them.
+
+    Where clients run on it is those of the slowest; a schedule that needs to know the end is refused there.
+    """
     kind, count = config.length
     if kind != "rounds":
         return dict(planned)
     framework = config.build("framework")
     rounds = foreseen(framework, config.build("selection"), list(planned), count, config.seed)
-    return {name: rounds[name] * framework.local_steps for name in planned}
+    return {name: rounds[name] * framework.round_steps for name in planned}
 
 
 def _batches(config: RunConfig, data: Data, name: str) -> Batches:
@@ -251,7 +261,7 @@ def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], 
     if not framework.pooled:
         return sum(steps[client] for client in clients)
     kind, count = config.length
-    return count * framework.local_steps if kind == "rounds" else max(steps[client] for client in clients)
+    return count * framework.round_steps if kind == "rounds" else max(steps[client] for client in clients)
 
 
 def check_profiles(profiles: Mapping[str, object]) -> None:

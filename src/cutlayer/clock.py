@@ -33,6 +33,8 @@ from cutlayer.errors import Deadlock
 
 T = TypeVar("T")
 
+LAST = "~"  # sorts behind the names of all parties and queues
+
 
 class Clock(Protocol):
     """What parties and wrappers need of a clock, virtual or real."""
@@ -70,6 +72,16 @@ class VirtualClock:
         loop = self._running()
         woken = loop.create_future()
         timer = loop.at(loop.now + round(seconds * NANO), _resolve, woken, key=key)
+        try:
+            await woken
+        finally:
+            timer.cancel()
+
+    async def settle(self) -> None:
+        """Wake when all else that happens at this instant has happened: whoever decides then sees it whole."""
+        loop = self._running()
+        woken = loop.create_future()
+        timer = loop.at(loop.now, _resolve, woken, key=LAST, late=True)
         try:
             await woken
         finally:

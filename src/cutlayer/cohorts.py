@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cutlayer.contracts import Framework, Selection
 from cutlayer.seeds import derive
 
+if TYPE_CHECKING:
+    from cutlayer.config import RunConfig
+
 FORESEEN = 10_000  # rounds that are drawn ahead
+
+
+def runs_on(config: RunConfig) -> bool:
+    """Whether the virtual clock says how many steps a client makes in a round, so that nobody knows it before."""
+    timed = config.profile is not None or any(client.profile is not None for client in config.client_list)
+    return timed and config.length[0] == "rounds" and bool(config.build("framework").asynchronous)
 
 
 def drawn(selection: Selection, able: Sequence[str], number: int, participation: float, seed: int) -> list[str]:

@@ -199,6 +199,47 @@ def _one_cut(config: RunConfig) -> Iterator[str]:
         )
 
 
+@_rule("framework", "aggregator")
+def _asynchronous(config: RunConfig) -> Iterator[str]:
+    try:
+        framework, aggregator = config.build("framework"), config.build("aggregator")
+    except CutlayerError:
+        return  # said by the other rules
+    named = f"framework '{config.framework.name}'"
+    if framework.asynchronous and not aggregator.asynchronous:
+        yield (
+            f"{named} merges each upload as it comes, which aggregator '{config.aggregator.name}' cannot. Take one of: "
+            f"{', '.join(_asynchronous_ones('aggregator'))}."
+        )
+    elif aggregator.asynchronous and not framework.asynchronous:
+        yield (
+            f"aggregator '{config.aggregator.name}' weighs uploads by their delay, but {named} waits for all, so there "
+            f"is none. Take framework: {' or '.join(_asynchronous_ones('framework'))}, or aggregator: fedavg."
+        )
+
+
+def _asynchronous_ones(family: str) -> list[str]:
+    return [name for name in registry.names(family) if registry.load(family, name).asynchronous]
+
+
+@_rule("framework", "optimizer", "rounds", "steps", "epochs", "clients", "profile")
+def _known_end(config: RunConfig) -> Iterator[str]:
+    from cutlayer.cohorts import runs_on
+
+    try:
+        if not runs_on(config):
+            return
+    except CutlayerError:
+        return  # said by the other rules
+    schedule, warmup = config.optimizer.schedule, config.optimizer.warmup
+    if schedule not in ("constant", "constant_with_warmup") or 0 < warmup < 1:
+        yield (
+            f"optimizer.schedule is '{schedule}' with warmup {warmup:g}, which needs to know how many steps a client "
+            f"makes, but with profiles framework '{config.framework.name}' lets each make as many in a round as it has "
+            "time for. Give the length in steps or epochs, or take schedule: constant."
+        )
+
+
 def _cut(config: RunConfig, name: str) -> dict[str, Any]:
     spec = config.partition_spec(name)
     made = registry.create("partition", spec.name, spec.options)

@@ -23,6 +23,8 @@ from cutlayer.values import (
     State,
     StepResult,
     Stop,
+    Upload,
+    Window,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORE", "SERVER", "SHARED", "Aggregator", "Batch", "Division", "End", "Example", "Exchange", "Framework", "Hop",
     "How", "Layout", "Parcel", "Partition", "Peft", "Planner", "Row", "Rows", "Scheduler", "Selection", "Slot", "State",
-    "StepResult", "Stop", "Tail",
+    "StepResult", "Stop", "Tail", "Upload", "Window",
 ]  # fmt: skip
 
 
@@ -116,6 +118,7 @@ class Aggregator(Protocol):
     """
 
     exchanges: ClassVar[bool] = True  # False: nothing is merged or sent, every holder keeps what it has
+    asynchronous: ClassVar[bool] = False  # clients do not wait for each other: copies are merged by window and weigh
 
     @property
     def weight_by(self) -> str:
@@ -138,6 +141,21 @@ class Aggregator(Protocol):
     def fit(self, merged: State, shapes: Mapping[str, Sequence[int]]) -> State:
         """What a receiver that holds tensors of these names and shapes gets of a merged state."""
         return {name: merged[name] for name in shapes if name in merged}
+
+    def window(self, expected: Mapping[str, float | None]) -> Window:
+        """Asynchronous: when the next merge is due.
+
+        Args:
+            expected: by client that trains, seconds until its upload, judged by its last one; None: it had none.
+        """
+        return Window()
+
+    def weigh(self, uploads: Sequence[Upload]) -> Sequence[float]:
+        """Asynchronous: the part of each upload in the new model; the rest of 1 is the current model's.
+
+        ``merge`` then gets the copies whose part is above 0, and the current model as that of ``server``.
+        """
+        return [upload.weight for upload in uploads]
 
     def state(self) -> Mapping[str, float]:
         """What it must remember beyond a merge, for checkpoints."""
@@ -219,6 +237,12 @@ class Framework(Protocol):
     pooled: ClassVar[bool] = False  # a slot makes one update for all clients of a step, not one for each
     replans: ClassVar[bool] = False  # each round ends in a merge of heads (and of trunk copies), so cuts may move then
     personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
+    asynchronous: ClassVar[bool] = False  # nobody waits: as many steps in a round as a client has time for
+
+    @property
+    def round_steps(self) -> int:
+        """Optimizer steps of a client in a round; asynchronous: of the slowest."""
+        return self.local_steps
 
     def layouts(
         self, given: Mapping[str, Layout], num_blocks: int, speeds: Mapping[str, float] | None

@@ -59,6 +59,7 @@ class Run(StepEleven):
             name: Station(name, queues, workers=workers(self.paces.profiles, name)) for name in parts.parties
         }
         self.metrics: list[dict[str, Any]] = []
+        self.uploads: list[dict[str, Any]] = []  # of asynchronous merges
         self.busy: defaultdict[str, float] = defaultdict(float)  # of this round, by client: its own work and links
         self.finished: dict[str, float] = {}  # of this round, by client: when its last step ended
         self.sizes: dict[str, dict[str, float]] = {}  # by client: its examples and label_tokens

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,13 @@ class Engine:
     def _flush(self) -> None:
         """Write out metrics and the record of frames."""
         run = self.run
-        path = run.out / "metrics.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in run.metrics)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+        _append(run.out / "metrics.jsonl", run.metrics)
+        if run.uploads:
+            _append(run.out / "uploads.jsonl", run.uploads)
         run.counters.lines += len(run.metrics)
+        run.counters.uploads += len(run.uploads)
         run.metrics.clear()
+        run.uploads.clear()
         run.meter.flush()
 
     def _slots(self) -> dict[str, Slot]:
@@ -215,6 +212,8 @@ class Engine:
         """What is to be continued must have its beginning, or it would get a hole."""
         run = self.run
         wanted = {run.out / "metrics.jsonl": (run.counters.lines, "lines")}
+        if run.counters.uploads:
+            wanted[run.out / "uploads.jsonl"] = (run.counters.uploads, "lines")
         if run.meter.folder is not None:
             wanted[run.meter.folder / "frames.jsonl"] = (meter["frames"], "lines")
             wanted[run.meter.folder / "frames.bin"] = (meter["offset"], "bytes")
@@ -225,6 +224,16 @@ class Engine:
                     f"{file} has {found} {unit}, but {count} of them were there when the checkpoint {path} was made. "
                     "Put the file back as it was, or start the run again with another --out."
                 )
+
+
+def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def identity(config: RunConfig) -> dict[str, str]:

@@ -38,6 +38,8 @@ class Counters:
     critical: dict[str, int] = field(default_factory=dict)  # rounds that ended with this client
     cuts: dict[str, list[list[int]]] = field(default_factory=dict)  # by client: round and head blocks of each move
     own: dict[str, list[float]] = field(default_factory=dict)  # since the last plan: virtual seconds of own work, steps
+    cycles: dict[str, float] = field(default_factory=dict)  # asynchronous: seconds that a client's last upload took
+    uploads: int = 0  # lines of uploads.jsonl
     stopped: bool = False
 
 
@@ -195,19 +197,20 @@ class StepEleven:
     async def catch_up(self, clients: Sequence[str], *, trunks: bool = False) -> None:
         """Give the last merge to those that were not in it; with ``trunks`` to the slots on their routes too."""
         merged, latest = self.counters.merged, self.counters.merges
+        before = self.federated.before  # others may merge while this is under way
         for name in clients:
             late = merged.get(name, 0) < latest
             if late:
-                await self._give(name, self.federated.before)
+                await self._give(name, before)
                 merged[name] = latest
             for stop in self.parts.routes[name] if trunks else ():
                 if stop.party in self.ends:
                     if merged.get(f"{stop.party}/hosted", 0) < latest:
-                        await self._give(stop.party, self.federated.before, part="hosted")
+                        await self._give(stop.party, before, part="hosted")
                         merged[f"{stop.party}/hosted"] = latest
                 elif late:
                     slot = self.parts.slot(stop)
-                    slot.put(await self._sent(SERVER, stop.party, self._fitting(self.federated.before, slot.get())))
+                    slot.put(await self._sent(SERVER, stop.party, self._fitting(before, slot.get())))
 
     async def hand_over(self, giver: str, taker: str, *, optimizer: bool, line: str = "") -> None:
         """Step 11 of the sequential kind: ``taker`` goes on with the part of ``giver``, of one of several lines."""

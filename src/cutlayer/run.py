@@ -197,6 +197,8 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
             if data.division is not None and division.save(data.division, out, anew=found is None):
                 progress.note(division.told(data.division))
             keep_lines(out / "metrics.jsonl", keep)
+            if run.framework.asynchronous:
+                keep_lines(out / "uploads.jsonl", run.counters.uploads)
             left = sum(parts.foreseen.values()) - sum(run.counters.steps.values())
             progress.start(left)
             try:

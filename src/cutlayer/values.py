@@ -131,6 +131,31 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """What an asynchronous merge is told of a client's copy, beside the copy itself.
+
+    ``delay`` counts the versions of the model since the one that the client started from; ``weight`` is its share by
+    size among all clients of the period (they sum to 1).
+    """
+
+    client: str
+    delay: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Window:
+    """When an asynchronous merge is due: ``uploads`` are there, and ``seconds`` have passed since the last merge.
+
+    It takes the first ``most`` of them (None: all that are there), and what is left makes the next.
+    """
+
+    uploads: int = 1
+    seconds: float = 0.0
+    most: int | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
     """Who holds which blocks. The embedding is always with the head, the norm and the LM head with the tail."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from cutlayer.contracts import Aggregator, State
+from cutlayer.contracts import SERVER, Aggregator, State, Upload
 from cutlayer.errors import MethodError, NonFinite
+
+NOUGHT = 1e-12  # a share of the current model that is only a rounding error
 
 
 class FederatedServer:
@@ -42,7 +45,38 @@ class FederatedServer:
         self.refuse_wrong(states)
         given = weights or self.sizes
         total = sum(given[client] for client in states)
-        shares = {client: given[client] / total for client in states}
+        return self._combined(states, {client: given[client] / total for client in states})
+
+    def absorb(self, uploads: Sequence[Upload], states: Mapping[str, State]) -> list[float]:
+        """Merge uploads into the current state, by the aggregator's ``weigh``.
+
+        Returns:
+            the part that each upload now has in it; 0 was thrown away, and if all are, nothing changes.
+
+        Raises:
+            NonFinite: a client sent a tensor that is NaN or infinite; nothing is merged.
+            MethodError: the aggregator gave no state, or shares that are none.
+        """
+        self.refuse_wrong(states)
+        parts = list(self.aggregator.weigh(uploads))
+        if len(parts) != len(uploads) or not all(part >= 0 for part in parts) or not sum(parts) <= 1 + NOUGHT:
+            raise MethodError(
+                f"The aggregator {type(self.aggregator).__name__} gives the shares {parts} to {len(uploads)} uploads. "
+                "It must give one for each, none below 0, and at most 1 in all."
+            )
+        shares = {upload.client: part for upload, part in zip(uploads, parts, strict=True) if part > 0}
+        if not shares:
+            return parts
+        taken = {client: states[client] for client in shares}
+        rest = 1 - math.fsum(parts)
+        if rest > NOUGHT:
+            current = {**self._initial, **self.before}
+            names = {name for state in taken.values() for name in state}
+            taken[SERVER], shares[SERVER] = {name: current[name] for name in names}, rest
+        self._combined(taken, shares)
+        return parts
+
+    def _combined(self, states: Mapping[str, State], shares: Mapping[str, float]) -> State:
         merged = self.aggregator.merge({**self._initial, **self.before}, states, shares)
         if not isinstance(merged, Mapping) or not all(isinstance(tensor, Tensor) for tensor in merged.values()):
             raise MethodError(

@@ -1,11 +1,11 @@
-"""A turn at the server: clients in a given order, one at a time."""
+"""A turn at the server: clients in a given order (or as they come), one at a time."""
 
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from cutlayer.clock import Turnstile
+from cutlayer.clock import Fifo, Turnstile
 from cutlayer.contracts import How, Parcel
 
 
@@ -16,7 +16,7 @@ class Turn:
     only at ``leave``: where the update is a verb of its own that follows the backward.
     """
 
-    def __init__(self, stop: Any, turnstile: Turnstile, client: str, *, hold: bool) -> None:
+    def __init__(self, stop: Any, turnstile: Turnstile | Fifo, client: str, *, hold: bool) -> None:
         self.stop, self.turnstile, self.client, self.hold = stop, turnstile, client, hold
         self._inside: AbstractAsyncContextManager[None] | None = None
 
