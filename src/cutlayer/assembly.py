@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from transformers import get_scheduler
 from cutlayer.build import Data, check_fit, layouts_of
 from cutlayer.cohorts import foreseen
 from cutlayer.config import RunConfig
-from cutlayer.contracts import SERVER, Framework, Layout, Stop
+from cutlayer.contracts import SERVER, SHARED, Framework, Layout, Stop
 from cutlayer.data.batches import Batches
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.models.arena import Arena
@@ -130,8 +130,10 @@ def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tup
             "different cuts (head_blocks, tail_blocks). Give all clients the same cut, or take a framework that merges."
         )
     routes = {}
+    if config.mixing is not None:
+        config.build("mixing").check(layouts)
     for name in names:
-        route = tuple(framework.route(name, layouts))
+        route = joined(config, framework.route(name, layouts))
         covered = [block for stop in route for block in stop.blocks]
         if covered != list(layouts[name].middle) or not route:
             raise MethodError(
@@ -140,6 +142,11 @@ def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tup
             )
         routes[name] = route
     return routes
+
+
+def joined(config: RunConfig, stops: Sequence[Stop]) -> tuple[Stop, ...]:
+    """A framework's stops, of which a mixing makes the clients' slots one."""
+    return tuple(stops) if config.mixing is None else tuple(replace(stop, slot=SHARED) for stop in stops)
 
 
 def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
@@ -160,7 +167,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     held: dict[tuple[str, str], list[str]] = {}  # names by (party, slot)
     users: dict[tuple[str, str], list[str]] = {}  # clients by (party, slot)
     for client, layout in layouts.items():
-        for stop in (*routes[client], *framework.reach(client, layouts)):
+        for stop in (*routes[client], *joined(config, framework.reach(client, layouts))):
             top = not layout.tail_at_client and stop.blocks.stop == layout.middle.stop
             segment = base.segment("tail" if top else "trunk", stop.blocks, top=top)
             key = (stop.party, stop.slot)
@@ -208,7 +215,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
 
 def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], clients: Sequence[str]) -> int:
     """How many optimizer steps a trunk slot will make: one for each step of its clients, or one for all of them."""
-    if not framework.pooled:
+    if not framework.pooled and config.mixing is None:
         return sum(steps[client] for client in clients)
     kind, count = config.length
     return count * framework.local_steps if kind == "rounds" else max(steps[client] for client in clients)

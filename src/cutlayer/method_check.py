@@ -25,7 +25,7 @@ from cutlayer.errors import MethodError
 # The families that have a Protocol in contracts.py, and its name there.
 PROTOCOLS = {
     "framework": "Framework", "partition": "Partition", "peft": "Peft", "data": "Division", "selection": "Selection",
-    "scheduler": "Scheduler", "exchange": "Exchange", "aggregator": "Aggregator",
+    "scheduler": "Scheduler", "mixing": "Mixing", "exchange": "Exchange", "aggregator": "Aggregator",
 }  # fmt: skip
 
 

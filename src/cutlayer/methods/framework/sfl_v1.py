@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cutlayer.contracts import Framework
 from cutlayer.methods.framework._cohort import check_options, cohort, local_steps, newest
@@ -26,6 +26,8 @@ class SFLV1(Framework):
     local_steps: int = 1  # optimizer steps of a client in a round
     participation: float = 1.0  # the share of the clients that a round takes
     moments: Literal["keep", "average", "reset"] = "average"  # of the trunks' optimizers, when they are merged
+
+    joinable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
