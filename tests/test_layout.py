@@ -21,8 +21,12 @@ LONGEST = 400  # lines
 # method sees what its Protocol hands it; what else a family needs for that Protocol is named here.
 ALLOWED = {"contracts", "errors", "registry", "seeds"}
 FAMILY_NEEDS = {
-    "framework": {"clock", "cohorts"}, "peft": {"models"}, "aggregator": {"ranks"}, "planner": {"planning"},
-}  # fmt: skip
+    "framework": {"clock", "cohorts", "joint"},
+    "planner": {"planning"},
+    "peft": {"models"},
+    "mixing": {"joint"},
+    "aggregator": {"ranks"},
+}
 
 
 @cache

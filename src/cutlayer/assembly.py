@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from transformers import get_scheduler
 from cutlayer.build import Data, check_fit, layouts_of
 from cutlayer.cohorts import foreseen, runs_on
 from cutlayer.config import RunConfig
-from cutlayer.contracts import SERVER, Example, Framework, Layout, Peft, Planner, Stop
+from cutlayer.contracts import SERVER, SHARED, Example, Framework, Layout, Peft, Planner, Stop
 from cutlayer.data.batches import Batches
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.models.arena import Arena
@@ -147,8 +147,10 @@ def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tup
             "different cuts (head_blocks, tail_blocks). Give all clients the same cut, or take a framework that merges."
         )
     routes = {}
+    if config.mixing is not None:
+        config.build("mixing").check(layouts)
     for name in names:
-        route = tuple(framework.route(name, layouts))
+        route = joined(config, framework.route(name, layouts))
         covered = [block for stop in route for block in stop.blocks]
         if covered != list(layouts[name].middle) or not route:
             raise MethodError(
@@ -157,6 +159,11 @@ def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tup
             )
         routes[name] = route
     return routes
+
+
+def joined(config: RunConfig, stops: Sequence[Stop]) -> tuple[Stop, ...]:
+    """A framework's stops, of which a mixing makes the clients' slots one."""
+    return tuple(stops) if config.mixing is None else tuple(replace(stop, slot=SHARED) for stop in stops)
 
 
 def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
@@ -185,10 +192,10 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     held: dict[tuple[str, str], list[str]] = {}  # names by (party, slot)
     users: dict[tuple[str, str], list[str]] = {}  # clients by (party, slot)
     for client, layout in layouts.items():
-        reach = [*routes[client], *framework.reach(client, layouts)]
+        reach = [*routes[client], *joined(config, framework.reach(client, layouts))]
         if bounds:  # a trunk may come to train all from the lowest cut on
             lowest = at_cut(layout, min(bounds[client]))
-            reach += framework.reach(client, {**layouts, client: lowest})
+            reach += joined(config, framework.reach(client, {**layouts, client: lowest}))
         for stop in reach:
             top = not layout.tail_at_client and stop.blocks.stop == layout.middle.stop
             segment = base.segment("tail" if top else "trunk", stop.blocks, top=top)
@@ -258,7 +265,7 @@ def own_trunks(parts: Parts) -> dict[str, frozenset[str]]:
 
 def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], clients: Sequence[str]) -> int:
     """How many optimizer steps a trunk slot will make: one for each step of its clients, or one for all of them."""
-    if not framework.pooled:
+    if not framework.pooled and config.mixing is None:
         return sum(steps[client] for client in clients)
     kind, count = config.length
     return count * framework.round_steps if kind == "rounds" else max(steps[client] for client in clients)

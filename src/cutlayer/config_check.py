@@ -10,6 +10,7 @@ from cutlayer import registry
 from cutlayer.config_optimizer import optimizer_problems
 from cutlayer.config_words import show
 from cutlayer.errors import ConfigError, CutlayerError, suggest
+from cutlayer.method_check import PROTOCOLS
 
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
@@ -39,9 +40,13 @@ def problems(config: RunConfig, doubtful: frozenset[str] = frozenset()) -> list[
         doubtful: dotted keys that hold a stand-in, since what was given there is refused already.
     """
     found = [said for keys, rule in RULES if not any(_touches(key, doubtful) for key in keys) for said in rule(config)]
+    wrong = []
     for key, family, spec in config.methods():
         if not _touches(key, doubtful):
-            found += _method_problems(key, family, spec.name, spec.options)
+            wrong += _method_problems(key, family, spec.name, spec.options)
+    found += wrong
+    if not wrong and not doubtful:
+        found += _misfits(config)
     if not _touches("optimizer", doubtful):
         found += optimizer_problems(config.optimizer)
     return list(dict.fromkeys(found))
@@ -53,7 +58,7 @@ def _touches(key: str, doubtful: frozenset[str]) -> bool:
 
 # The families that the engine of this version drives. A method of another is refused, even if it can be loaded: who
 # names a defense must not believe that it is on.
-DRIVEN = ("framework", "partition", "peft", "planner", "data", "selection", "aggregator", "scheduler", "exchange")
+DRIVEN = tuple(PROTOCOLS)
 
 
 def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) -> list[str]:
@@ -64,6 +69,14 @@ def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) 
     if family not in DRIVEN:
         return [f"{key} is '{name}', but nothing in this version uses a {family} yet. Take it out of the run."]
     return []
+
+
+def _misfits(config: RunConfig) -> Iterator[str]:
+    """What methods say of the rest of the run, once each of them can be made."""
+    for key, family, spec in config.methods():
+        made = registry.create(family, spec.name, spec.options)
+        for said in getattr(made, "problems", lambda _: ())(config):
+            yield f"{key}: {family} '{spec.name}' {said}"
 
 
 def check_profile(value: str | dict[str, Any] | None) -> list[str]:
@@ -179,6 +192,20 @@ def _listed(names: Sequence[str]) -> str:
     if len(shown) == 1:
         return f"client {shown[0]} has"
     return f"clients {', '.join(shown[:-1])} and {shown[-1]} have"
+
+
+@_rule("mixing", "framework")
+def _joinable(config: RunConfig) -> Iterator[str]:
+    try:
+        if config.mixing is None or config.build("framework").joinable:
+            return
+        fit = [name for name in registry.names("framework") if registry.load("framework", name).joinable]
+    except CutlayerError:
+        return  # said by the other rules
+    yield (
+        f"mixing '{config.mixing.name}' joins clients that train at once, each with a trunk of its own, but in "
+        f"framework '{config.framework.name}' they take turns or share one already. Take framework: {' or '.join(fit)}."
+    )
 
 
 @_rule("clients", "partition")

@@ -6,7 +6,7 @@ A method sees what its Protocol hands it and nothing else. Shapes: B rows, T pos
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from cutlayer.values import (
@@ -28,16 +28,44 @@ from cutlayer.values import (
 )
 
 if TYPE_CHECKING:
+    from cutlayer.config import RunConfig
     from cutlayer.driver import Run
     from cutlayer.models.families import Anatomy
     from cutlayer.models.segment import Base
     from cutlayer.planning import Situation
 
 __all__ = [
-    "IGNORE", "SERVER", "SHARED", "Aggregator", "Batch", "Division", "End", "Example", "Exchange", "Framework", "Hop",
-    "How", "Layout", "Parcel", "Partition", "Peft", "Planner", "Row", "Rows", "Scheduler", "Selection", "Slot", "State",
-    "StepResult", "Stop", "Tail", "Upload", "Window",
-]  # fmt: skip
+    "IGNORE",
+    "SERVER",
+    "SHARED",
+    "Aggregator",
+    "Batch",
+    "Division",
+    "End",
+    "Example",
+    "Exchange",
+    "Framework",
+    "Hop",
+    "How",
+    "Joint",
+    "Layout",
+    "Mixing",
+    "Parcel",
+    "Partition",
+    "Peft",
+    "Planner",
+    "Row",
+    "Rows",
+    "Scheduler",
+    "Selection",
+    "Slot",
+    "State",
+    "StepResult",
+    "Stop",
+    "Tail",
+    "Upload",
+    "Window",
+]
 
 
 class End(Protocol):
@@ -216,6 +244,37 @@ class Scheduler(Protocol):
         """A stop of the server (``Hop`` or ``Tail``), as this client's step shall meet it."""
 
 
+class Joint(Protocol):
+    """What clients that train at once share while they do so."""
+
+    def wrap(self, stop: Any, client: str) -> Any:
+        """The last stop of this client's route (``Hop`` or ``Tail``), as its step shall meet it."""
+
+    async def done(self, result: StepResult) -> None:
+        """The client's step is made; what has to wait for the others waits here."""
+
+    def leave(self, client: str) -> None:
+        """The client makes no more steps among these (or is lost)."""
+
+
+class Mixing(Protocol):
+    """Family ``mixing``: joins at the trunk what several clients do at once. Subclass it.
+
+    The clients' trunks become one slot, which is updated as the mixing says.
+    """
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """What of a run it cannot work with, a sentence each; asked before a model is read."""
+        yield from ()
+
+    def check(self, layouts: Mapping[str, Layout]) -> None:
+        """Refuse by MethodError cuts that it cannot join."""
+
+    @abstractmethod
+    def gather(self, run: Run, clients: Sequence[str]) -> Joint:
+        """For clients that are about to train at once."""
+
+
 class Exchange(Protocol):
     """Family ``exchange``: when the wire is used within a step."""
 
@@ -236,6 +295,7 @@ class Framework(Protocol):
     travels: ClassVar[bool] = False  # the clients' parts are handed on, rather than each client keeping its own
     pooled: ClassVar[bool] = False  # a slot makes one update for all clients of a step, not one for each
     replans: ClassVar[bool] = False  # each round ends in a merge of heads (and of trunk copies), so cuts may move then
+    joinable: ClassVar[bool] = False  # all train at once, each with a trunk of its own, which a mixing may make one
     personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
     asynchronous: ClassVar[bool] = False  # nobody waits: as many steps in a round as a client has time for
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from cutlayer.assembly import Parts, places_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig
-from cutlayer.contracts import Framework, How, StepResult, Stop
+from cutlayer.contracts import Framework, How, Joint, Mixing, StepResult, Stop
 from cutlayer.errors import NonFinite
 from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
 from cutlayer.merging import Counters, StepEleven
+from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces, workers
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.parties.hops import ServerTail, TrunkHop
@@ -45,7 +46,10 @@ class Run(StepEleven):
         self.framework: Framework = config.build("framework")
         self.selection = config.build("selection")
         self.scheduler = config.build("scheduler")
+        self.mixing: Mixing | None = config.build("mixing")
+        self.joined = self.mixing is not None
         self.exchange = config.build("exchange")
+        self._joints: dict[str, Joint] = {}  # by client, while it trains at once with others
         self.counters = Counters(steps=dict.fromkeys(self.clients, 0))
         self.paces = Paces(config, parts)
         queues = Queues(clock, self.paces.access)
@@ -97,6 +101,8 @@ class Run(StepEleven):
             weight: scales all that this step adds to gradients, as a factor of the loss would.
         """
         number = self.counters.steps[client]
+        joint = self._joints.get(client)
+        trunk_update = trunk_update and not self.joined
         end, middle, tail, stop = self.route(client, wrap)
         how = How(
             head_update=head_update and not self.clips, trunk_update=trunk_update and not self.clips,
@@ -122,6 +128,8 @@ class Run(StepEleven):
             True,
         )  # fmt: skip
         self._book(result, tally)
+        if joint is not None:
+            await joint.done(result)
         return result
 
     def _book(self, result: StepResult, tally: Tally) -> None:
@@ -159,6 +167,8 @@ class Run(StepEleven):
             hops.append(self.scheduler.wrap(hop, client))
         if wrap is not None:
             hops[-1] = wrap(hops[-1])
+        if client in self._joints:
+            hops[-1] = self._joints[client].wrap(hops[-1], client)
         end = ClientEnd(client, self.links[client], first=stops[0].party, last=stops[-1].party)
         if layout.tail_at_client:
             return end, hops, end, hops[-1]
@@ -201,11 +211,14 @@ class Run(StepEleven):
         ``weights`` are in any unit; those of the clients of one slot are scaled to sum to 1.
         """
         for slot in self.slots_of(weights):
-            mine = {c: w for c, w in weights.items() if slot in self.slots_of([c])}
-            total = sum(mine.values())
-            shares = {client: weight / total for client, weight in mine.items()}
-            scale = self._clip(slot.squared_norm(shares), f"slot '{slot.name}'") if self.clips else 1.0
-            slot.update(scale=scale, weights=shares)
+            self.update_slot(slot, {c: w for c, w in weights.items() if slot in self.slots_of([c])})
+
+    def update_slot(self, slot: Slot, weights: Mapping[str, float]) -> None:
+        """One update of a slot with what these have added to it; ``weights`` are scaled to sum to 1."""
+        total = sum(weights.values())
+        shares = {client: weight / total for client, weight in weights.items()}
+        scale = self._clip(slot.squared_norm(shares), f"slot '{slot.name}'") if self.clips else 1.0
+        slot.update(scale=scale, weights=shares)
 
     async def update_heads(self, scales: Mapping[str, float]) -> None:
         """One update of each client's part, with its gradient scaled."""
@@ -217,10 +230,22 @@ class Run(StepEleven):
             await end.ask("update", {"scale": scale})
 
     async def together(self, work: Callable[[str], Awaitable[object]], clients: Sequence[str]) -> None:
-        """Do ``work`` for all clients at once, and wait for all."""
+        """Do ``work`` for all clients at once, and wait for all. A run's mixing joins their steps."""
+        joint = self.mixing.gather(self, clients) if self.mixing is not None else None
         async with asyncio.TaskGroup() as group:
             for client in clients:
-                group.create_task(_awaited(work(client)), name=client)
+                group.create_task(self._among(joint, client, work), name=client)
+
+    async def _among(self, joint: Joint | None, client: str, work: Callable[[str], Awaitable[object]]) -> None:
+        if joint is None:
+            await work(client)
+            return
+        self._joints[client] = joint
+        try:
+            await work(client)
+        finally:
+            del self._joints[client]
+            joint.leave(client)
 
     async def evaluate(self) -> dict[str, float] | None:
         """Mean loss over the label tokens of the evaluation data, its perplexity, and the accuracy: the share of them
@@ -274,7 +299,3 @@ class Run(StepEleven):
             header = (await end.ask("set_up", told)).header
             self.sizes[name] = {key: float(header.value(key)) for key in ("examples", "label_tokens")}
             self.federated.sizes[name] = self.sizes[name][by] if by else 1.0
-
-
-async def _awaited(work: Awaitable[object]) -> None:
-    await work

@@ -52,6 +52,7 @@ class StepEleven:
     ends: Mapping[str, ClientEnd]
     carrier: Carrier
     federated: FederatedServer
+    joined: bool  # the clients' trunks are one slot, which has nothing to be merged with
 
     def holder(self, clients: Sequence[str] = (), line: str = "") -> str:
         """Of a part that is handed on among ``clients`` (all): who has it; the first of them at the start."""
@@ -86,6 +87,7 @@ class StepEleven:
         """
         if not clients or not self.federated.aggregator.exchanges or (len(self.clients) == 1):
             return  # nobody to average with
+        trunks = trunks and not self.joined
         owner = self.parts.base.owner
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in clients}
         if heads:
@@ -203,7 +205,7 @@ class StepEleven:
             if late:
                 await self._give(name, before)
                 merged[name] = latest
-            for stop in self.parts.routes[name] if trunks else ():
+            for stop in self.parts.routes[name] if trunks and not self.joined else ():
                 if stop.party in self.ends:
                     if merged.get(f"{stop.party}/hosted", 0) < latest:
                         await self._give(stop.party, before, part="hosted")

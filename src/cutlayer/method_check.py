@@ -24,9 +24,17 @@ from cutlayer.errors import MethodError
 
 # The families that have a Protocol in contracts.py, and its name there.
 PROTOCOLS = {
-    "framework": "Framework", "partition": "Partition", "peft": "Peft", "planner": "Planner", "data": "Division",
-    "selection": "Selection", "scheduler": "Scheduler", "exchange": "Exchange", "aggregator": "Aggregator",
-}  # fmt: skip
+    "framework": "Framework",
+    "partition": "Partition",
+    "planner": "Planner",
+    "peft": "Peft",
+    "data": "Division",
+    "selection": "Selection",
+    "exchange": "Exchange",
+    "scheduler": "Scheduler",
+    "mixing": "Mixing",
+    "aggregator": "Aggregator",
+}
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cutlayer.assembly import own_trunks
+from cutlayer.assembly import joined, own_trunks
 from cutlayer.errors import MethodError
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.planning import at_cut
@@ -97,7 +97,7 @@ async def move(run: Run, cuts: Mapping[str, int]) -> None:
         parts.layouts[client] = at_cut(parts.layouts[client], cut)
         run.counters.cuts.setdefault(client, []).append([run.counters.rounds, cut])
     for client in run.clients:
-        parts.routes[client] = tuple(run.framework.route(client, parts.layouts))
+        parts.routes[client] = joined(run.config, run.framework.route(client, parts.layouts))
     given = {client: await _told(run, client, cut) for client, cut in cuts.items()}
     for slot, users in _trunks(run).items():
         layouts = [parts.layouts[client] for client in users]
@@ -122,7 +122,7 @@ def restore(run: Run) -> None:
         parts.layouts[client] = at_cut(parts.layouts[client], moves[-1][1])
         parts.clients[client].head = parts.base.segment("head", parts.layouts[client].head, bottom=True)
     for client in run.clients:
-        parts.routes[client] = tuple(run.framework.route(client, parts.layouts))
+        parts.routes[client] = joined(run.config, run.framework.route(client, parts.layouts))
 
 
 async def _catch_up(run: Run, clients: Collection[str]) -> None:

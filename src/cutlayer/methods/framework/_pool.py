@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cutlayer.contracts import StepResult
+from cutlayer.joint import Weighing, shares
 
 if TYPE_CHECKING:
     from cutlayer.driver import Run
-
-Weighing = Literal["tokens", "examples", "uniform"]
-
-
-def shares(run: Run, results: Sequence[StepResult], by: Weighing) -> dict[str, float]:
-    """Each client's weight c_i in a joint step, summing to 1.
-
-    ``tokens``: by the label tokens of this step, so that the joint loss is the mean over all of them; ``examples``: by
-    the clients' data, ``uniform``: the same for all.
-    """
-    measured = {
-        "tokens": {r.client: float(r.label_tokens) for r in results},
-        "examples": {r.client: run.sizes[r.client]["examples"] for r in results},
-        "uniform": {r.client: 1.0 for r in results},
-    }[by]
-    total = sum(measured.values())
-    if not total:  # not one label in the whole step: nothing is learnt, whatever the weights
-        return {r.client: 1 / len(results) for r in results}
-    return {client: value / total for client, value in measured.items()}
 
 
 async def joint_step(run: Run, clients: Sequence[str], by: Weighing, *, joint_heads: bool = False) -> None:

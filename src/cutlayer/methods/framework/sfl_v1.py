@@ -29,6 +29,8 @@ class SFLV1(Framework):
     participation: float = 1.0  # the share of the clients that a round takes
     moments: Literal["keep", "average", "reset"] = "average"  # of the trunks' optimizers, when they are merged
 
+    joinable: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
 
