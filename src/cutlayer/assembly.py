@@ -10,7 +10,8 @@ import torch
 from torch.nn import Parameter
 from transformers import get_scheduler
 
-from cutlayer.build import Data, check_fit, layouts_of
+from cutlayer.arrangement import Arranger
+from cutlayer.build import Data, check_fit, layouts_of, task_of
 from cutlayer.cohorts import foreseen
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, Framework, Layout, Stop
@@ -21,6 +22,7 @@ from cutlayer.models.segment import Base, Segment
 from cutlayer.models.slots import Slot, new_params
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.trunk import Place, TrunkParty
+from cutlayer.sketches import Teller, simulated_secret
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Parts:
     base: Base
     layouts: Mapping[str, Layout]  # by client
     clients: Mapping[str, ClientParty]
-    parties: Mapping[str, TrunkParty]  # who runs blocks for others, the server first; clients too, where they do
+    parties: dict[str, TrunkParty]  # who runs blocks for others, the server first; clients too, where they do
     routes: dict[str, tuple[Stop, ...]]  # by client
     planned: Mapping[str, int]  # the most steps that each client makes
     foreseen: Mapping[str, int]  # those that it will make, without an early stop
+    new_slot: Callable[[str, Sequence[str], int], Slot]  # from its name, what it trains, and its updates in the run
 
     @property
     def server(self) -> TrunkParty:
@@ -43,6 +46,10 @@ class Parts:
     def slot(self, stop: Stop) -> Slot:
         """The slot of a stop."""
         return self.parties[stop.party].slots[stop.slot]
+
+    def own(self, stop: Stop) -> bool:
+        """Whether a stop's slot is the one that a client's device has for its own part of the model too."""
+        return stop.party in self.clients and self.slot(stop) is self.clients[stop.party].slot
 
 
 def segments_of(base: Base, layout: Layout, route: Sequence[Stop]) -> tuple[Segment, list[Segment], Segment | None]:
@@ -198,12 +205,26 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
                 "label_tokens": sum(e.label_tokens for e in data.train[name]),
             },
             seed=config.seed,
+            teller=_teller(config, base, data, name),
         )
         for (party, of), _ in held.items():
             if party == name:
                 slots.setdefault(party, {})[of] = clients[name].slot
     parties = {name: TrunkParty(name, theirs, seed=config.seed) for name, theirs in slots.items()}
-    return Parts(base, layouts, clients, parties, routes, planned, steps)
+    return Parts(base, layouts, clients, parties, routes, planned, steps, slot)
+
+
+def _teller(config: RunConfig, base: Base, data: Data, name: str) -> Teller | None:
+    """What makes a client's sketch, where the run's selection asks for one."""
+    selection = config.build("selection")
+    if not isinstance(selection, Arranger):
+        return None
+    classes = int(base.model.config.num_labels) if task_of(config) == "classification" else 0
+    return Teller(
+        selection.asks, name, data.train[name], data.collate, classes,
+        vocabulary=base.model.get_input_embeddings().weight.shape[0], seed=config.seed,
+        secret=simulated_secret(config.seed),
+    )  # fmt: skip
 
 
 def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], clients: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties._tail import TailWork, run_tail
 from cutlayer.parties.memory import Watch
 from cutlayer.seeds import segment_seed
+from cutlayer.sketches import Teller
 from cutlayer.step import at
 from cutlayer.wire import Header, Value
 
@@ -46,6 +47,7 @@ class ClientParty:
         evaluation: the evaluation batches, made anew at each call.
         sizes: what it tells the server of its data: ``examples`` and ``label_tokens``.
         seed: the run's seed (for dropout).
+        teller: makes the sketch of its data that it agreed to tell; None: it tells none.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class ClientParty:
         evaluation: Sequence[Callable[[], Batch]] = (),
         sizes: Mapping[str, int],
         seed: int,
+        teller: Teller | None = None,
     ) -> None:
         self.name = name
         self.head, self.tail, self.slot = head, tail, slot
         self.batches, self.evaluation, self.sizes, self.seed = batches, evaluation, sizes, seed
+        self.teller = teller
         self.device = head.base.device
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
@@ -94,6 +98,23 @@ class ClientParty:
             "trainable": sum(t.numel() for t in self.slot.get().values()),
         }
         return self._reply(header, "partition", "ack", values)
+
+    def on_sketch(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 1: the sketch that it agreed to tell; which one is in the client's own copy of the run."""
+        if self.teller is None:
+            raise WireError(f"Client '{self.name}' was asked for a sketch of its data, and has agreed to none.")
+        return self._reply(header, "partition", "sketch", {}, {"sketch": self.teller.tell(self._look)})
+
+    def _look(self, batch: Batch) -> Tensor:
+        """What the head makes of a batch: hidden states [B,T,H], without a graph."""
+        with torch.no_grad():
+            hidden: Tensor = self.head.forward(
+                self.slot.params,
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=_to(batch.attention_mask, self.device),
+                position_ids=_to(batch.position_ids, self.device),
+            )
+        return hidden
 
     def on_head_forward(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 2: draw the micro-batch, run the head, show the hidden states [B,T,H] (two-part: and the labels)."""
@@ -255,6 +276,7 @@ class ClientParty:
 
 VERB_STEPS = {
     "set_up": "partition",
+    "sketch": "partition",
     "head_forward": "head_forward",
     "tail_step": "tail_step",
     "head_backward": "head_backward",

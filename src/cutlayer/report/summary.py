@@ -123,7 +123,8 @@ def _parties(run: Run) -> dict[str, Any]:
         if name in found:
             client = parts.clients[name]
             own = [client.head, *([client.tail] if client.tail else [])]
-            found[name] = _party([*own, *stretches[name]], [client.slot], client.watch.saved + saved)
+            hosted = [slot for slot in party.slots.values() if slot is not client.slot]
+            found[name] = _party([*own, *stretches[name]], [client.slot, *hosted], client.watch.saved + saved)
         elif stretches[name]:
             found[name] = _party(list(stretches[name]), list(party.slots.values()), saved)
     return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cutlayer.contracts import Framework
 from cutlayer.methods.framework._cohort import check_options, cohort, local_steps, newest
@@ -20,12 +20,15 @@ class SFLV1(Framework):
     """Each client trains with a trunk of its own; heads and trunks are averaged at the end of the round.
 
     That is FedAvg of the whole model. Trunk copies are adapters on one frozen base. With LoRA the factors A and B are
-    averaged, which is not the average of their products (published practice; an aggregator may do better).
+    averaged, which is not the average of their products (published practice; an aggregator may do better). Where the
+    selection makes clusters with models of their own (``csfl``), each cluster is averaged by itself.
     """
 
     local_steps: int = 1  # optimizer steps of a client in a round
     participation: float = 1.0  # the share of the clients that a round takes
     moments: Literal["keep", "average", "reset"] = "average"  # of the trunks' optimizers, when they are merged
+
+    takes: ClassVar[Collection[str]] = ("clusters",)
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
