@@ -24,6 +24,7 @@ FAMILY_NEEDS = {
     "framework": {"clock", "cohorts", "joint"},
     "planner": {"planning"},
     "peft": {"models"},
+    "selection": {"arrangement", "sketches"},
     "mixing": {"joint"},
     "aggregator": {"ranks"},
 }

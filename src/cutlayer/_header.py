@@ -18,7 +18,7 @@ STEP_NAMES = (
     "send_gradients", "trunk_backward", "return_gradients", "head_backward", "aggregate",
 )  # fmt: skip
 
-KINDS = ("control", "activations", "gradient", "no-gradient", "state", "ack")
+KINDS = ("control", "activations", "gradient", "no-gradient", "state", "ack", "sketch")
 
 DTYPES: tuple[torch.dtype, ...] = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

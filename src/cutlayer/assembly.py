@@ -11,7 +11,8 @@ import torch
 from torch.nn import Parameter
 from transformers import get_scheduler
 
-from cutlayer.build import Data, check_fit, layouts_of
+from cutlayer.arrangement import Arranger
+from cutlayer.build import Data, check_fit, layouts_of, task_of
 from cutlayer.cohorts import foreseen, runs_on
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED, Example, Framework, Layout, Peft, Planner, Stop
@@ -24,6 +25,7 @@ from cutlayer.parties.client import ClientParty
 from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.planning import Costs, at_cut
 from cutlayer.plans import at_ranks, costs_of, keep_back, situation, slot_ranks
+from cutlayer.sketches import Teller, simulated_secret
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class Parts:
     base: Base
     layouts: dict[str, Layout]  # by client
     clients: Mapping[str, ClientParty]
-    parties: Mapping[str, TrunkParty]  # who runs blocks for others, the server first; clients too, where they do
+    parties: dict[str, TrunkParty]  # who runs blocks for others, the server first; clients too, where they do
     routes: dict[str, tuple[Stop, ...]]  # by client
     planned: Mapping[str, int]  # the most steps that each client makes
     foreseen: Mapping[str, int]  # those that it will make, without an early stop
+    new_slot: Callable[..., Slot]  # from its name, what it trains, its updates in the run, and its users
     peft: Peft
     costs: Costs
     planner: Planner | None = None
@@ -50,6 +53,10 @@ class Parts:
     def slot(self, stop: Stop) -> Slot:
         """The slot of a stop."""
         return self.parties[stop.party].slots[stop.slot]
+
+    def own(self, stop: Stop) -> bool:
+        """Whether a stop's slot is the one that a client's device has for its own part of the model too."""
+        return stop.party in self.clients and self.slot(stop) is self.clients[stop.party].slot
 
 
 def segments_of(base: Base, layout: Layout, route: Sequence[Stop]) -> tuple[Segment, list[Segment], Segment | None]:
@@ -240,12 +247,13 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
                 "label_tokens": sum(e.label_tokens for e in data.train[name]),
             },
             seed=config.seed,
+            teller=_teller(config, base, data, name),
         )
         for (party, of), _ in held.items():
             if party == name:
                 slots.setdefault(party, {})[of] = clients[name].slot
     parties = {name: TrunkParty(name, theirs, seed=config.seed) for name, theirs in slots.items()}
-    return Parts(base, dict(layouts), clients, parties, routes, planned, steps, peft, costs, planner, bounds)
+    return Parts(base, dict(layouts), clients, parties, routes, planned, steps, slot, peft, costs, planner, bounds)
 
 
 def _chunks(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
@@ -261,6 +269,19 @@ def own_trunks(parts: Parts) -> dict[str, frozenset[str]]:
         own = [p for stop, p in zip(route, places, strict=True) if users[stop.party, stop.slot] == 1]
         found[client] = frozenset(name for place in own for name in place.segment.names)
     return found
+
+
+def _teller(config: RunConfig, base: Base, data: Data, name: str) -> Teller | None:
+    """What makes a client's sketch, where the run's selection asks for one."""
+    selection = config.build("selection")
+    if not isinstance(selection, Arranger):
+        return None
+    classes = int(base.model.config.num_labels) if task_of(config) == "classification" else 0
+    return Teller(
+        selection.asks, name, data.train[name], data.collate, classes,
+        vocabulary=base.model.get_input_embeddings().weight.shape[0], seed=config.seed,
+        secret=simulated_secret(config.seed),
+    )  # fmt: skip
 
 
 def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], clients: Sequence[str]) -> int:

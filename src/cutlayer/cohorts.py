@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cutlayer.arrangement import Arranger
 from cutlayer.contracts import Framework, Selection
 from cutlayer.seeds import derive
 
@@ -47,4 +48,5 @@ def foreseen(
         able = framework.eligible(number, clients)
         for client in drawn(selection, able, number, framework.participation, seed):
             count[client] += 1
-    return {client: round(times * rounds / ahead) for client, times in count.items()}
+    share = selection.share(len(clients)) if isinstance(selection, Arranger) else 1.0
+    return {client: round(times * rounds * share / ahead) for client, times in count.items()}

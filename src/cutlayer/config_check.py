@@ -208,6 +208,44 @@ def _joinable(config: RunConfig) -> Iterator[str]:
     )
 
 
+@_rule("clients", "selection", "framework", "data.format")
+def _arranged(config: RunConfig) -> Iterator[str]:
+    from cutlayer.arrangement import Arranger
+
+    try:
+        framework, selection = config.build("framework"), config.build("selection")
+    except CutlayerError:
+        return  # said by the other rules
+    arranges, n = isinstance(selection, Arranger), len(config.client_names)
+    gives = selection.gives if arranges else ()
+    name, by = config.framework.name, config.selection.name
+    for what in framework.needs:
+        if what not in gives:
+            yield (
+                f"framework '{name}' leaves its {what} to the selection, but selection '{by}' makes none. Take another "
+                f"selection, or set framework.{what}."
+            )
+    if not arranges:
+        return
+    without = [what for what in gives if what not in framework.takes]
+    if without and not selection.samples:
+        how = f" Set framework.{without[0]}: selection." if hasattr(framework, without[0]) else ""
+        yield f"selection '{by}' makes {' and '.join(without)}, which framework '{name}' cannot follow as it is.{how}"
+    if selection.samples and list(framework.eligible(0, config.client_names)) != config.client_names:
+        yield f"selection '{by}' says who takes part, but framework '{name}' has its own rule for that in this run."
+    if "pairs" in gives and "pairs" in framework.takes and 2 * round(selection.share(n) * n) > n:
+        yield f"selection '{by}' chooses more than half of the {n} clients, but each needs another one for its helper."
+    if selection.asks.kind == "labels" and config.data_of(config.client_names[0]).format != "classification":
+        yield (
+            f"selection '{by}' asks for a sketch of the labels, but the data are texts without classes. Set "
+            "selection.sketch to features, hash, tokens or lengths."
+        )
+    try:
+        selection.check(config.client_names)
+    except CutlayerError as error:
+        yield f"selection: {error}"
+
+
 @_rule("clients", "partition")
 def _one_cut(config: RunConfig) -> Iterator[str]:
     try:
@@ -282,18 +320,21 @@ def _cuts(config: RunConfig) -> Iterator[str]:
                 yield from _method_problems(f"clients.{number}", "partition", spec.name, spec.options)
 
 
-@_rule("planner", "framework", "aggregator")
+@_rule("planner", "framework", "aggregator", "selection")
 def _moves(config: RunConfig) -> Iterator[str]:
     if config.planner is None:
         return
     try:
         framework, aggregator = config.build("framework"), config.build("aggregator")
+        apart = "clusters" in getattr(config.build("selection"), "gives", ())
     except CutlayerError:
         return  # said by the other rules
-    if not framework.replans or not aggregator.exchanges:
-        which = f"framework '{config.framework.name}'"
-        if framework.replans:
-            which = f"aggregator '{config.aggregator.name}'"
+    wrong = {
+        f"framework '{config.framework.name}'": not framework.replans,
+        f"aggregator '{config.aggregator.name}'": not aggregator.exchanges,
+        f"selection '{config.selection.name}'": apart,
+    }
+    for which in (name for name, found in wrong.items() if found):
         yield (
             f"planner '{config.planner.name}' gives clients cuts of their own, and blocks change hands where all "
             f"copies are equal: after a merge. But {which} leaves the clients' parts unequal, or sets the cuts itself. "

@@ -28,6 +28,7 @@ from cutlayer.values import (
 )
 
 if TYPE_CHECKING:
+    from cutlayer.arrangement import Arrangement
     from cutlayer.config import RunConfig
     from cutlayer.driver import Run
     from cutlayer.models.families import Anatomy
@@ -231,7 +232,7 @@ class Planner(Protocol):
 
 
 class Selection(Protocol):
-    """Family ``selection``: which clients take part in a round."""
+    """Family ``selection``: which clients take part in a round; an ``Arranger`` (arrangement.py) says with whom."""
 
     def pick(self, number: int, clients: Sequence[str]) -> Sequence[str]:
         """The clients of round ``number``."""
@@ -304,6 +305,9 @@ class Framework(Protocol):
         """Optimizer steps of a client in a round; asynchronous: of the slowest."""
         return self.local_steps
 
+    takes: ClassVar[Collection[str]] = ()  # what it can follow of a selection's arrangement (``Arranger.gives``)
+    needs: ClassVar[Collection[str]] = ()  # what of it a selection must give
+
     def layouts(
         self, given: Mapping[str, Layout], num_blocks: int, speeds: Mapping[str, float] | None
     ) -> Mapping[str, Layout]:
@@ -334,6 +338,14 @@ class Framework(Protocol):
     def reach(self, client: str, layouts: Mapping[str, Layout]) -> Sequence[Stop]:
         """Every stop that the client may come to in the run; more than its route where that changes (``set_route``)."""
         return self.route(client, layouts)
+
+    def following(self, arrangement: Arrangement) -> Framework:
+        """This framework with what a selection arranged in the place of its own options."""
+        return self
+
+    def rerouted(self, arrangement: Arrangement, layouts: Mapping[str, Layout]) -> Mapping[str, Sequence[Stop]]:
+        """The routes that an arrangement changes, by client."""
+        return {}
 
     def eligible(self, number: int, clients: Sequence[str]) -> Sequence[str]:
         """Who may train in round ``number``: the others help, or wait for their turn."""

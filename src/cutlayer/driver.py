@@ -15,13 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
+from cutlayer.arrangement import Arrangement
+from cutlayer.arranging import Arranging
 from cutlayer.assembly import Parts, places_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig
-from cutlayer.contracts import Framework, How, Joint, Mixing, StepResult, Stop
+from cutlayer.contracts import Framework, How, Joint, Mixing, StepResult
 from cutlayer.errors import NonFinite
 from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
-from cutlayer.merging import Counters, StepEleven
+from cutlayer.merging import Counters
 from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces, workers
 from cutlayer.parties.federated import FederatedServer
@@ -33,7 +35,7 @@ from cutlayer.wire import Meter, Value
 Wrap = Callable[[Any], Any]
 
 
-class Run(StepEleven):
+class Run(Arranging):
     """What a framework sees and drives."""
 
     def __init__(
@@ -45,6 +47,8 @@ class Run(StepEleven):
         self.clients = list(parts.clients)
         self.framework: Framework = config.build("framework")
         self.selection = config.build("selection")
+        self.arrangement = Arrangement()
+        self.sketches: dict[str, Tensor] = {}
         self.scheduler = config.build("scheduler")
         self.mixing: Mixing | None = config.build("mixing")
         self.joined = self.mixing is not None
@@ -59,9 +63,8 @@ class Run(StepEleven):
         }
         self.ends = {name: ClientEnd(name, link) for name, link in self.links.items()}
         self.carrier = Carrier(meter, queues)
-        self._stations = {
-            name: Station(name, queues, workers=workers(self.paces.profiles, name)) for name in parts.parties
-        }
+        self._queues = queues
+        self._stations: dict[str, Station] = {}
         self.metrics: list[dict[str, Any]] = []
         self.uploads: list[dict[str, Any]] = []  # of asynchronous merges
         self.busy: defaultdict[str, float] = defaultdict(float)  # of this round, by client: its own work and links
@@ -76,7 +79,11 @@ class Run(StepEleven):
 
     @property
     def personal(self) -> bool:
-        """Whether the clients keep parts of their own, so that there are as many models."""
+        """Whether the clients keep parts of their own, or their clusters do, so that there are as many models."""
+        return self._keeps_parts or bool(self.arrangement.clusters)
+
+    @property
+    def _keeps_parts(self) -> bool:
         return self.framework.personal or not self.federated.aggregator.exchanges
 
     def evaluators(self) -> Sequence[str]:
@@ -163,7 +170,7 @@ class Run(StepEleven):
         for stop, place in zip(stops, places, strict=True):
             kind = ServerTail if place.segment.top else TrunkHop
             pace = self.paces.stop(stop.party, place.segment)
-            hop = kind(self.parts.parties[stop.party], place, self._stations[stop.party], self.carrier, pace)
+            hop = kind(self.parts.parties[stop.party], place, self._station(stop.party), self.carrier, pace)
             hops.append(self.scheduler.wrap(hop, client))
         if wrap is not None:
             hops[-1] = wrap(hops[-1])
@@ -174,9 +181,10 @@ class Run(StepEleven):
             return end, hops, end, hops[-1]
         return end, hops[:-1], hops[-1], hops[-1]
 
-    def set_route(self, client: str, stops: Sequence[Stop]) -> None:
-        """Lead a client's steps, its evaluation and its merges over other stops (of the framework's ``reach``)."""
-        self.parts.routes[client] = tuple(stops)
+    def _station(self, party: str) -> Station:
+        if party not in self._stations:
+            self._stations[party] = Station(party, self._queues, workers=workers(self.paces.profiles, party))
+        return self._stations[party]
 
     def abort(self, client: str) -> None:
         """Forget what is under way of a client, everywhere."""
@@ -256,8 +264,7 @@ class Run(StepEleven):
         names = self.evaluators()
         if not self.parts.clients[names[0]].evaluation:
             return None
-        if not self.personal:
-            await self.catch_up(names)
+        await self.make_ready(names)
         time = self.clock.state()
         total, tokens, correct = 0.0, 0, 0
         for name in names:
@@ -271,6 +278,11 @@ class Run(StepEleven):
         loss = total / tokens if tokens else math.nan
         accuracy = correct / tokens if tokens else math.nan
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy}
+
+    async def make_ready(self, names: Sequence[str]) -> None:
+        """Give these clients the last merge, unless they keep their own parts, so that theirs is the model."""
+        if not self._keeps_parts:
+            await self.catch_up(names, trunks=bool(self.arrangement.clusters))
 
     def state(self, client: str | None = None) -> dict[str, Tensor]:
         """All trainable tensors of a client's model as it now is, by name; by default of the first evaluator's."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer import checkpoint, moving
+from cutlayer.arrangement import Arrangement
 from cutlayer.assembly import own_trunks
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED
@@ -45,8 +46,8 @@ class Engine:
             await self._round()
             ended = counters.rounds == rounds or not any(map(run.steps_left, run.clients))
             every = run.config.eval_every
-            if ended and not run.personal:
-                await run.catch_up(run.evaluators())  # theirs is the result
+            if ended:
+                await run.make_ready(run.evaluators())  # theirs is the result
             if ended or (every and counters.rounds % every == 0):
                 await self._evaluate_and_judge()
             if ended or counters.stopped or counters.rounds % run.config.checkpoint_every == 0:
@@ -55,6 +56,7 @@ class Engine:
 
     async def _round(self) -> None:
         run, counters = self.run, self.run.counters
+        await run.arrange()
         before, made, began = time.perf_counter(), sum(counters.steps.values()), run.clock.now()
         run.busy.clear()
         run.finished.clear()
@@ -164,6 +166,9 @@ class Engine:
         states: dict[str, dict[str, Tensor]] = {name: slot.get(optimizer=True) for name, slot in slots.items()}
         if run.federated.before:
             states["federated"] = dict(run.federated.before)
+        states |= {f"federated-{cluster}": dict(state) for cluster, state in run.federated.apart.items()}
+        if run.sketches:
+            states["sketches"] = dict(run.sketches)
         for holder, state in states.items():
             wrong = [key for key, tensor in state.items() if not tensor.isfinite().all()]
             if wrong:
@@ -193,12 +198,20 @@ class Engine:
             run.counters = Counters(**manifest["counters"])
             moving.restore(run)
             self._prove_records(path, manifest["meter"])
+            run.sketches = dict(states.get("sketches", {}))
+            if run.counters.arrangement is not None:
+                run.arrangement = Arrangement.from_json(run.counters.arrangement)
+                run.lead()
             slots = self._slots()
             for name, slot in slots.items():
                 slot.put(states[name], version=manifest["versions"][name], resize=True)
-            merged = states.get("federated", {})  # in the order of its file; frames carry the slots' order
             order = dict.fromkeys(name for slot in slots.values() for name in slot.get())
-            run.federated.before = {key: merged[key] for key in order if key in merged}
+            for holder, merged in states.items():  # in the order of its file; frames carry the slots' order
+                if holder == "federated":
+                    run.federated.before = {key: merged[key] for key in order if key in merged}
+                elif holder.startswith("federated-"):
+                    cluster = holder.removeprefix("federated-")
+                    run.federated.apart[cluster] = {key: merged[key] for key in order if key in merged}
             run.federated.aggregator.restore(manifest["aggregator"])
             run.federated.aggregator.begin(own_trunks(run.parts))
             if run.parts.planner:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from cutlayer.arrangement import Arrangement
 from cutlayer.assembly import Parts
 from cutlayer.contracts import SERVER, Parcel, State, Stop
 from cutlayer.errors import MethodError
@@ -41,6 +42,9 @@ class Counters:
     cycles: dict[str, float] = field(default_factory=dict)  # asynchronous: seconds that a client's last upload took
     uploads: int = 0  # lines of uploads.jsonl
     stopped: bool = False
+    latest: dict[str, int] = field(default_factory=dict)  # by cluster with a model of its own: its last merge
+    arrangement: dict[str, Any] | None = None  # what the selection said last
+    totals: dict[str, int] = field(default_factory=dict)  # by slot: updates in the run, where an arrangement says it
 
 
 class StepEleven:
@@ -53,6 +57,7 @@ class StepEleven:
     carrier: Carrier
     federated: FederatedServer
     joined: bool  # the clients' trunks are one slot, which has nothing to be merged with
+    arrangement: Arrangement
 
     def holder(self, clients: Sequence[str] = (), line: str = "") -> str:
         """Of a part that is handed on among ``clients`` (all): who has it; the first of them at the start."""
@@ -75,7 +80,8 @@ class StepEleven:
     ) -> None:
         """Step 11: merge these clients' copies of the model, and give each its own back.
 
-        A block that some of them hold in their heads and others have in a trunk is merged over all (by block).
+        A block that some of them hold in their heads and others have in a trunk is merged over all (by block). Where a
+        selection has made clusters with models of their own, each cluster is merged by itself.
 
         Args:
             clients: whose copies are merged.
@@ -88,6 +94,30 @@ class StepEleven:
         if not clients or not self.federated.aggregator.exchanges or (len(self.clients) == 1):
             return  # nobody to average with
         trunks = trunks and not self.joined
+        groups: dict[str, list[str]] = {}
+        for name in clients:
+            groups.setdefault(self.cluster(name), []).append(name)
+        self.counters.merges += 1
+        merged = {}
+        for cluster, members in groups.items():
+            copies = await self._copies(members, trunks=trunks, heads=heads, moments=moments, blocks=blocks)
+            merged[cluster] = self.federated.merge({c: s for c, s in copies.items() if s}, weights, cluster)
+            if cluster:
+                self.counters.latest[cluster] = self.counters.merges
+        if self.arrangement.pull:
+            merged = self.federated.pulled(self.arrangement.clusters, list(merged), self.arrangement.pull)
+        for cluster, members in groups.items():
+            await self._give_back(members, merged[cluster], trunks=trunks, heads=heads, moments=moments)
+
+    def cluster(self, client: str) -> str:
+        """The cluster with a model of its own that a client is in; empty where all train one model."""
+        return self.arrangement.clusters.get(client, "")
+
+    async def _copies(
+        self, clients: Sequence[str], *, trunks: bool, heads: bool, moments: Moments,
+        blocks: Callable[[int | str], bool],
+    ) -> dict[str, State]:  # fmt: skip
+        """By client: what of its copy of the model is merged."""
         owner = self.parts.base.owner
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in clients}
         if heads:
@@ -100,7 +130,7 @@ class StepEleven:
             rest: dict[str, Tensor] = {}
             for stop in self._stops([name]):
                 if (stop.party, stop.slot) not in sent:
-                    if stop.party in self.ends:
+                    if self.parts.own(stop):
                         found = await self._asked(stop.party, "hosted") if trunks else {}
                     else:
                         found = self.parts.slot(stop).get(optimizer=moments == "average")
@@ -110,14 +140,18 @@ class StepEleven:
                 rest |= sent[stop.party, stop.slot]
             own = {n: t for n, t in parts[name].items() if blocks(owner(n))}
             copies[name] = {**rest, **own}
-        merged = self.federated.merge({c: s for c, s in copies.items() if s}, weights)
-        self.counters.merges += 1
+        return copies
+
+    async def _give_back(
+        self, clients: Sequence[str], merged: State, *, trunks: bool, heads: bool, moments: Moments
+    ) -> None:
+        """To each client, and to the slots on its route, what is theirs of a merged state."""
         for name in clients:
             if heads:
                 await self._give(name, merged)
             self.counters.merged[name] = self.counters.merges
         for stop in self._stops(clients):
-            if stop.party in self.ends:
+            if self.parts.own(stop):
                 await self._give(stop.party, merged, part="hosted")
                 self.counters.merged[f"{stop.party}/hosted"] = self.counters.merges
                 continue
@@ -198,15 +232,17 @@ class StepEleven:
 
     async def catch_up(self, clients: Sequence[str], *, trunks: bool = False) -> None:
         """Give the last merge to those that were not in it; with ``trunks`` to the slots on their routes too."""
-        merged, latest = self.counters.merged, self.counters.merges
-        before = self.federated.before  # others may merge while this is under way
+        merged = self.counters.merged
         for name in clients:
+            cluster = self.cluster(name)
+            latest = self.counters.latest.get(cluster, 0) if cluster else self.counters.merges
+            before = self.federated.last(cluster)
             late = merged.get(name, 0) < latest
             if late:
                 await self._give(name, before)
                 merged[name] = latest
             for stop in self.parts.routes[name] if trunks and not self.joined else ():
-                if stop.party in self.ends:
+                if self.parts.own(stop):
                     if merged.get(f"{stop.party}/hosted", 0) < latest:
                         await self._give(stop.party, before, part="hosted")
                         merged[f"{stop.party}/hosted"] = latest

@@ -56,7 +56,7 @@ def test_one_client_equals_unsplit(name: str, partition: dict[str, Any], tmp_pat
 def test_four_clients_and_eight_blocks_by_default(
     name: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]
 ) -> None:
-    """Who brings data trains, nothing is left open, and the same run twice gives the same order of events and weights."""
+    """Who brings data trains, nothing is left open, and the same run twice gives the same events and weights."""
     if name in U_ONLY and partition["name"] != "u-shaped-split":
         with pytest.raises(CutlayerError, match="Take partition: u-shaped-split"):
             train(model(num_hidden_layers=8), tmp_path / "out", FOUR, partition=partition, framework=name)

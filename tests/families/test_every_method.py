@@ -16,7 +16,10 @@ from cutlayer.errors import MethodError
 
 TESTS = Path(__file__).parents[1] / "methods"
 EVERY = [(family, name) for family in registry.FAMILIES for name in registry.names(family)]
-NEEDED = {("data", "by-column"): {"column": "clinic"}}  # options that have no default, since only the data can tell
+NEEDED = {  # options that have no default, since only the data can tell, or only its owner may
+    ("data", "by-column"): {"column": "clinic"},
+    **{("selection", name): {"sketch": "labels"} for name in ("csfl", "parallelsfl", "pairingfl-selection")},
+}
 
 
 def test_how_many_were_found() -> None:

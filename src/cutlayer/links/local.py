@@ -64,6 +64,8 @@ class Queues:
         profile have none of their own to add: the link between a client and the server is the client's.
         """
         header = frame.header
+        if header.sender == header.receiver:
+            return
         sender, receiver = self.profiles.get(header.sender), self.profiles.get(header.receiver)
         rates = ([sender.up] if sender else []) + ([receiver.down] if receiver else [])
         if not rates:
@@ -130,9 +132,11 @@ class LocalLink:
 
 
 def send(meter: Meter, header: Header, tensors: Sequence[Tensor], client: str) -> Frame:
-    """Encode and count a frame, in the step of ``client``."""
+    """Encode and count a frame, in the step of ``client``; one to the party itself never leaves its device."""
     with at(header.step_name):
         frame = encode(header, tensors)
+        if header.sender == header.receiver:
+            return frame
         meter.count(frame)
     tally = current_tally()
     if tally is not None:

@@ -55,6 +55,10 @@ class Slot:
         if arena is not None:
             self._homes = self._foreseen(arena)
 
+    def retime(self, rate: Callable[[int], float]) -> None:
+        """Take another learning rate, by the number of updates made so far."""
+        self._rate = rate
+
     def reset_optimizer(self) -> None:
         """Forget the optimizer's state."""
         self._at_home = False

@@ -18,6 +18,7 @@ from cutlayer.parties._tail import TailWork, run_tail
 from cutlayer.parties.memory import Watch
 from cutlayer.ranks import pairs, refit
 from cutlayer.seeds import segment_seed
+from cutlayer.sketches import Teller
 from cutlayer.step import at
 from cutlayer.wire import Header, Value
 
@@ -48,6 +49,7 @@ class ClientParty:
         validation: those of its own that it keeps from training; they are numbered after the evaluation's.
         sizes: what it tells the server of its data: ``examples`` and ``label_tokens``.
         seed: the run's seed (for dropout).
+        teller: makes the sketch of its data that it agreed to tell; None: it tells none.
     """
 
     def __init__(
@@ -62,11 +64,12 @@ class ClientParty:
         validation: Sequence[Callable[[], Batch]] = (),
         sizes: Mapping[str, int],
         seed: int,
+        teller: Teller | None = None,
     ) -> None:
         self.name = name
         self.head, self.tail, self.slot = head, tail, slot
         self.batches, self.evaluation, self.validation = batches, evaluation, validation
-        self.sizes, self.seed = sizes, seed
+        self.sizes, self.seed, self.teller = sizes, seed, teller
         self.device = head.base.device
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
@@ -99,6 +102,23 @@ class ClientParty:
             "trainable": sum(t.numel() for n, t in self.slot.get().items() if n in own),
         }
         return self._reply(header, "partition", "ack", values)
+
+    def on_sketch(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 1: the sketch that it agreed to tell; which one is in the client's own copy of the run."""
+        if self.teller is None:
+            raise WireError(f"Client '{self.name}' was asked for a sketch of its data, and has agreed to none.")
+        return self._reply(header, "partition", "sketch", {}, {"sketch": self.teller.tell(self._look)})
+
+    def _look(self, batch: Batch) -> Tensor:
+        """What the head makes of a batch: hidden states [B,T,H], without a graph."""
+        with torch.no_grad():
+            hidden: Tensor = self.head.forward(
+                self.slot.params,
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=_to(batch.attention_mask, self.device),
+                position_ids=_to(batch.position_ids, self.device),
+            )
+        return hidden
 
     def on_head_forward(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 2: draw the micro-batch, run the head, show the hidden states [B,T,H] (two-part: and the labels)."""
@@ -278,6 +298,7 @@ class ClientParty:
 
 VERB_STEPS = {
     "set_up": "partition",
+    "sketch": "partition",
     "head_forward": "head_forward",
     "tail_step": "tail_step",
     "head_backward": "head_backward",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from cutlayer.contracts import SERVER, Aggregator, State, Upload
@@ -24,6 +25,7 @@ class FederatedServer:
     def __init__(self, aggregator: Aggregator, sizes: Mapping[str, float]) -> None:
         self.aggregator, self.sizes = aggregator, dict(sizes)
         self.before: State = {}
+        self.apart: dict[str, State] = {}  # by cluster with a model of its own: what it merged last
         self._initial: State = {}
 
     def begin(self, initial: State, trunks: Mapping[str, Collection[str]]) -> None:
@@ -35,8 +37,14 @@ class FederatedServer:
         self._initial = initial
         self.aggregator.begin(trunks)
 
-    def merge(self, states: Mapping[str, State], weights: Mapping[str, float] | None = None) -> State:
-        """The merged state; ``weights`` (in any unit) replace those by size.
+    def last(self, cluster: str = "") -> State:
+        """What was last merged, of all or of a cluster with a model of its own."""
+        return self.apart.get(cluster, self.before)
+
+    def merge(
+        self, states: Mapping[str, State], weights: Mapping[str, float] | None = None, cluster: str = ""
+    ) -> State:
+        """The merged state; ``weights`` (in any unit) replace those by size. ``cluster`` has a model of its own.
 
         Raises:
             NonFinite: a client sent a tensor that is NaN or infinite; nothing is merged.
@@ -45,7 +53,7 @@ class FederatedServer:
         self.refuse_wrong(states)
         given = weights or self.sizes
         total = sum(given[client] for client in states)
-        return self._combined(states, {client: given[client] / total for client in states})
+        return self._combined(states, {client: given[client] / total for client in states}, cluster)
 
     def absorb(self, uploads: Sequence[Upload], states: Mapping[str, State]) -> list[float]:
         """Merge uploads into the current state, by the aggregator's ``weigh``.
@@ -76,15 +84,50 @@ class FederatedServer:
         self._combined(taken, shares)
         return parts
 
-    def _combined(self, states: Mapping[str, State], shares: Mapping[str, float]) -> State:
-        merged = self.aggregator.merge({**self._initial, **self.before}, states, shares)
+    def _combined(self, states: Mapping[str, State], shares: Mapping[str, float], cluster: str = "") -> State:
+        before = self.last(cluster)
+        merged = self.aggregator.merge({**self._initial, **before}, states, shares)
         if not isinstance(merged, Mapping) or not all(isinstance(tensor, Tensor) for tensor in merged.values()):
             raise MethodError(
                 f"The aggregator {type(self.aggregator).__name__} gave no tensors by name but {type(merged).__name__}. "
                 "Its merge must give the merged state, a mapping from names to tensors."
             )
-        self.before = {**self.before, **merged}
+        if cluster:
+            self.apart[cluster] = {**before, **merged}
+        else:
+            self.before = {**before, **merged}
         return merged
+
+    def rejoin(self, clusters: Mapping[str, str]) -> None:
+        """One model of all again: what the clusters merged last, weighted by their clients' sizes; it is ``before``.
+
+        ``clusters`` is by client. A cluster that has merged nothing counts with what all had before.
+        """
+        if not self.apart:
+            return  # all still have what they had
+        sizes = self._cluster_sizes(clusters)
+        states = {cluster: {**self._initial, **self.last(cluster)} for cluster in sizes}
+        self.merge(states, sizes)
+        self.apart = {}
+
+    def pulled(self, clusters: Mapping[str, str], merged: Collection[str], pull: float) -> dict[str, State]:
+        """The states of the clusters that have just ``merged``, each with ``pull`` of the mean over all mixed in."""
+        sizes = self._cluster_sizes(clusters)
+        total, states = sum(sizes.values()), {c: {**self._initial, **self.last(c)} for c in sizes}
+        found: dict[str, State] = {}
+        for cluster in merged:
+            found[cluster] = {
+                name: _mixed(own, [(states[c].get(name, own), sizes[c] / total) for c in sizes], pull)
+                for name, own in self.apart[cluster].items()
+            }
+        self.apart |= found
+        return found
+
+    def _cluster_sizes(self, clusters: Mapping[str, str]) -> dict[str, float]:
+        sizes: dict[str, float] = {}
+        for client in sorted(clusters):
+            sizes[clusters[client]] = sizes.get(clusters[client], 0.0) + self.sizes[client]
+        return sizes
 
     @staticmethod
     def refuse_wrong(states: Mapping[str, State]) -> None:
@@ -99,3 +142,9 @@ class FederatedServer:
                     raise NonFinite(
                         f"Client '{client}' sent '{name}' with values that are not finite. Nothing was merged."
                     )
+
+
+def _mixed(own: Tensor, others: Sequence[tuple[Tensor, float]], pull: float) -> Tensor:
+    """``own`` with ``pull`` of the weighted mean of ``others`` mixed in, summed in float64."""
+    mean = sum((tensor.double() * share for tensor, share in others), torch.zeros_like(own, dtype=torch.float64))
+    return ((1 - pull) * own.double() + pull * mean).to(own.dtype)

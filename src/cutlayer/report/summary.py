@@ -132,7 +132,7 @@ def _parties(run: Run) -> dict[str, Any]:
         if name in found:
             client = parts.clients[name]
             own = [client.head, *([client.tail] if client.tail else [])]
-            slots = {client.slot: used[client.slot]}
+            slots = {slot: used[slot] for slot in (client.slot, *party.slots.values()) if slot in used}
             found[name] = _party([*own, *stretches[name]], slots, client.watch.saved + saved)
         elif stretches[name]:
             slots = {slot: used[slot] for slot in party.slots.values() if slot in used}

@@ -26,7 +26,7 @@ def check_options(local_steps: int, participation: float) -> None:
 
 def cohort(run: Run, number: int, participation: float) -> list[str]:
     """The clients of a round that have steps left: ``participation`` of those selected, drawn from the seed."""
-    able = [client for client in run.framework.eligible(number, run.clients) if run.steps_left(client)]
+    able = [client for client in run.eligible(number) if run.steps_left(client)]
     return drawn(run.selection, able, number, participation, run.seed)
 
 
@@ -39,7 +39,8 @@ def ordered(run: Run, clients: Sequence[str], order: str, *key: object) -> list[
 
 
 async def local_steps(run: Run, client: str, count: int) -> None:
-    """``count`` optimizer steps of a client, or as many as it has left."""
+    """``count`` optimizer steps of a client (or as many as a selection says), or as many as it has left."""
+    count = run.arrangement.steps.get(client, count)
     for _ in range(min(count, run.steps_left(client))):
         await run.step(client)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from cutlayer.contracts import SHARED, Framework
+from cutlayer.contracts import SERVER, SHARED, Framework, Layout, Stop
 from cutlayer.methods.framework._cohort import check_options, cohort, local_steps, newest
 from cutlayer.methods.framework._groups import dealt
 from cutlayer.methods.framework._pool import joint_step
 from cutlayer.registry import method
 
 if TYPE_CHECKING:
+    from cutlayer.arrangement import Arrangement
     from cutlayer.driver import Run
 
 
@@ -27,10 +28,13 @@ class GSFL(Framework):
     ``sequential`` visits the groups in turn with one trunk, the parts being averaged within each group and handed on
     (CPSL); with ``intra: sequential`` that is sequential split learning, so it is refused.
 
+    ``groups: selection`` leaves the groups to the run's selection. With ``outer: parallel`` it may also name a member
+    whose device runs the group's trunk, and say how many steps each group makes and what it weighs.
+
     Between rounds the optimizer's state stays with a group: of its trunk, and (``sequential``) of the part handed on.
     """
 
-    groups: int | list[list[str]] = 2  # how many, dealt one by one; or the members of each
+    groups: int | list[list[str]] | Literal["selection"] = 2  # a number, dealt one by one; lists; or the selection's
     intra: Literal["sequential", "psl", "sfl-v2"] = "sequential"  # what happens within a group
     outer: Literal["parallel", "sequential"] = "parallel"  # groups at once, or one after another
     local_steps: int = 1  # optimizer steps of a client in a round
@@ -51,12 +55,31 @@ class GSFL(Framework):
         return self.intra == "psl"
 
     def members(self, clients: Sequence[str]) -> list[list[str]]:
-        """The clients of each group.
+        """The clients of each group; all in one before the selection has said more.
 
         Raises:
             MethodError: a group is empty, or a client is in none or in two.
         """
-        return dealt(clients, self.groups, "gsfl")
+        return dealt(clients, 1 if self.groups == "selection" else self.groups, "gsfl")
+
+    @property
+    def needs(self) -> Collection[str]:  # type: ignore[override]
+        """Groups, where they are left to the selection."""
+        return ("groups",) if self.groups == "selection" else ()
+
+    @property
+    def takes(self) -> Collection[str]:  # type: ignore[override]
+        """A trunk at a member where each group has one of its own."""
+        return (*self.needs, "hosts") if self.needs and self.outer == "parallel" else self.needs
+
+    def following(self, arrangement: Arrangement) -> GSFL:
+        """With the selection's groups."""
+        return replace(self, groups=[list(group.members) for group in arrangement.groups])
+
+    def rerouted(self, arrangement: Arrangement, layouts: Mapping[str, Layout]) -> Mapping[str, Sequence[Stop]]:
+        """To the group's trunk, at the server or at one of its members."""
+        slots, hosts = self.slots(list(layouts)), {c: g.host for g in arrangement.groups for c in g.members}
+        return {c: [Stop(hosts[c] or SERVER, slots[c], layouts[c].middle)] for c in layouts}
 
     def slots(self, clients: Sequence[str]) -> Mapping[str, str]:
         """One for each group; one for all where the groups take turns."""
@@ -79,20 +102,20 @@ class GSFL(Framework):
             for group in groups.values():
                 await run.catch_up(group)
                 await self._train(run, group)
-                await run.merge(group)
+                await run.merge(group, weights=run.weights(group))
             return
         if self.intra == "sequential":
             await run.together(lambda name: self._pass_along(run, name, groups[name]), list(groups))
             lasts = {
                 run.holder(group, name): sum(run.federated.sizes[c] for c in group) for name, group in groups.items()
             }
-            if len(self.members(run.clients)) > 1:
+            if len(self.members(run.clients)) > 1 or run.arrangement.groups:  # groups may change, so all must be told
                 await run.merge(list(lasts), trunks=True, moments=self.moments, weights=lasts)
             return
         clients = [client for group in groups.values() for client in group]
         await run.catch_up(clients, trunks=True)
         await run.together(lambda name: self._train(run, groups[name]), list(groups))
-        await run.merge(clients, trunks=True, moments=self.moments)
+        await run.merge(clients, trunks=True, moments=self.moments, weights=run.weights(clients))
 
     async def _pass_along(self, run: Run, name: str, group: Sequence[str]) -> None:
         """The members' steps one after another, with one part that goes from hand to hand."""
@@ -105,8 +128,8 @@ class GSFL(Framework):
 
     async def _train(self, run: Run, group: Sequence[str]) -> None:
         """The members' steps together."""
-        for _ in range(self.local_steps):
-            able = [client for client in group if run.steps_left(client)]
+        for number in range(max(map(run.local_steps, group))):
+            able = [client for client in group if run.steps_left(client) and number < run.local_steps(client)]
             if self.intra == "psl" and able:
                 await joint_step(run, able, self.weight_by)
             elif self.intra == "sfl-v2":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +12,7 @@ from cutlayer.methods.framework._cohort import check_options, cohort, local_step
 from cutlayer.registry import method
 
 if TYPE_CHECKING:
+    from cutlayer.arrangement import Arrangement
     from cutlayer.driver import Run
 
 
@@ -27,10 +28,12 @@ class PairingFL(Framework):
     curious party here, not the server.
 
     ``roles: alternate`` (ours) swaps them each round, so that everybody's data count; ``fixed`` keeps the first member
-    of a pair the data client. The published choice and matching of clients is a selection's.
+    of a pair the data client. ``pairs: selection`` leaves choice and matching to the run's selection, as published
+    (take selection ``pairingfl-selection``); ``roles`` then says nothing, and a schedule of the learning rate counts
+    the steps that a device is expected to run for itself and for others.
     """
 
-    pairs: list[tuple[str, str]] | None = None  # by default neighbours in the list of clients
+    pairs: list[tuple[str, str]] | Literal["selection"] | None = None  # by default neighbours in the list of clients
     roles: Literal["alternate", "fixed"] = "alternate"  # whether the two swap who brings the data, each round
     local_steps: int = 1  # optimizer steps of a client in a round
     participation: float = 1.0  # of the pairs
@@ -38,12 +41,23 @@ class PairingFL(Framework):
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
 
+    @property
+    def needs(self) -> Collection[str]:  # type: ignore[override]
+        """Pairs, where they are left to the selection."""
+        return ("pairs",) if self.pairs == "selection" else ()
+
+    @property
+    def takes(self) -> Collection[str]:  # type: ignore[override]
+        """What it needs, and nothing else."""
+        return self.needs
+
     def paired(self, clients: Sequence[str]) -> list[tuple[str, str]]:
         """The pairs.
 
         Raises:
             MethodError: a client has no partner, or two.
         """
+        assert self.pairs != "selection"
         if self.pairs is None:
             if len(clients) % 2:
                 raise MethodError(
@@ -59,7 +73,9 @@ class PairingFL(Framework):
         return list(self.pairs)
 
     def route(self, client: str, layouts: Mapping[str, Layout]) -> Sequence[Stop]:
-        """The partner's device."""
+        """The partner's device; before the selection has matched anybody, the next client's."""
+        if self.pairs == "selection":
+            return self._next(client, layouts)
         partner = {name: other for a, b in self.paired(list(layouts)) for name, other in ((a, b), (b, a))}
         first, second = layouts[client], layouts[partner[client]]
         if first != second:
@@ -69,17 +85,41 @@ class PairingFL(Framework):
             )
         return [Stop(partner[client], partner[client], first.middle)]
 
+    def _next(self, client: str, layouts: Mapping[str, Layout]) -> Sequence[Stop]:
+        names, middle = list(layouts), layouts[client].middle
+        if len(names) < 2:
+            raise MethodError("framework 'pairingfl' needs at least 2 clients to make a pair.")
+        if any(layout != layouts[client] for layout in layouts.values()):
+            raise MethodError(
+                "framework 'pairingfl': a selection may pair any two clients, but some have different cuts. Give all "
+                "the same head_blocks and tail_blocks."
+            )
+        helper = names[(names.index(client) + 1) % len(names)]
+        return [Stop(helper, helper, middle)]
+
+    def rerouted(self, arrangement: Arrangement, layouts: Mapping[str, Layout]) -> Mapping[str, Sequence[Stop]]:
+        """From each data client to the device of its helper."""
+        return {data: [Stop(helper, helper, layouts[data].middle)] for data, helper in arrangement.pairs}
+
     def eligible(self, number: int, clients: Sequence[str]) -> Sequence[str]:
-        """The data client of each pair."""
+        """The data client of each pair; whom the selection chooses, it chooses from all."""
+        if self.pairs == "selection":
+            return clients
         turn = number % 2 if self.roles == "alternate" else 0
         return [pair[turn] for pair in self.paired(clients)]
 
     def trainers(self, clients: Sequence[str]) -> Sequence[str]:
         """Everybody, or the first of each pair."""
-        return clients if self.roles == "alternate" else [first for first, _ in self.paired(clients)]
+        return (
+            clients
+            if self.roles == "alternate" or self.pairs == "selection"
+            else [first for first, _ in self.paired(clients)]
+        )
 
     def line(self, client: str, clients: Sequence[str]) -> Sequence[str]:
         """A device makes its own steps and its partner's."""
+        if self.pairs == "selection":
+            return list(dict.fromkeys([client, clients[(list(clients).index(client) + 1) % len(clients)]]))
         return next(pair for pair in self.paired(clients) if client in pair)
 
     async def round(self, run: Run, number: int) -> None:
@@ -87,7 +127,7 @@ class PairingFL(Framework):
         data = cohort(run, number, self.participation)
         await run.catch_up(data, trunks=True)
         await run.together(lambda client: local_steps(run, client, self.local_steps), data)
-        await run.merge(data, trunks=True)
+        await run.merge(data, trunks=True, weights=run.weights(data))
 
     def evaluators(self, run: Run) -> Sequence[str]:
         """Any data client of the last merge: with its partner it has the merged model."""

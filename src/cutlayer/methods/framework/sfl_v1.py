@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -20,7 +20,8 @@ class SFLV1(Framework):
     """Each client trains with a trunk of its own; heads and trunks are averaged at the end of the round.
 
     That is FedAvg of the whole model. Trunk copies are adapters on one frozen base. With LoRA the factors A and B are
-    averaged, which is not the average of their products (published practice; an aggregator may do better).
+    averaged, which is not the average of their products (published practice; an aggregator may do better). Where the
+    selection makes clusters with models of their own (``csfl``), each cluster is averaged by itself.
     """
 
     replans: ClassVar[bool] = True
@@ -30,6 +31,7 @@ class SFLV1(Framework):
     moments: Literal["keep", "average", "reset"] = "average"  # of the trunks' optimizers, when they are merged
 
     joinable: ClassVar[bool] = True
+    takes: ClassVar[Collection[str]] = ("clusters",)
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)

@@ -1,0 +1,188 @@
+"""What a client may tell of its data so that others can group it: a few numbers, made at the client, sent if asked.
+
+Nothing here is told unless the run names a selection that asks for a sketch, and the client's own copy of the run says
+which. A sketch leaks: ``labels`` are the client's class proportions, ``tokens`` and ``lengths`` say what its texts are
+like, ``features`` is the mean of what its head makes of them; ``hash`` keeps one bit of each of a few projections of
+the features. None of that is encrypted. ``noise`` blurs histograms and features, ``flip`` the bits of a hash.
+
+A hash is made with projections that the clients share and the server does not know. Between real parties they agree on
+that secret among themselves. In a simulation all parties are one process, and so that a run can be repeated the secret
+is derived from the run's seed; it is in no frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutlayer.contracts import Batch, Example
+from cutlayer.seeds import derive
+
+Kind = Literal["labels", "lengths", "tokens", "features", "hash"]
+BUCKETS = 64  # of the histogram of tokens
+LENGTHS = 16  # classes of length: 1, 2-3, 4-7, ...
+PROBE_ROWS, PROBE_LENGTH = 64, 16  # of the public text whose mean feature is subtracted
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a client tells.
+
+    ``labels``: proportions of the classes [C]. ``lengths``: of its texts' lengths, in classes that double [16].
+    ``tokens``: of its tokens, hashed into buckets [64]. ``features``: the mean over ``rows`` of its texts of what its
+    head makes of them, pooled over tokens, less the same of a public text, of length 1 [H]. ``hash``: the signs of
+    ``bits`` random projections of that feature, each flipped with probability ``flip`` [bits].
+    ``noise`` is the scale of Laplace noise on each number (not of a hash), drawn at the client.
+    """
+
+    kind: Kind
+    rows: int = 64
+    bits: int = 256
+    flip: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows is {self.rows}; it must be 1 or more")
+        if self.bits < 8 or self.bits % 8:
+            raise ValueError(f"bits is {self.bits}; it must be a multiple of 8")
+        if not 0 <= self.flip < 0.5:
+            raise ValueError(f"flip is {self.flip}; it must be at least 0 and below 0.5, where nothing is left")
+        if not 0 <= self.noise < float("inf"):
+            raise ValueError(f"noise is {self.noise}; it must be 0 or more")
+
+    @property
+    def sees_head(self) -> bool:
+        """Whether the sketch depends on what the client's head now is."""
+        return self.kind in ("features", "hash")
+
+
+@dataclass(frozen=True)
+class Teller:
+    """Makes one client's sketch, at the client.
+
+    Args:
+        sketch: what it agreed to tell.
+        client: its name.
+        examples: its training examples.
+        collate: makes a batch of a few examples.
+        classes: how many the task has; 0 for free text.
+        vocabulary: how many tokens the model knows.
+        seed: the run's, from which everybody makes the same public text.
+        secret: shared by the clients, unknown to the server.
+    """
+
+    sketch: Sketch
+    client: str
+    examples: Sequence[Example]
+    collate: Callable[[Sequence[Example]], Batch]
+    classes: int
+    vocabulary: int
+    seed: int
+    secret: int
+
+    def tell(self, head: Callable[[Batch], Tensor]) -> Tensor:
+        """The sketch: float32 numbers [D], or a hash's bits, packed [bits / 8].
+
+        ``head`` gives the hidden states [B,T,H] of a batch.
+        """
+        kind = self.sketch.kind
+        if kind == "hash":
+            return torch.from_numpy(hashed(self._feature(head), self.sketch, secret=self.secret, client=self.client))
+        if kind == "features":
+            found = self._feature(head) + self._noise(self._feature(head).size)
+            return torch.from_numpy(unit(found).astype(np.float32))
+        counts = {"labels": self._labels, "lengths": self._lengths, "tokens": self._tokens}[kind]()
+        mix = np.clip(counts / counts.sum() + self._noise(counts.size), 0, None)
+        total = mix.sum()
+        return torch.from_numpy((mix / total if total else np.full(mix.size, 1 / mix.size)).astype(np.float32))
+
+    def _labels(self) -> np.ndarray:
+        return np.bincount([int(e.label or 0) for e in self.examples], minlength=self.classes).astype(float)
+
+    def _lengths(self) -> np.ndarray:
+        classes = [min(len(e.input_ids).bit_length() - 1, LENGTHS - 1) for e in self.examples]
+        return np.bincount(classes, minlength=LENGTHS).astype(float)
+
+    def _tokens(self) -> np.ndarray:
+        ids = np.concatenate([np.asarray(e.input_ids, dtype=np.uint64) for e in self.examples])
+        return np.bincount(bucket_of(ids), minlength=BUCKETS).astype(float)
+
+    def _feature(self, head: Callable[[Batch], Tensor]) -> np.ndarray:
+        """The mean pooled feature of its texts less that of the public one, of length 1."""
+        draw = np.random.default_rng(derive("public text of sketches", self.seed))
+        public = draw.integers(0, self.vocabulary, size=(PROBE_ROWS, PROBE_LENGTH)).tolist()
+        probe = [
+            Example(input_ids=ids, labels=None if self.classes else ids, label=0 if self.classes else None)
+            for ids in public
+        ]
+        own = self.examples[: self.sketch.rows]
+        return unit(pooled_mean(own, self.collate, head) - pooled_mean(probe, self.collate, head))
+
+    def _noise(self, size: int) -> np.ndarray:
+        if not self.sketch.noise:
+            return np.zeros(size)
+        draw = np.random.default_rng(derive("noise of sketches", self.secret, self.client))
+        return draw.laplace(scale=self.sketch.noise, size=size)
+
+
+def simulated_secret(seed: int) -> int:
+    """The clients' secret in a simulation; see the head of this module."""
+    return derive("secret of the clients, in a simulation", seed)
+
+
+def bucket_of(ids: np.ndarray) -> np.ndarray:
+    """The bucket of each token, the same everywhere (multiplicative hashing)."""
+    return ((ids.astype(np.uint64) * np.uint64(2654435761)) % np.uint64(2**32) >> np.uint64(26)).astype(np.int64)
+
+
+def pooled_mean(
+    examples: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], head: Callable[[Batch], Tensor]
+) -> np.ndarray:
+    """The mean over examples of the mean over their tokens of the hidden states [H], in float64."""
+    rows = []
+    for start in range(0, len(examples), 8):
+        batch = collate(examples[start : start + 8])
+        hidden = head(batch).detach().to("cpu", torch.float64)
+        mask = torch.ones(hidden.shape[:2]) if batch.attention_mask is None else batch.attention_mask
+        mask = mask.to(hidden.dtype)[..., None]
+        rows.append(((hidden * mask).sum(1) / mask.sum(1)).numpy())
+    return np.asarray(np.concatenate(rows).mean(0))
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    """The vector at length 1; nothing stays nothing."""
+    length = np.linalg.norm(vector)
+    return vector / length if length else vector
+
+
+def hashed(feature: np.ndarray, sketch: Sketch, *, secret: int, client: str) -> np.ndarray:
+    """The signs of the secret's projections of a feature [D], packed into bytes.
+
+    The bits that ``flip`` turns are a client's own and the same each time, so that asking again does not undo it.
+    """
+    draw = np.random.default_rng(derive("projections", secret))
+    signs = draw.standard_normal((sketch.bits, feature.size)) @ feature >= 0
+    own = np.random.default_rng(derive("flips", secret, client))
+    return np.packbits(signs ^ (own.random(sketch.bits) < sketch.flip))
+
+
+def as_told(sketch: Sketch, told: Tensor) -> np.ndarray:
+    """What came, as numbers: a hash's bits as -1 and 1."""
+    if sketch.kind == "hash":
+        return np.unpackbits(told.numpy()).astype(np.float64) * 2 - 1
+    return told.double().numpy()
+
+
+def hash_similarity(first: np.ndarray, second: np.ndarray, *, flip: float = 0.0) -> float:
+    """The cosine of two features, estimated from their hashes (-1 and 1).
+
+    Bits agree as often as the angle allows: their mean product is 1 - 2 angle / pi, and flips shrink it by (1-2p)^2.
+    """
+    product = float(first @ second) / first.size / (1 - 2 * flip) ** 2
+    return float(np.cos(np.pi * (1 - float(np.clip(product, -1, 1))) / 2))
