@@ -176,6 +176,8 @@ class Mixing(Protocol):
     The clients' trunks become one slot, which is updated as the mixing says.
     """
 
+    needs_step_tokens: ClassVar[bool] = False  # clients tell the label tokens of a step before the trunk's backward
+
     def problems(self, config: RunConfig) -> Iterator[str]:
         """What of a run it cannot work with, a sentence each; asked before a model is read."""
         yield from ()
@@ -208,6 +210,7 @@ class Framework(Protocol):
     travels: ClassVar[bool] = False  # the clients' parts are handed on, rather than each client keeping its own
     pooled: ClassVar[bool] = False  # a slot makes one update for all clients of a step, not one for each
     joinable: ClassVar[bool] = False  # all train at once, each with a trunk of its own, which a mixing may make one
+    needs_step_tokens: ClassVar[bool] = False  # clients tell the label tokens of a step before the trunk's backward
     personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
 
     def layouts(

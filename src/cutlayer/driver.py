@@ -177,9 +177,13 @@ class Run(StepEleven):
 
     def abort(self, client: str) -> None:
         """Forget what is under way of a client, everywhere."""
-        for party in self.parts.parties.values():
-            party.abort(client)
+        self.abort_joint(client)
         self.parts.clients[client].abort()
+
+    def abort_joint(self, name: str) -> None:
+        """Forget what is under way of a batch that several clients share, in their place."""
+        for party in self.parts.parties.values():
+            party.abort(name)
 
     async def _clipped_update(self, client: str, *, heads: bool, slots: bool) -> None:
         """Scale the gradients of client and trunk by one factor, as ``clip_grad_norm_`` does, and update them.
@@ -290,6 +294,8 @@ class Run(StepEleven):
                 "tail_blocks": len(layout.tail) if layout.tail_at_client else -1,
                 "steps": self.parts.planned[name],
             }
+            if self.framework.needs_step_tokens or (self.mixing is not None and self.mixing.needs_step_tokens):
+                told["tell_step_tokens"] = True
             header = (await end.ask("set_up", told)).header
             self.sizes[name] = {key: float(header.value(key)) for key in ("examples", "label_tokens")}
             self.federated.sizes[name] = self.sizes[name][by] if by else 1.0

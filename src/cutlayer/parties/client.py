@@ -66,6 +66,7 @@ class ClientParty:
         self.device = head.base.device
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
+        self._tells_step_tokens = False
         self.watch = Watch(slot.params.values())
 
     def handle(self, header: Header, tensors: Sequence[Tensor]) -> Answer:
@@ -87,6 +88,7 @@ class ClientParty:
 
     def on_set_up(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 1: the server tells the cut and the length of the run, the client its sizes."""
+        self._tells_step_tokens = bool(header.values.get("tell_step_tokens", False))
         values: dict[str, Value] = {
             **self.sizes,
             "steps_per_epoch": self.batches.steps_per_epoch,
@@ -123,6 +125,8 @@ class ClientParty:
         if self.tail is None:  # the server computes the loss, so it must get the labels
             shown["labels"] = batch.labels.to(torch.int32)
             values |= {"weight": weight, "label_tokens": batch.label_tokens, "tokens": batch.tokens}
+            if training and self._tells_step_tokens:
+                values["step_tokens"] = self._step_tokens(header.step)
         return self._reply(header, "send_activations", "activations", values, shown)
 
     def on_tail_step(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
@@ -143,12 +147,15 @@ class ClientParty:
         seed = segment_seed(self.seed, "tail", self.name, header.step, header.micro) if training else None
         weight = float(header.value("head_weight")) if training else 1.0
         with torch.set_grad_enabled(training):
-            held.loss, gradient = run_tail(self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch)
-        if gradient is None:
+            done = run_tail(self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch)
+        held.loss = done.loss
+        if done.gradient is None:
             del self._open[header.step, header.micro]
             return self._reply(header, "tail_step", "ack", self._told(held))
         values: dict[str, Value] = {"last": held.last}
-        return self._reply(header, "send_gradients", "gradient", values, {"hidden": gradient})
+        if self._tells_step_tokens:
+            values["step_tokens"] = self._step_tokens(header.step)
+        return self._reply(header, "send_gradients", "gradient", values, {"hidden": done.gradient})
 
     def on_head_backward(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 10: backward through the head, and the optimizer step of the client's part if it is the last."""
@@ -209,9 +216,15 @@ class ClientParty:
             raise WireError(
                 f"Client '{self.name}' has {len(drawn)} micro-batches in step {step}; number {micro} was asked for."
             )
-        total = sum(batch.label_tokens for batch in drawn)
+        total = self._step_tokens(step)
         weight = drawn[micro].label_tokens / total if total and len(drawn) > 1 else 1.0
         return drawn[micro], weight, micro == len(drawn) - 1
+
+    def _step_tokens(self, step: int) -> int:
+        """The label tokens of an optimizer step that was drawn."""
+        assert self._drawn is not None
+        assert self._drawn[0] == step
+        return sum(batch.label_tokens for batch in self._drawn[1])
 
     def _held(self, header: Header) -> _Open:
         held = self._open.get((header.step, header.micro))
