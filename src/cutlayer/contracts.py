@@ -191,8 +191,27 @@ class Mixing(Protocol):
 
 
 class Exchange(Protocol):
-    """Family ``exchange``: when the wire is used within a step."""
+    """Family ``exchange``: when the wire is used within a step. Subclass it: what has a body here is the default."""
 
+    frozen_head: ClassVar[bool] = False  # the client's head is never trained, and runs without dropout
+
+    @property
+    def caches(self) -> bool:
+        """Whether clients name the samples of a batch, and send only their numbers from the second epoch on."""
+        return False
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """What of a run it cannot work with, a sentence each; asked before a model is read."""
+        yield from ()
+
+    def state(self) -> State:
+        """What it must remember between steps, for checkpoints."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """Go on with what ``state`` gave."""
+
+    @abstractmethod
     async def step(
         self, inner: Any, client: End, middle: Sequence[Hop], tail: Tail, *, step: int, micro: int, how: How
     ) -> StepResult:

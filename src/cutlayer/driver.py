@@ -18,7 +18,7 @@ from torch import Tensor
 from cutlayer.assembly import Parts, places_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig
-from cutlayer.contracts import Framework, How, Joint, Mixing, StepResult, Stop
+from cutlayer.contracts import Exchange, Framework, How, Joint, Mixing, StepResult, Stop
 from cutlayer.errors import NonFinite
 from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
 from cutlayer.merging import Counters, StepEleven
@@ -48,7 +48,7 @@ class Run(StepEleven):
         self.scheduler = config.build("scheduler")
         self.mixing: Mixing | None = config.build("mixing")
         self.joined = self.mixing is not None
-        self.exchange = config.build("exchange")
+        self.exchange: Exchange = config.build("exchange")
         self._joints: dict[str, Joint] = {}  # by client, while it trains at once with others
         self.counters = Counters(steps=dict.fromkeys(self.clients, 0))
         self.paces = Paces(config, parts)
@@ -76,7 +76,10 @@ class Run(StepEleven):
     @property
     def personal(self) -> bool:
         """Whether the clients keep parts of their own, so that there are as many models."""
-        return self.framework.personal or not self.federated.aggregator.exchanges
+        apart = (
+            self.exchange.frozen_head and len(set(self.parts.layouts.values())) > 1
+        )  # nobody can use all that is trained
+        return self.framework.personal or not self.federated.aggregator.exchanges or apart
 
     def evaluators(self) -> Sequence[str]:
         """The clients whose parts, with their trunks, are the model at the end of a round; all, if each has its own."""
@@ -159,7 +162,7 @@ class Run(StepEleven):
         hops: list[Any] = []
         for stop, place in zip(stops, places, strict=True):
             kind = ServerTail if place.segment.top else TrunkHop
-            pace = self.paces.stop(stop.party, place.segment)
+            pace = self.paces.stop(stop.party, place.segment, first=place.before is None)
             hop = kind(self.parts.parties[stop.party], place, self._stations[stop.party], self.carrier, pace)
             hops.append(self.scheduler.wrap(hop, client))
         if wrap is not None:
@@ -274,7 +277,8 @@ class Run(StepEleven):
         """All trainable tensors of a client's model as it now is, by name; by default of the first evaluator's."""
         client = client or self.evaluators()[0]
         party = self.parts.clients[client]
-        found = {name: party.slot.params[name].detach() for name in party.names("own")}
+        parts = (party.head, *([party.tail] if party.tail else []))
+        found = {name: party.params[name].detach() for part in parts for name in part.names}
         for place, stop in zip(
             places_of(self.parts.base, self.parts.layouts[client], self.parts.routes[client]),
             self.parts.routes[client],
@@ -296,6 +300,8 @@ class Run(StepEleven):
             }
             if self.framework.needs_step_tokens or (self.mixing is not None and self.mixing.needs_step_tokens):
                 told["tell_step_tokens"] = True
+            if self.exchange.caches:
+                told["cache"] = True
             header = (await end.ask("set_up", told)).header
             self.sizes[name] = {key: float(header.value(key)) for key in ("examples", "label_tokens")}
             self.federated.sizes[name] = self.sizes[name][by] if by else 1.0

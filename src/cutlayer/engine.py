@@ -165,6 +165,8 @@ class Engine:
         states: dict[str, dict[str, Tensor]] = {name: slot.get(optimizer=True) for name, slot in slots.items()}
         if run.federated.before:
             states["federated"] = dict(run.federated.before)
+        if kept := run.exchange.state():
+            states["exchange"] = dict(kept)
         for holder, state in states.items():
             wrong = [key for key, tensor in state.items() if not tensor.isfinite().all()]
             if wrong:
@@ -199,6 +201,7 @@ class Engine:
             order = dict.fromkeys(name for slot in slots.values() for name in slot.get())
             run.federated.before = {key: merged[key] for key in order if key in merged}
             run.federated.aggregator.restore(manifest["aggregator"])
+            run.exchange.restore(states.get("exchange", {}))
             run.meter.restore(manifest["meter"])
             run.clock.restore(manifest["clock"])
         except (KeyError, TypeError, RuntimeError) as error:

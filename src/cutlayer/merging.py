@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cutlayer.assembly import Parts
-from cutlayer.contracts import SERVER, Parcel, State, Stop
+from cutlayer.contracts import SERVER, Exchange, Parcel, State, Stop
 from cutlayer.errors import MethodError
 from cutlayer.links.local import Carrier, ClientEnd
 from cutlayer.models.slots import Slot, parameter_of
@@ -48,6 +48,7 @@ class StepEleven:
     ends: Mapping[str, ClientEnd]
     carrier: Carrier
     federated: FederatedServer
+    exchange: Exchange
     joined: bool  # the clients' trunks are one slot, which has nothing to be merged with
 
     def holder(self, clients: Sequence[str] = (), line: str = "") -> str:
@@ -84,6 +85,10 @@ class StepEleven:
         if not clients or not self.federated.aggregator.exchanges or (len(self.clients) == 1):
             return  # nobody to average with
         trunks = trunks and not self.joined
+        if self.exchange.frozen_head:
+            heads = heads and any(self.parts.clients[name].names("own") for name in clients)
+            if not heads and not trunks:
+                return
         owner = self.parts.base.owner
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in clients}
         if heads:
@@ -194,7 +199,7 @@ class StepEleven:
 
     async def hand_over(self, giver: str, taker: str, *, optimizer: bool, line: str = "") -> None:
         """Step 11 of the sequential kind: ``taker`` goes on with the part of ``giver``, of one of several lines."""
-        if giver != taker:
+        if giver != taker and not (self.exchange.frozen_head and not self.parts.clients[giver].names("own")):
             parcel = await self.ends[giver].ask("get_state", {"optimizer": optimizer, "part": "own"})
             version = int(parcel.header.value("version"))
             await self.ends[taker].put(dict(parcel.tensors), version=version, reset=not optimizer)

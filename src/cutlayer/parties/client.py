@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cutlayer.contracts import Batch
 from cutlayer.data.batches import Batches
@@ -46,6 +47,7 @@ class ClientParty:
         evaluation: the evaluation batches, made anew at each call.
         sizes: what it tells the server of its data: ``examples`` and ``label_tokens``.
         seed: the run's seed (for dropout).
+        frozen: the head's parameters where it is not trained; they are not the slot's.
     """
 
     def __init__(
@@ -59,14 +61,17 @@ class ClientParty:
         evaluation: Sequence[Callable[[], Batch]] = (),
         sizes: Mapping[str, int],
         seed: int,
+        frozen: Mapping[str, Parameter] | None = None,
     ) -> None:
         self.name = name
+        self.frozen_head = frozen is not None
+        self.params = {**(frozen or {}), **slot.params}
         self.head, self.tail, self.slot = head, tail, slot
         self.batches, self.evaluation, self.sizes, self.seed = batches, evaluation, sizes, seed
         self.device = head.base.device
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
-        self._tells_step_tokens = False
+        self._tells_step_tokens = self._cached = False
         self.watch = Watch(slot.params.values())
 
     def handle(self, header: Header, tensors: Sequence[Tensor]) -> Answer:
@@ -83,11 +88,13 @@ class ClientParty:
 
     def names(self, part: str) -> set[str]:
         """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``."""
-        own, everything = {*self.head.names, *(self.tail.names if self.tail else [])}, set(self.slot.params)
+        everything = set(self.slot.params)
+        own = everything & {*self.head.names, *(self.tail.names if self.tail else [])}
         return {"own": own, "hosted": everything - own, "all": everything}[part]
 
     def on_set_up(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 1: the server tells the cut and the length of the run, the client its sizes."""
+        self._cached = bool(header.values.get("cache", False))
         self._tells_step_tokens = bool(header.values.get("tell_step_tokens", False))
         values: dict[str, Value] = {
             **self.sizes,
@@ -102,21 +109,18 @@ class ClientParty:
         training = bool(header.value("graph"))
         if training:
             batch, weight, last = self._draw(header.step, header.micro)
-            seed = segment_seed(self.seed, "head", self.name, header.step, header.micro)
         else:
-            batch, weight, last, seed = self.evaluation[header.step](), 1.0, True, None
-        with torch.set_grad_enabled(training), self.watch:
-            hidden = self.head.forward(
-                self.slot.params,
-                input_ids=batch.input_ids.to(self.device),
-                attention_mask=_to(batch.attention_mask, self.device),
-                position_ids=_to(batch.position_ids, self.device),
-                seed=seed,
-            )
+            batch, weight, last = self.evaluation[header.step](), 1.0, True
+        if training and self._cached and header.step >= self.batches.steps_per_epoch:  # the server has them all
+            self._open[header.step, header.micro] = _Open(batch, None, weight, last)
+            return self._told_samples(header, batch, weight, last)
+        hidden = self._head(header, batch, training and not self.frozen_head)
         kept = hidden if training and hidden.requires_grad else None
         if training or self.tail is not None:
             self._open[header.step, header.micro] = _Open(batch, kept, weight, last)
         shown: dict[str, Tensor] = {"hidden": hidden}
+        if training and self._cached:
+            shown["samples"] = self._samples(header)
         if batch.attention_mask is not None:
             shown["mask"] = batch.attention_mask.bool()
         if batch.position_ids is not None:
@@ -128,6 +132,32 @@ class ClientParty:
             if training and self._tells_step_tokens:
                 values["step_tokens"] = self._step_tokens(header.step)
         return self._reply(header, "send_activations", "activations", values, shown)
+
+    def _head(self, header: Header, batch: Batch, training: bool) -> Tensor:
+        """The head's output [B,T,H]: with dropout and a graph, or without."""
+        seed = segment_seed(self.seed, "head", self.name, header.step, header.micro) if training else None
+        with torch.set_grad_enabled(training), self.watch:
+            hidden: Tensor = self.head.forward(
+                self.params,
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=_to(batch.attention_mask, self.device),
+                position_ids=_to(batch.position_ids, self.device),
+                seed=seed,
+            )
+        return hidden
+
+    def _samples(self, header: Header) -> Tensor:
+        """The numbers [B] of a micro-batch's samples among the client's."""
+        return torch.tensor(self.batches.rows(header.step)[header.micro], dtype=torch.int64)
+
+    def _told_samples(self, header: Header, batch: Batch, weight: float, last: bool) -> Answer:
+        """Steps 2 and 3 where the server remembers all that would be shown."""
+        values: dict[str, Value] = {"last": last, "needs_gradient": False}
+        if self.tail is None:
+            values |= {"weight": weight, "label_tokens": batch.label_tokens, "tokens": batch.tokens}
+        if self.tail is None and self._tells_step_tokens:
+            values["step_tokens"] = self._step_tokens(header.step)
+        return self._reply(header, "send_activations", "activations", values, {"samples": self._samples(header)})
 
     def on_tail_step(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 6: tail forward, loss and backward; show the gradient [B,T,H] of what came."""
