@@ -164,6 +164,12 @@ def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tup
                 f"framework '{config.framework.name}' routes client '{name}' over the blocks {covered}, but those "
                 f"between its head and its tail are {list(layouts[name].middle)}."
             )
+        peer = next((stop.party for stop in route if stop.party in names), None)
+        if peer is not None and config.build("exchange").frozen_head:
+            raise MethodError(
+                f"exchange '{config.exchange.name}' trains nothing at a client's head, but in framework "
+                f"'{config.framework.name}' client '{peer}' trains blocks for '{name}'. Take another framework."
+            )
         routes[name] = route
     return routes
 
@@ -228,8 +234,9 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     for name in config.client_names:
         head, _, tail = segments_of(base, layouts[name], routes[name])
         others = {n for (party, _), names in held.items() if party == name for n in names}
-        own = [*head.names, *(tail.names if tail else [])]
-        if bounds:  # it may come to train all up to the highest cut
+        frozen = config.build("exchange").frozen_head
+        own = [*([] if frozen else head.names), *(tail.names if tail else [])]
+        if bounds and not frozen:  # it may come to train all up to the highest cut
             highest = base.segment("head", at_cut(layouts[name], max(bounds[name])).head, bottom=True)
             own = list(dict.fromkeys([*own, *highest.names]))
         names = own if not others else [n for n in base.initial if n in others | set(own)]
@@ -248,6 +255,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
             },
             seed=config.seed,
             teller=_teller(config, base, data, name),
+            frozen={n: base.initial[n] for n in head.names} if frozen else None,
         )
         for (party, of), _ in held.items():
             if party == name:

@@ -320,19 +320,21 @@ def _cuts(config: RunConfig) -> Iterator[str]:
                 yield from _method_problems(f"clients.{number}", "partition", spec.name, spec.options)
 
 
-@_rule("planner", "framework", "aggregator", "selection")
+@_rule("planner", "framework", "aggregator", "selection", "exchange")
 def _moves(config: RunConfig) -> Iterator[str]:
     if config.planner is None:
         return
     try:
         framework, aggregator = config.build("framework"), config.build("aggregator")
         apart = "clusters" in getattr(config.build("selection"), "gives", ())
+        frozen = config.build("exchange").frozen_head
     except CutlayerError:
         return  # said by the other rules
     wrong = {
         f"framework '{config.framework.name}'": not framework.replans,
         f"aggregator '{config.aggregator.name}'": not aggregator.exchanges,
         f"selection '{config.selection.name}'": apart,
+        f"exchange '{config.exchange.name}'": frozen,
     }
     for which in (name for name, found in wrong.items() if found):
         yield (

@@ -264,6 +264,8 @@ class Mixing(Protocol):
     The clients' trunks become one slot, which is updated as the mixing says.
     """
 
+    needs_step_tokens: ClassVar[bool] = False  # clients tell the label tokens of a step before the trunk's backward
+
     def problems(self, config: RunConfig) -> Iterator[str]:
         """What of a run it cannot work with, a sentence each; asked before a model is read."""
         yield from ()
@@ -277,8 +279,27 @@ class Mixing(Protocol):
 
 
 class Exchange(Protocol):
-    """Family ``exchange``: when the wire is used within a step."""
+    """Family ``exchange``: when the wire is used within a step. Subclass it: what has a body here is the default."""
 
+    frozen_head: ClassVar[bool] = False  # the client's head is never trained, and runs without dropout
+
+    @property
+    def caches(self) -> bool:
+        """Whether clients name the samples of a batch, and send only their numbers from the second epoch on."""
+        return False
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """What of a run it cannot work with, a sentence each; asked before a model is read."""
+        yield from ()
+
+    def state(self) -> State:
+        """What it must remember between steps, for checkpoints."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """Go on with what ``state`` gave."""
+
+    @abstractmethod
     async def step(
         self, inner: Any, client: End, middle: Sequence[Hop], tail: Tail, *, step: int, micro: int, how: How
     ) -> StepResult:
@@ -297,6 +318,7 @@ class Framework(Protocol):
     pooled: ClassVar[bool] = False  # a slot makes one update for all clients of a step, not one for each
     replans: ClassVar[bool] = False  # each round ends in a merge of heads (and of trunk copies), so cuts may move then
     joinable: ClassVar[bool] = False  # all train at once, each with a trunk of its own, which a mixing may make one
+    needs_step_tokens: ClassVar[bool] = False  # clients tell the label tokens of a step before the trunk's backward
     personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
     asynchronous: ClassVar[bool] = False  # nobody waits: as many steps in a round as a client has time for
 

@@ -20,7 +20,7 @@ from cutlayer.arranging import Arranging
 from cutlayer.assembly import Parts, places_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig
-from cutlayer.contracts import Framework, How, Joint, Mixing, StepResult
+from cutlayer.contracts import Exchange, Framework, How, Joint, Mixing, StepResult
 from cutlayer.errors import NonFinite
 from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
 from cutlayer.merging import Counters
@@ -52,7 +52,7 @@ class Run(Arranging):
         self.scheduler = config.build("scheduler")
         self.mixing: Mixing | None = config.build("mixing")
         self.joined = self.mixing is not None
-        self.exchange = config.build("exchange")
+        self.exchange: Exchange = config.build("exchange")
         self._joints: dict[str, Joint] = {}  # by client, while it trains at once with others
         self.counters = Counters(steps=dict.fromkeys(self.clients, 0))
         self.paces = Paces(config, parts)
@@ -84,7 +84,9 @@ class Run(Arranging):
 
     @property
     def _keeps_parts(self) -> bool:
-        return self.framework.personal or not self.federated.aggregator.exchanges
+        # Where heads are frozen and cuts differ, nobody can use all that is trained.
+        apart = self.exchange.frozen_head and len(set(self.parts.layouts.values())) > 1
+        return self.framework.personal or not self.federated.aggregator.exchanges or apart
 
     def evaluators(self) -> Sequence[str]:
         """The clients whose parts, with their trunks, are the model at the end of a round; all, if each has its own."""
@@ -169,7 +171,7 @@ class Run(Arranging):
         hops: list[Any] = []
         for stop, place in zip(stops, places, strict=True):
             kind = ServerTail if place.segment.top else TrunkHop
-            pace = self.paces.stop(stop.party, place.segment)
+            pace = self.paces.stop(stop.party, place.segment, first=place.before is None)
             hop = kind(self.parts.parties[stop.party], place, self._station(stop.party), self.carrier, pace)
             hops.append(self.scheduler.wrap(hop, client))
         if wrap is not None:
@@ -188,9 +190,13 @@ class Run(Arranging):
 
     def abort(self, client: str) -> None:
         """Forget what is under way of a client, everywhere."""
-        for party in self.parts.parties.values():
-            party.abort(client)
+        self.abort_joint(client)
         self.parts.clients[client].abort()
+
+    def abort_joint(self, name: str) -> None:
+        """Forget what is under way of a batch that several clients share, in their place."""
+        for party in self.parts.parties.values():
+            party.abort(name)
 
     async def _clipped_update(self, client: str, *, heads: bool, slots: bool) -> None:
         """Scale the gradients of client and trunk by one factor, as ``clip_grad_norm_`` does, and update them.
@@ -288,7 +294,8 @@ class Run(Arranging):
         """All trainable tensors of a client's model as it now is, by name; by default of the first evaluator's."""
         client = client or self.evaluators()[0]
         party = self.parts.clients[client]
-        found = {name: party.slot.params[name].detach() for name in party.names("own")}
+        parts = (party.head, *([party.tail] if party.tail else []))
+        found = {name: party.params[name].detach() for part in parts for name in part.names}
         for place, stop in zip(
             places_of(self.parts.base, self.parts.layouts[client], self.parts.routes[client]),
             self.parts.routes[client],
@@ -308,6 +315,10 @@ class Run(Arranging):
                 "tail_blocks": len(layout.tail) if layout.tail_at_client else -1,
                 "steps": self.parts.planned[name],
             }
+            if self.framework.needs_step_tokens or (self.mixing is not None and self.mixing.needs_step_tokens):
+                told["tell_step_tokens"] = True
+            if self.exchange.caches:
+                told["cache"] = True
             header = (await end.ask("set_up", told)).header
             self.sizes[name] = {key: float(header.value(key)) for key in ("examples", "label_tokens")}
             self.federated.sizes[name] = self.sizes[name][by] if by else 1.0

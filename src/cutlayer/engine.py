@@ -169,6 +169,8 @@ class Engine:
         states |= {f"federated-{cluster}": dict(state) for cluster, state in run.federated.apart.items()}
         if run.sketches:
             states["sketches"] = dict(run.sketches)
+        if kept := run.exchange.state():
+            states["exchange"] = dict(kept)
         for holder, state in states.items():
             wrong = [key for key, tensor in state.items() if not tensor.isfinite().all()]
             if wrong:
@@ -216,6 +218,7 @@ class Engine:
             run.federated.aggregator.begin(own_trunks(run.parts))
             if run.parts.planner:
                 run.parts.planner.restore(manifest["planner"])
+            run.exchange.restore(states.get("exchange", {}))
             run.meter.restore(manifest["meter"])
             run.clock.restore(manifest["clock"])
         except (KeyError, TypeError, RuntimeError) as error:

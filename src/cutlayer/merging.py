@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cutlayer.arrangement import Arrangement
 from cutlayer.assembly import Parts
-from cutlayer.contracts import SERVER, Parcel, State, Stop
+from cutlayer.contracts import SERVER, Exchange, Parcel, State, Stop
 from cutlayer.errors import MethodError
 from cutlayer.links.local import Carrier, ClientEnd
 from cutlayer.models.slots import Slot, parameter_of
@@ -56,6 +56,7 @@ class StepEleven:
     ends: Mapping[str, ClientEnd]
     carrier: Carrier
     federated: FederatedServer
+    exchange: Exchange
     joined: bool  # the clients' trunks are one slot, which has nothing to be merged with
     arrangement: Arrangement
 
@@ -94,6 +95,10 @@ class StepEleven:
         if not clients or not self.federated.aggregator.exchanges or (len(self.clients) == 1):
             return  # nobody to average with
         trunks = trunks and not self.joined
+        if self.exchange.frozen_head:
+            heads = heads and any(self.parts.clients[name].names("own") for name in clients)
+            if not heads and not trunks:
+                return
         groups: dict[str, list[str]] = {}
         for name in clients:
             groups.setdefault(self.cluster(name), []).append(name)
@@ -252,7 +257,7 @@ class StepEleven:
 
     async def hand_over(self, giver: str, taker: str, *, optimizer: bool, line: str = "") -> None:
         """Step 11 of the sequential kind: ``taker`` goes on with the part of ``giver``, of one of several lines."""
-        if giver != taker:
+        if giver != taker and not (self.exchange.frozen_head and not self.parts.clients[giver].names("own")):
             parcel = await self.ends[giver].ask("get_state", {"optimizer": optimizer, "part": "own"})
             version = int(parcel.header.value("version"))
             await self.ends[taker].put(dict(parcel.tensors), version=version, reset=not optimizer)

@@ -30,6 +30,7 @@ class Paces:
         check_profiles(clients)
         self._timed = all(profile is not None for profile in clients.values())
         self._parts = parts
+        self._frozen_head = config.build("exchange").frozen_head
         self.profiles: dict[str, Profile | None] = {}
         self.access: dict[str, Profile | None] = {}  # whose links to the network are counted: all but the server's
         if not self._timed:
@@ -61,7 +62,7 @@ class Paces:
             if verb == "head_forward":
                 return cost.forward(head.blocks)
             if verb == "head_backward":
-                return cost.backward(head.blocks, input_gradient=False)
+                return 0.0 if self._frozen_head else cost.backward(head.blocks, input_gradient=False)
             if verb != "tail_step" or tail is None:
                 return 0.0
             back = cost.backward(tail.blocks, lm_head=True, input_gradient=True) if graph else 0.0
@@ -69,11 +70,11 @@ class Paces:
 
         return self._pace(name, flop)
 
-    def stop(self, party: str, segment: Segment) -> Pace | None:
-        """How long a stop's verbs take."""
+    def stop(self, party: str, segment: Segment, *, first: bool = True) -> Pace | None:
+        """How long a stop's verbs take; ``first``: it comes after the client's head."""
         if not self._timed:
             return None
-        below = any(self._below(n, segment) for n in self._parts.base.initial)
+        below = any(self._below(n, segment) for n in self._parts.base.initial) and not (first and self._frozen_head)
 
         def flop(verb: str, length: int, graph: bool) -> float:
             cost, total = self._work(length), 0.0

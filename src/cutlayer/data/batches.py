@@ -145,14 +145,15 @@ class Batches:
 
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of optimizer step ``number``, counted from 0."""
+        return [self.collate([self.examples[row] for row in rows]) for rows in self.rows(number)]
+
+    def rows(self, number: int) -> list[list[int]]:
+        """The rows of each micro-batch of optimizer step ``number``."""
         epoch, within = divmod(number, self.steps_per_epoch)
         order = self._order_of(epoch)
         first = within * self.accumulation * self.batch_size
         end = min(first + self.accumulation * self.batch_size, len(order))
-        return [
-            self.collate([self.examples[row] for row in order[start : min(start + self.batch_size, end)]])
-            for start in range(first, end, self.batch_size)
-        ]
+        return [list(order[start : min(start + self.batch_size, end)]) for start in range(first, end, self.batch_size)]
 
     def _order_of(self, epoch: int) -> Sequence[int]:
         if not self.shuffle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ class TailWork:
     """What the tail needs for one micro-batch.
 
     ``hidden`` [B,T,H]; ``labels`` [B,T] or [B]; ``weight`` is this micro-batch's share of the step's label tokens, so
-    that the gradients of a step add up to those of the mean over all of them.
+    that the gradients of a step add up to those of the mean over all of them. ``masses``, where given, makes the loss
+    the sum of -mass * log p(label), and both have one more dimension, of the alternatives: [B,T,K] or [B,K]. Where the
+    gradient of ``hidden`` is not ``wanted``, it is not made.
     """
 
     hidden: Tensor
@@ -32,23 +35,27 @@ class TailWork:
     client: str
     step: int
     micro: int
+    masses: Tensor | None = None
+    wanted: bool = True
 
 
 @dataclass(frozen=True)
-class TailGave:
-    """The loss times the work's weight; of a training step the gradient [B,T,H], of an evaluation the hits.
+class TailResult:
+    """The loss (times ``weight``); of a training step the gradient of ``hidden`` [B,T,H], of an evaluation the hits.
 
-    ``correct`` counts the label tokens (of a classifier: the rows) whose most probable value is the right one.
+    ``rows`` is, with ``masses``, the loss of each row [B]. ``correct`` counts the label tokens (of a classifier: the
+    rows) whose most probable value is the right one.
     """
 
     loss: float
     gradient: Tensor | None = None
+    rows: Tensor | None = None
     correct: int = 0
 
 
 def run_tail(
     segment: Segment, slot: Slot, work: TailWork, *, seed: int | None, slot_weight: float, watch: Watch
-) -> TailGave:
+) -> TailResult:
     """Forward, loss and (unless ``seed`` is None, which is evaluation) backward.
 
     The gradients of the tail's own parameters are added to ``slot``, times ``slot_weight``.
@@ -57,14 +64,16 @@ def run_tail(
         NonFinite: the loss is NaN or infinite.
     """
     training = seed is not None
-    hidden = work.hidden.requires_grad_(training)
+    hidden = work.hidden.requires_grad_(training and work.wanted)
     with watch:
         output = segment.forward(
             slot.params, hidden=hidden, attention_mask=work.attention_mask, position_ids=work.position_ids,
-            labels=work.labels, seed=seed,
+            labels=work.labels if work.masses is None else None, seed=seed,
         )  # fmt: skip
+    rows = None if work.masses is None else soft_losses(output.logits, work.labels, work.masses)
     # Without a single label the mean is 0/0; such a batch (all prompt, cut off) teaches nothing.
-    loss = output.loss if work.label_tokens else output.logits.float().sum() * 0.0
+    own: Any = output.loss if work.label_tokens else output.logits.float().sum() * 0.0
+    loss = own if rows is None else rows.sum()
     if work.weight != 1.0:
         loss = loss * work.weight
     value = float(loss.item())
@@ -74,11 +83,12 @@ def run_tail(
             "Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
         )
     if not training:
-        return TailGave(value, correct=hits(output.logits, work.labels))
+        return TailResult(value, correct=hits(output.logits, work.labels) if work.masses is None else 0)
     with segment.entered(slot.params):
-        loss.backward()
+        if loss.requires_grad:  # else nothing is trained here, and nobody below wants a gradient
+            loss.backward()
     slot.collect(segment.names, (work.client, work.step, work.micro), weight=slot_weight)
-    return TailGave(value, hidden.grad)
+    return TailResult(value, hidden.grad, None if rows is None else rows.detach())
 
 
 def hits(logits: Tensor, labels: Tensor) -> int:
@@ -87,3 +97,15 @@ def hits(logits: Tensor, labels: Tensor) -> int:
         logits, labels = logits[:, :-1], labels[:, 1:]
     right = logits.argmax(dim=-1) == labels
     return int(torch.sum(right & (labels != IGNORE)))
+
+
+def soft_losses(logits: Tensor, labels: Tensor, masses: Tensor) -> Tensor:
+    """The loss of each row [B]: the sum of -mass * log p(label) over positions and alternatives.
+
+    As in the models' own loss the position before predicts a label: logits [B,T,V] with ``labels`` and ``masses``
+    [B,T,K]. For a classifier: [B,V] with [B,K].
+    """
+    if logits.dim() == 3:
+        logits, labels, masses = logits[:, :-1], labels[:, 1:], masses[:, 1:]
+    found = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0))
+    return -(found * masses).flatten(1).sum(1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cutlayer.contracts import Batch
 from cutlayer.data.batches import Batches
@@ -50,6 +51,7 @@ class ClientParty:
         sizes: what it tells the server of its data: ``examples`` and ``label_tokens``.
         seed: the run's seed (for dropout).
         teller: makes the sketch of its data that it agreed to tell; None: it tells none.
+        frozen: the head's parameters where it is not trained; they are not the slot's.
     """
 
     def __init__(
@@ -65,14 +67,18 @@ class ClientParty:
         sizes: Mapping[str, int],
         seed: int,
         teller: Teller | None = None,
+        frozen: Mapping[str, Parameter] | None = None,
     ) -> None:
         self.name = name
+        self.frozen_head = frozen is not None
+        self.params = {**(frozen or {}), **slot.params}
         self.head, self.tail, self.slot = head, tail, slot
         self.batches, self.evaluation, self.validation = batches, evaluation, validation
         self.sizes, self.seed, self.teller = sizes, seed, teller
         self.device = head.base.device
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
+        self._tells_step_tokens = self._cached = False
         self.watch = Watch(slot.params.values())
 
     def handle(self, header: Header, tensors: Sequence[Tensor]) -> Answer:
@@ -89,12 +95,15 @@ class ClientParty:
 
     def names(self, part: str) -> set[str]:
         """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``."""
-        own, everything = {*self.head.names, *(self.tail.names if self.tail else [])}, set(self.slot.params)
+        everything = set(self.slot.params)
+        own = everything & {*self.head.names, *(self.tail.names if self.tail else [])}
         return {"own": own, "hosted": everything - own, "all": everything}[part]
 
     def on_set_up(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 1: the server tells the cut and the length of the run, the client its sizes."""
         own = self.names("own")
+        self._cached = bool(header.values.get("cache", False))
+        self._tells_step_tokens = bool(header.values.get("tell_step_tokens", False))
         values: dict[str, Value] = {
             **self.sizes,
             "steps_per_epoch": self.batches.steps_per_epoch,
@@ -125,21 +134,18 @@ class ClientParty:
         training = bool(header.value("graph"))
         if training:
             batch, weight, last = self._draw(header.step, header.micro)
-            seed = segment_seed(self.seed, "head", self.name, header.step, header.micro)
         else:
-            batch, weight, last, seed = [*self.evaluation, *self.validation][header.step](), 1.0, True, None
-        with torch.set_grad_enabled(training), self.watch:
-            hidden = self.head.forward(
-                self.slot.params,
-                input_ids=batch.input_ids.to(self.device),
-                attention_mask=_to(batch.attention_mask, self.device),
-                position_ids=_to(batch.position_ids, self.device),
-                seed=seed,
-            )
+            batch, weight, last = [*self.evaluation, *self.validation][header.step](), 1.0, True
+        if training and self._cached and header.step >= self.batches.steps_per_epoch:  # the server has them all
+            self._open[header.step, header.micro] = _Open(batch, None, weight, last)
+            return self._told_samples(header, batch, weight, last)
+        hidden = self._head(header, batch, training and not self.frozen_head)
         kept = hidden if training and hidden.requires_grad else None
         if training or self.tail is not None:
             self._open[header.step, header.micro] = _Open(batch, kept, weight, last)
         shown: dict[str, Tensor] = {"hidden": hidden}
+        if training and self._cached:
+            shown["samples"] = self._samples(header)
         if batch.attention_mask is not None:
             shown["mask"] = batch.attention_mask.bool()
         if batch.position_ids is not None:
@@ -148,7 +154,35 @@ class ClientParty:
         if self.tail is None:  # the server computes the loss, so it must get the labels
             shown["labels"] = batch.labels.to(torch.int32)
             values |= {"weight": weight, "label_tokens": batch.label_tokens, "tokens": batch.tokens}
+            if training and self._tells_step_tokens:
+                values["step_tokens"] = self._step_tokens(header.step)
         return self._reply(header, "send_activations", "activations", values, shown)
+
+    def _head(self, header: Header, batch: Batch, training: bool) -> Tensor:
+        """The head's output [B,T,H]: with dropout and a graph, or without."""
+        seed = segment_seed(self.seed, "head", self.name, header.step, header.micro) if training else None
+        with torch.set_grad_enabled(training), self.watch:
+            hidden: Tensor = self.head.forward(
+                self.params,
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=_to(batch.attention_mask, self.device),
+                position_ids=_to(batch.position_ids, self.device),
+                seed=seed,
+            )
+        return hidden
+
+    def _samples(self, header: Header) -> Tensor:
+        """The numbers [B] of a micro-batch's samples among the client's."""
+        return torch.tensor(self.batches.rows(header.step)[header.micro], dtype=torch.int64)
+
+    def _told_samples(self, header: Header, batch: Batch, weight: float, last: bool) -> Answer:
+        """Steps 2 and 3 where the server remembers all that would be shown."""
+        values: dict[str, Value] = {"last": last, "needs_gradient": False}
+        if self.tail is None:
+            values |= {"weight": weight, "label_tokens": batch.label_tokens, "tokens": batch.tokens}
+        if self.tail is None and self._tells_step_tokens:
+            values["step_tokens"] = self._step_tokens(header.step)
+        return self._reply(header, "send_activations", "activations", values, {"samples": self._samples(header)})
 
     def on_tail_step(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 6: tail forward, loss and backward; show the gradient [B,T,H] of what came."""
@@ -168,13 +202,15 @@ class ClientParty:
         seed = segment_seed(self.seed, "tail", self.name, header.step, header.micro) if training else None
         weight = float(header.value("head_weight")) if training else 1.0
         with torch.set_grad_enabled(training):
-            gave = run_tail(self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch)
-        held.loss = gave.loss
-        if gave.gradient is None:
+            done = run_tail(self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch)
+        held.loss = done.loss
+        if done.gradient is None:
             del self._open[header.step, header.micro]
-            return self._reply(header, "tail_step", "ack", {**self._told(held), "correct": gave.correct})
+            return self._reply(header, "tail_step", "ack", {**self._told(held), "correct": done.correct})
         values: dict[str, Value] = {"last": held.last}
-        return self._reply(header, "send_gradients", "gradient", values, {"hidden": gave.gradient})
+        if self._tells_step_tokens:
+            values["step_tokens"] = self._step_tokens(header.step)
+        return self._reply(header, "send_gradients", "gradient", values, {"hidden": done.gradient})
 
     def on_head_backward(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 10: backward through the head, and the optimizer step of the client's part if it is the last."""
@@ -252,9 +288,15 @@ class ClientParty:
             raise WireError(
                 f"Client '{self.name}' has {len(drawn)} micro-batches in step {step}; number {micro} was asked for."
             )
-        total = sum(batch.label_tokens for batch in drawn)
+        total = self._step_tokens(step)
         weight = drawn[micro].label_tokens / total if total and len(drawn) > 1 else 1.0
         return drawn[micro], weight, micro == len(drawn) - 1
+
+    def _step_tokens(self, step: int) -> int:
+        """The label tokens of an optimizer step that was drawn."""
+        assert self._drawn is not None
+        assert self._drawn[0] == step
+        return sum(batch.label_tokens for batch in self._drawn[1])
 
     def _held(self, header: Header) -> _Open:
         held = self._open.get((header.step, header.micro))

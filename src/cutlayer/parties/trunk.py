@@ -106,7 +106,10 @@ class TrunkParty:
         return self._back(header, how, place, gradient, told, last=held.last)
 
     def tail_step(self, parcel: Parcel, how: How, place: Place) -> Parcel:
-        """Step 4 of the two-part split: forward, loss and backward in one; gives the gradient [B,T,H], or none."""
+        """Step 4 of the two-part split: forward, loss and backward in one; gives the gradient [B,T,H], or none.
+
+        With ``masses`` beside the labels (see ``TailWork``) it gives ``row_losses`` [B] too.
+        """
         header, tensors = parcel.header, parcel.tensors
         key, owner, segment = self._key(header), self.slots[place.slot], place.segment
         device, last = segment.base.device, bool(header.value("last"))
@@ -119,17 +122,20 @@ class TrunkParty:
                 label_tokens=int(header.value("label_tokens")),
                 weight=float(header.value("weight")),
                 client=header.client, step=header.step, micro=header.micro,
+                masses=tensors["masses"].to(device) if "masses" in tensors else None,
+                wanted=bool(header.value("needs_gradient")),
             )  # fmt: skip
             seed = self._seed(segment, header) if how.graph else None
-            gave = run_tail(segment, owner, work, seed=seed, slot_weight=how.trunk_weight, watch=self.watch)
+            done = run_tail(segment, owner, work, seed=seed, slot_weight=how.trunk_weight, watch=self.watch)
             if how.graph:
                 self._settle(owner, key, last, how)
-        values: dict[str, Value] = {"loss": gave.loss}
+        values: dict[str, Value] = {"loss": done.loss}
         if not how.graph:
-            told = {**values, "correct": gave.correct}
+            told = {**values, "correct": done.correct}
             told |= {name: header.value(name) for name in ("tokens", "label_tokens")}
             return Parcel(header.but(step_name="tail_step", kind="ack", values=told, names=()))
-        wanted = {"hidden": gave.gradient} if header.value("needs_gradient") and gave.gradient is not None else {}
+        wanted = {"hidden": done.gradient} if done.gradient is not None else {}
+        wanted |= {"row_losses": done.rows} if done.rows is not None else {}
         return self._back(header, how, place, wanted, values, last=last)
 
     def _settle(self, owner: Slot, key: Key, last: bool, how: How) -> None:

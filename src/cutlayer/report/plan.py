@@ -12,7 +12,7 @@ from cutlayer.assembly import routes_of, segments_of
 from cutlayer.build import layouts_of, memory_of, task_of, training_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, How, Layout, Stop
-from cutlayer.costs import Memory, shape_of
+from cutlayer.costs import Memory, Training, shape_of
 from cutlayer.models.loading import DTYPES
 from cutlayer.models.segment import Base, Segment
 from cutlayer.parties.trunk import told_how
@@ -54,14 +54,17 @@ def plan(config: RunConfig) -> DryRun:
             held.setdefault(stop.party, {})[segment] = None
             slots.setdefault(stop.party, {}).setdefault(stop.slot, {})[segment] = None
 
+    frozen = config.build("exchange").frozen_head
+
     def needs(part: Segment) -> Memory:
+        still = frozen and part.bottom
         return memory_of(config)(
-            shape, blocks=part.blocks, training=training_of(config), tokens=tokens, length=length,
-            embedding=part.bottom, lm_head=part.top,
+            shape, blocks=part.blocks, training=Training() if still else training_of(config), tokens=tokens,
+            length=length, embedding=part.bottom, lm_head=part.top, backward=not still,
         )  # fmt: skip
 
     def trained(parts: Iterable[Segment]) -> int:
-        names = {n: base.initial[n] for part in parts for n in part.names}
+        names = {n: base.initial[n] for part in parts if not (frozen and part.bottom) for n in part.names}
         return sum({id(p): p.numel() for p in names.values()}.values())
 
     parties: dict[str, Any] = {}
@@ -78,7 +81,7 @@ def plan(config: RunConfig) -> DryRun:
             "memory_bytes": sum(one.frozen + copies * one.trained + one.activations + one.logits for one in needed),
         }
     first = config.client_names[0]
-    head_trains = bool(segments_of(base, layouts[first], routes[first])[0].names)
+    head_trains = not frozen and bool(segments_of(base, layouts[first], routes[first])[0].names)
     return DryRun({
         "model": config.model,
         "framework": config.framework.name,

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cutlayer.contracts import End, Hop, How, StepResult, Tail
+from cutlayer.contracts import End, Exchange, Hop, How, StepResult, Tail
 from cutlayer.registry import method
 
 
 @method("exchange")
 @dataclass(frozen=True)
-class Plain:
+class Plain(Exchange):
     """Every micro-batch crosses the wire forward and back."""
 
     async def step(
