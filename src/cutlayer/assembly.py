@@ -185,7 +185,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
         others = {n for (party, _), names in held.items() if party == name for n in names}
         own = [*head.names, *(tail.names if tail else [])]
         names = own if not others else [n for n in base.initial if n in others | set(own)]
-        updates = sum(steps[other] for other in framework.line(name, config.client_names))
+        updates = sum(steps[other] for other in framework.line(name, config.client_names)) // framework.branches
         clients[name] = ClientParty(
             name,
             head=head,
@@ -199,6 +199,9 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
             },
             seed=config.seed,
         )
+        clients[name].slot.put(
+            framework.start(name, config.client_names, {n: base.initial[n].detach() for n in own}, config.seed)
+        )
         for (party, of), _ in held.items():
             if party == name:
                 slots.setdefault(party, {})[of] = clients[name].slot
@@ -209,7 +212,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
 def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], clients: Sequence[str]) -> int:
     """How many optimizer steps a trunk slot will make: one for each step of its clients, or one for all of them."""
     if not framework.pooled:
-        return sum(steps[client] for client in clients)
+        return sum(steps[client] for client in clients) // framework.branches
     kind, count = config.length
     return count * framework.local_steps if kind == "rounds" else max(steps[client] for client in clients)
 

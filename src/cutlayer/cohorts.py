@@ -13,11 +13,16 @@ from cutlayer.seeds import derive
 FORESEEN = 10_000  # rounds that are drawn ahead
 
 
-def drawn(selection: Selection, able: Sequence[str], number: int, participation: float, seed: int) -> list[str]:
-    """``participation`` of those of ``able`` that the selection picks for round ``number``, drawn from the seed."""
+def drawn(
+    selection: Selection, able: Sequence[str], number: int, participation: float, seed: int, *, takes: int | None = None
+) -> list[str]:
+    """``participation`` of those of ``able`` that the selection picks for round ``number``, drawn from the seed.
+
+    ``takes`` says how many, in place of a share.
+    """
     chosen = list(selection.pick(number, able))
-    if participation < 1 and chosen:
-        count = max(1, math.ceil(participation * len(chosen)))
+    count = max(1, math.ceil(participation * len(chosen))) if takes is None else takes
+    if count < len(chosen):
         draw = np.random.default_rng(derive(seed, "participation", number))
         taken = set(draw.choice(len(chosen), size=count, replace=False).tolist())
         chosen = [client for i, client in enumerate(chosen) if i in taken]
@@ -35,6 +40,6 @@ def foreseen(
     ahead = min(rounds, FORESEEN)
     for number in range(ahead):
         able = framework.eligible(number, clients)
-        for client in drawn(selection, able, number, framework.participation, seed):
+        for client in drawn(selection, able, number, framework.participation, seed, takes=framework.takes):
             count[client] += 1
     return {client: round(times * rounds / ahead) for client, times in count.items()}

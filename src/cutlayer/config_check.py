@@ -199,6 +199,19 @@ def _one_cut(config: RunConfig) -> Iterator[str]:
         )
 
 
+@_rule("framework", "aggregator")
+def _merged(config: RunConfig) -> Iterator[str]:
+    try:
+        alone = config.build("framework").merges and not config.build("aggregator").exchanges
+    except CutlayerError:
+        return  # said by the other rules
+    if alone:
+        yield (
+            f"framework '{config.framework.name}' evaluates what is merged, but aggregator '{config.aggregator.name}' "
+            "merges nothing. Take aggregator: fedavg."
+        )
+
+
 def _cut(config: RunConfig, name: str) -> dict[str, Any]:
     spec = config.partition_spec(name)
     made = registry.create("partition", spec.name, spec.options)

@@ -26,6 +26,8 @@ from cutlayer.values import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cutlayer.driver import Run
     from cutlayer.models.families import Anatomy
     from cutlayer.models.segment import Base
@@ -176,6 +178,9 @@ class Framework(Protocol):
     travels: ClassVar[bool] = False  # the clients' parts are handed on, rather than each client keeping its own
     pooled: ClassVar[bool] = False  # a slot makes one update for all clients of a step, not one for each
     personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
+    merges: ClassVar[bool] = False  # the model is a merge, so it needs an aggregator that makes one
+    takes: int | None = None  # how many of the selected clients a round takes, where it is no share of them
+    branches: int = 1  # models that are trained side by side, each by its part of all steps
 
     def layouts(
         self, given: Mapping[str, Layout], num_blocks: int, speeds: Mapping[str, float] | None
@@ -208,6 +213,12 @@ class Framework(Protocol):
         """Every stop that the client may come to in the run; more than its route where that changes (``set_route``)."""
         return self.route(client, layouts)
 
+    def start(
+        self, client: str, clients: Sequence[str], initial: Mapping[str, Tensor], seed: int
+    ) -> Mapping[str, Tensor]:
+        """Those of a client's own tensors that start elsewhere than the run's model, whose values are ``initial``."""
+        return {}
+
     def eligible(self, number: int, clients: Sequence[str]) -> Sequence[str]:
         """Who may train in round ``number``: the others help, or wait for their turn."""
         return clients
@@ -227,3 +238,10 @@ class Framework(Protocol):
     @abstractmethod
     def evaluators(self, run: Run) -> Sequence[str]:
         """The clients whose parts, with their trunks, are the model (or the models) at the end of a round."""
+
+    def state(self) -> Mapping[str, Any]:
+        """What it must remember between rounds, for checkpoints: tensors, and what JSON can hold, by name."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what ``state`` gave."""

@@ -165,6 +165,9 @@ class Engine:
         states: dict[str, dict[str, Tensor]] = {name: slot.get(optimizer=True) for name, slot in slots.items()}
         if run.federated.before:
             states["federated"] = dict(run.federated.before)
+        kept = run.framework.state()
+        if tensors := {name: value for name, value in kept.items() if isinstance(value, Tensor)}:
+            states["framework"] = tensors
         for holder, state in states.items():
             wrong = [key for key, tensor in state.items() if not tensor.isfinite().all()]
             if wrong:
@@ -177,6 +180,7 @@ class Engine:
             "counters": vars(run.counters), "versions": {name: slot.version for name, slot in slots.items()},
             "meter": run.meter.state(), "clock": run.clock.state(), "data": self.data_fingerprint,
             "aggregator": dict(run.federated.aggregator.state()),
+            "framework": {name: value for name, value in kept.items() if name not in tensors},
         }  # fmt: skip
         checkpoint.save(run.out / "checkpoints", run.counters.rounds, states, counters)
 
@@ -199,6 +203,7 @@ class Engine:
             order = dict.fromkeys(name for slot in slots.values() for name in slot.get())
             run.federated.before = {key: merged[key] for key in order if key in merged}
             run.federated.aggregator.restore(manifest["aggregator"])
+            run.framework.restore({**manifest["framework"], **states.get("framework", {})})
             run.meter.restore(manifest["meter"])
             run.clock.restore(manifest["clock"])
         except (KeyError, TypeError, RuntimeError) as error:

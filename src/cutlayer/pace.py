@@ -57,7 +57,7 @@ class Paces:
 
         def flop(verb: str, length: int, graph: bool) -> float:
             cost = self._work(length)
-            if verb == "head_forward":
+            if verb in ("head_forward", "features"):
                 return cost.forward(head.blocks)
             if verb == "head_backward":
                 return cost.backward(head.blocks, input_gradient=False)

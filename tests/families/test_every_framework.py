@@ -23,6 +23,7 @@ EVERY = registry.names("framework")
 ALONE: dict[str, dict[str, Any]] = {  # options that a single client needs
     "gsfl": {"groups": 1},
     "hsfl": {"edges": 1},
+    "multisfl": {"branches": 1},
 }
 NOT_ALONE = {"ringsfl", "pairingfl", "clicooper"}  # they need a peer, and say so
 U_ONLY = {"ringsfl"}
@@ -48,7 +49,7 @@ def test_one_client_equals_unsplit(name: str, partition: dict[str, Any], tmp_pat
 def test_four_clients_and_eight_blocks_by_default(
     name: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]
 ) -> None:
-    """Who brings data trains, nothing is left open, and the same run twice gives the same order of events and weights."""
+    """Who brings data trains, nothing is left open, and the same run twice has the same order of events and weights."""
     if name in U_ONLY and partition["name"] != "u-shaped-split":
         with pytest.raises(CutlayerError, match="Take partition: u-shaped-split"):
             train(model(num_hidden_layers=8), tmp_path / "out", FOUR, partition=partition, framework=name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cutlayer.contracts import Batch
 from cutlayer.data.batches import Batches
@@ -15,6 +16,7 @@ from cutlayer.errors import WireError
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties._tail import TailWork, run_tail
+from cutlayer.parties.helping import chosen, histogram, wanted
 from cutlayer.parties.memory import Watch
 from cutlayer.seeds import segment_seed
 from cutlayer.step import at
@@ -114,16 +116,36 @@ class ClientParty:
         kept = hidden if training and hidden.requires_grad else None
         if training or self.tail is not None:
             self._open[header.step, header.micro] = _Open(batch, kept, weight, last)
-        shown: dict[str, Tensor] = {"hidden": hidden}
-        if batch.attention_mask is not None:
-            shown["mask"] = batch.attention_mask.bool()
-        if batch.position_ids is not None:
-            shown["positions"] = batch.position_ids.to(torch.int32)
+        shown = self._shown(batch, hidden, labels=self.tail is None)
         values: dict[str, Value] = {"last": last, "needs_gradient": kept is not None}
-        if self.tail is None:  # the server computes the loss, so it must get the labels
-            shown["labels"] = batch.labels.to(torch.int32)
+        if self.tail is None:  # the server computes the loss
             values |= {"weight": weight, "label_tokens": batch.label_tokens, "tokens": batch.tokens}
         return self._reply(header, "send_activations", "activations", values, shown)
+
+    def on_histogram(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 1: how many examples of each category the client has (see ``parties/helping.py``)."""
+        counts: dict[str, Value] = {**histogram(self.batches.examples)}
+        return self._reply(header, "partition", "ack", counts)
+
+    def on_features(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 2 for others: hidden states [R,T,H] and labels of examples of the wanted categories; no graph is kept.
+
+        The request has the head's trained tensors that they are to be made with, and how many of each category.
+        """
+        rows, given = chosen(self.batches, wanted(header), int(header.value("number")))
+        told: dict[str, Value] = {**given}
+        if not rows:
+            return self._reply(header, "send_activations", "ack", told)
+        params = {name: Parameter(tensor.to(self.device)) for name, tensor in tensors.items()}
+        batch = self.batches.collate(rows)
+        with torch.no_grad():
+            hidden = self.head.forward(
+                params,
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=_to(batch.attention_mask, self.device),
+                position_ids=_to(batch.position_ids, self.device),
+            )
+        return self._reply(header, "send_activations", "activations", told, self._shown(batch, hidden, labels=True))
 
     def on_tail_step(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 6: tail forward, loss and backward; show the gradient [B,T,H] of what came."""
@@ -223,6 +245,18 @@ class ClientParty:
         return held
 
     @staticmethod
+    def _shown(batch: Batch, hidden: Tensor, *, labels: bool) -> dict[str, Tensor]:
+        """What leaves of a batch: hidden states, what tells its real tokens, and labels where the server needs them."""
+        shown: dict[str, Tensor] = {"hidden": hidden}
+        if batch.attention_mask is not None:
+            shown["mask"] = batch.attention_mask.bool()
+        if batch.position_ids is not None:
+            shown["positions"] = batch.position_ids.to(torch.int32)
+        if labels:
+            shown["labels"] = batch.labels.to(torch.int32)
+        return shown
+
+    @staticmethod
     def _told(held: _Open) -> dict[str, Value]:
         batch = held.batch
         return {"loss": held.loss, "tokens": batch.tokens, "label_tokens": batch.label_tokens, "last": held.last}
@@ -255,7 +289,9 @@ class ClientParty:
 
 VERB_STEPS = {
     "set_up": "partition",
+    "histogram": "partition",
     "head_forward": "head_forward",
+    "features": "head_forward",
     "tail_step": "tail_step",
     "head_backward": "head_backward",
     "grad_norm": "head_backward",
