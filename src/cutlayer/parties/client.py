@@ -17,8 +17,9 @@ from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties._tail import TailWork, run_tail
 from cutlayer.parties.helping import chosen, histogram, wanted
+from cutlayer.parties.marking import Marker
 from cutlayer.parties.memory import Watch
-from cutlayer.seeds import segment_seed
+from cutlayer.seeds import derive, segment_seed
 from cutlayer.step import at
 from cutlayer.wire import Header, Value
 
@@ -69,6 +70,7 @@ class ClientParty:
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
         self.watch = Watch(slot.params.values())
+        self.marker = Marker(secret_of(seed, name))
 
     def handle(self, header: Header, tensors: Sequence[Tensor]) -> Answer:
         """Answer a request.
@@ -218,6 +220,21 @@ class ClientParty:
         self.slot.put({n: t.to(self.device) for n, t in tensors.items()}, version=None if version < 0 else version)
         return self._reply(header, "aggregate", "ack", {})
 
+    def on_begin_stage(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 11: from now on, mark what is trained for others (see ``parties/marking.py``)."""
+        self.marker.begin(header, self.slot, self._hosted())
+        return self._reply(header, "aggregate", "ack", {})
+
+    def on_end_stage(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 11: the end of a marked stage: what proves it, and the weights that it is proven with."""
+        names = self._hosted()
+        told = self.marker.end(header, self.slot, names)
+        return self._reply(header, "aggregate", "state", told, {n: self.slot.params[n].detach() for n in names})
+
+    def _hosted(self) -> list[str]:
+        hosted = self.names("hosted")
+        return [name for name in self.slot.get() if name in hosted]
+
     def abort(self) -> None:
         """Forget every open micro-batch and gradient in waiting."""
         self._open.clear()
@@ -296,10 +313,17 @@ VERB_STEPS = {
     "head_backward": "head_backward",
     "grad_norm": "head_backward",
     "update": "head_backward",
+    "begin_stage": "aggregate",
+    "end_stage": "aggregate",
     "get_state": "aggregate",
     "set_state": "aggregate",
 }
 """The step in which a verb's work is done."""
+
+
+def secret_of(seed: int, name: str) -> bytes:
+    """The secret of a simulated client, which follows from the run's seed so that runs repeat; a real one draws it."""
+    return str(derive(seed, "secret", name)).encode()
 
 
 def answer(party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
