@@ -239,6 +239,18 @@ def test_replay_is_the_joint_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.allclose(states[1][name], wanted, rtol=0, atol=1e-6), name
 
 
+def test_replay_on_the_virtual_clock(tmp_path: Path, caught: list[Run]) -> None:
+    """The same twice, and asking for features takes time."""
+    profiles = dict(zip(LENGTHS, ("laptop+dsl", "phone+4g", "workstation+lan", "laptop+5g"), strict=True))
+    framework = multi(replay=True, p0=0.5, p_max=0.75)
+    for name in ("one", "two", "none"):
+        changes = {"framework": framework if name != "none" else "multisfl", "partition": TWO, "rounds": 3}
+        train(model(), tmp_path / name, LENGTHS, profiles=profiles, **changes)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert caught[0].clock.now() == caught[1].clock.now() > caught[2].clock.now()
+    assert equal(adapter(tmp_path / "one"), adapter(tmp_path / "two"))
+
+
 def test_replay_goes_on_exactly_after_an_end(tmp_path: Path) -> None:
     """Histories, the ratio, its norm and the branches' parts are in the checkpoint."""
     framework = multi(replay=True, p0=0.5, p_max=0.75)

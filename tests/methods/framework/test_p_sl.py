@@ -186,6 +186,7 @@ def test_the_cache_is_bounded_dropped_and_in_checkpoints(
     changes = {
         "partition": partition, "steps": 3, "checkpoint_every": 1, "gradient_accumulation": 2,
         "framework": psl(form=form, joins={"cid": 3}, cache=2), "max_grad_norm": 0.5,
+        "profiles": dict(zip(ROWS, ("laptop+dsl", "phone+4g", "laptop+5g"), strict=True)),
     }  # fmt: skip
     for name in ("whole", "part"):
         train(model(), tmp_path / name, ROWS, **changes)

@@ -116,7 +116,7 @@ class Cached:
         self.micros.append(Micro({name: tensor.detach() for name, tensor in parcel.tensors.items()}))
         out: Parcel = await self.stop.forward(parcel, how)
         if self.keeps == "output":
-            self.micros[-1].tensors["output"] = out.tensors["hidden"].detach().clone()
+            self.micros[-1].tensors["output"] = out.tensors["hidden"].detach().cpu().clone()
         return out
 
     async def backward(self, parcel: Parcel, how: How) -> Parcel:
@@ -141,11 +141,11 @@ class Cached:
 
 def _drift(now: Tensor, old: Mapping[str, Tensor]) -> Tensor:
     """The gradient of how far a trunk's output [B,T,H] has moved, |now - old|^2 / (2 |old|^2) over real tokens."""
-    before = old["output"]
+    before = old["output"].to(now.device)
     moved = now - before
     if "mask" in old:
-        moved = moved * old["mask"][..., None]
-        before = before * old["mask"][..., None]
+        real = old["mask"].to(now.device)[..., None]
+        moved, before = moved * real, before * real
     return moved / before.square().sum()
 
 

@@ -144,7 +144,7 @@ class MultiSFL(Framework):
     def _begin(self, run: Run) -> None:
         """Every branch starts as the model does."""
         own = run.parts.clients[run.clients[0]].names("own")
-        start = {name: p.detach().clone() for name, p in run.parts.base.initial.items() if name in own}
+        start = {name: p.detach().cpu().clone() for name, p in run.parts.base.initial.items() if name in own}
         for branch in self.names:
             self._kept.parts[branch], self._kept.versions[branch] = dict(start), 0
 
