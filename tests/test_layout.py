@@ -21,7 +21,7 @@ LONGEST = 400  # lines
 # method sees what its Protocol hands it; what else a family needs for that Protocol is named here.
 ALLOWED = {"contracts", "errors", "registry", "seeds"}
 FAMILY_NEEDS = {
-    "framework": {"clock", "cohorts", "joint"},
+    "framework": {"clock", "cohorts", "joint", "watermark"},
     "planner": {"planning"},
     "peft": {"models"},
     "selection": {"arrangement", "sketches"},
@@ -98,7 +98,8 @@ def test_the_bottom_knows_nothing_above_it() -> None:
     assert ours(SOURCE / "_header.py") == {"errors"}
     assert ours(SOURCE / "wire.py") == {"_header", "errors"}
     assert ours(SOURCE / "values.py") == {"wire"}
-    assert ours(SOURCE / "contracts.py") == {"values"}
+    assert ours(SOURCE / "framework.py") == {"values"}
+    assert ours(SOURCE / "contracts.py") == {"framework", "values"}
     assert ours(SOURCE / "step.py") == {"contracts", "wire"}
 
 

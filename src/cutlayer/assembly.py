@@ -240,7 +240,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
             highest = base.segment("head", at_cut(layouts[name], max(bounds[name])).head, bottom=True)
             own = list(dict.fromkeys([*own, *highest.names]))
         names = own if not others else [n for n in base.initial if n in others | set(own)]
-        updates = sum(steps[other] for other in framework.line(name, config.client_names))
+        updates = sum(steps[other] for other in framework.line(name, config.client_names)) // framework.branches
         clients[name] = ClientParty(
             name,
             head=head,
@@ -256,6 +256,9 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
             seed=config.seed,
             teller=_teller(config, base, data, name),
             frozen={n: base.initial[n] for n in head.names} if frozen else None,
+        )
+        clients[name].slot.put(
+            framework.start(name, config.client_names, {n: base.initial[n].detach() for n in own}, config.seed)
         )
         for (party, of), _ in held.items():
             if party == name:
@@ -295,7 +298,7 @@ def _teller(config: RunConfig, base: Base, data: Data, name: str) -> Teller | No
 def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], clients: Sequence[str]) -> int:
     """How many optimizer steps a trunk slot will make: one for each step of its clients, or one for all of them."""
     if not framework.pooled and config.mixing is None:
-        return sum(steps[client] for client in clients)
+        return sum(steps[client] for client in clients) // framework.branches
     kind, count = config.length
     return count * framework.round_steps if kind == "rounds" else max(steps[client] for client in clients)
 

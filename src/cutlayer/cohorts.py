@@ -24,11 +24,16 @@ def runs_on(config: RunConfig) -> bool:
     return timed and config.length[0] == "rounds" and bool(config.build("framework").asynchronous)
 
 
-def drawn(selection: Selection, able: Sequence[str], number: int, participation: float, seed: int) -> list[str]:
-    """``participation`` of those of ``able`` that the selection picks for round ``number``, drawn from the seed."""
+def drawn(
+    selection: Selection, able: Sequence[str], number: int, participation: float, seed: int, *, size: int | None = None
+) -> list[str]:
+    """``participation`` of those of ``able`` that the selection picks for round ``number``, drawn from the seed.
+
+    ``size`` says how many, in place of a share.
+    """
     chosen = list(selection.pick(number, able))
-    if participation < 1 and chosen:
-        count = max(1, math.ceil(participation * len(chosen)))
+    count = max(1, math.ceil(participation * len(chosen))) if size is None else size
+    if count < len(chosen):
         draw = np.random.default_rng(derive(seed, "participation", number))
         taken = set(draw.choice(len(chosen), size=count, replace=False).tolist())
         chosen = [client for i, client in enumerate(chosen) if i in taken]
@@ -46,7 +51,7 @@ def foreseen(
     ahead = min(rounds, FORESEEN)
     for number in range(ahead):
         able = framework.eligible(number, clients)
-        for client in drawn(selection, able, number, framework.participation, seed):
+        for client in drawn(selection, able, number, framework.participation, seed, size=framework.cohort_size):
             count[client] += 1
     share = selection.share(len(clients)) if isinstance(selection, Arranger) else 1.0
     return {client: round(times * rounds * share / ahead) for client, times in count.items()}

@@ -287,6 +287,19 @@ def _asynchronous_ones(family: str) -> list[str]:
     return [name for name in registry.names(family) if registry.load(family, name).asynchronous]
 
 
+@_rule("framework", "aggregator")
+def _merged(config: RunConfig) -> Iterator[str]:
+    try:
+        alone = config.build("framework").merges and not config.build("aggregator").exchanges
+    except CutlayerError:
+        return  # said by the other rules
+    if alone:
+        yield (
+            f"framework '{config.framework.name}' evaluates what is merged, but aggregator '{config.aggregator.name}' "
+            "merges nothing. Take aggregator: fedavg."
+        )
+
+
 @_rule("framework", "optimizer", "rounds", "steps", "epochs", "clients", "profile")
 def _known_end(config: RunConfig) -> Iterator[str]:
     from cutlayer.cohorts import runs_on

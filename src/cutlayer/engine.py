@@ -171,6 +171,9 @@ class Engine:
             states["sketches"] = dict(run.sketches)
         if kept := run.exchange.state():
             states["exchange"] = dict(kept)
+        kept = run.framework.state()
+        if tensors := {name: value for name, value in kept.items() if isinstance(value, Tensor)}:
+            states["framework"] = tensors
         for holder, state in states.items():
             wrong = [key for key, tensor in state.items() if not tensor.isfinite().all()]
             if wrong:
@@ -184,6 +187,7 @@ class Engine:
             "meter": run.meter.state(), "clock": run.clock.state(), "data": self.data_fingerprint,
             "aggregator": dict(run.federated.aggregator.state()),
             "planner": dict(run.parts.planner.state()) if run.parts.planner else {},
+            "framework": {name: value for name, value in kept.items() if name not in tensors},
         }  # fmt: skip
         checkpoint.save(run.out / "checkpoints", run.counters.rounds, states, counters)
 
@@ -219,6 +223,7 @@ class Engine:
             if run.parts.planner:
                 run.parts.planner.restore(manifest["planner"])
             run.exchange.restore(states.get("exchange", {}))
+            run.framework.restore({**manifest["framework"], **states.get("framework", {})})
             run.meter.restore(manifest["meter"])
             run.clock.restore(manifest["clock"])
         except (KeyError, TypeError, RuntimeError) as error:

@@ -59,7 +59,7 @@ class Paces:
             # Looked up each time: a planner may have moved the cut.
             head, _, tail = segments_of(self._parts.base, self._parts.layouts[name], self._parts.routes[name])
             cost = self._work(length)
-            if verb == "head_forward":
+            if verb in ("head_forward", "features"):
                 return cost.forward(head.blocks)
             if verb == "head_backward":
                 return 0.0 if self._frozen_head else cost.backward(head.blocks, input_gradient=False)

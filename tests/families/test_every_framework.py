@@ -23,6 +23,7 @@ EVERY = registry.names("framework")
 ALONE: dict[str, dict[str, Any]] = {  # options that a single client needs
     "gsfl": {"groups": 1},
     "hsfl": {"edges": 1},
+    "multisfl": {"branches": 1},
 }
 NOT_ALONE = {"ringsfl", "pairingfl", "clicooper"}  # they need a peer, and say so
 U_ONLY = {"ringsfl"}

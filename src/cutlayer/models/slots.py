@@ -50,6 +50,7 @@ class Slot:
         self._arena = arena
         self._homes: dict[tuple[int, str], Tensor] = {}  # by parameter and key: where its optimizer state stays
         self._pending: dict[Key, dict[str, Tensor]] = {}
+        self.penalty: Callable[[], Mapping[str, Tensor]] | None = None  # of a loss on the weights: gradients, by name
         self.optimizer: torch.optim.Optimizer | None = None
         self.reset_optimizer()
         if arena is not None:
@@ -107,13 +108,18 @@ class Slot:
             del self._pending[key]
 
     def _total(self, weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
-        """The summed gradient, by the unique names; each client's part times its weight, where given."""
+        """The summed gradient, by the unique names; each client's part times its weight, where given.
+
+        With a ``penalty`` its gradient is in it, unweighted.
+        """
         total: dict[str, Tensor] = {}
         for key in sorted(self._pending):
             weight = 1.0 if weights is None else weights[key[0]]
             for name, grad in self._pending[key].items():
                 scaled = grad if weight == 1.0 else grad * weight
                 total[name] = total[name] + scaled if name in total else scaled
+        for name, grad in (self.penalty() if self.penalty is not None else {}).items():
+            total[name] = total[name] + grad if name in total else grad
         return total
 
     def squared_norm(self, weights: Mapping[str, float] | None = None) -> float:

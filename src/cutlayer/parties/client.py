@@ -14,16 +14,15 @@ from cutlayer.contracts import Batch
 from cutlayer.data.batches import Batches
 from cutlayer.errors import WireError
 from cutlayer.models.segment import Segment
-from cutlayer.models.slots import Slot, parameter_of
+from cutlayer.models.slots import Slot
 from cutlayer.parties._tail import TailWork, run_tail
+from cutlayer.parties.helping import chosen, histogram, wanted
+from cutlayer.parties.holder import Answer, Holder
 from cutlayer.parties.memory import Watch
-from cutlayer.ranks import pairs, refit
-from cutlayer.seeds import segment_seed
+from cutlayer.seeds import derive, segment_seed
 from cutlayer.sketches import Teller
 from cutlayer.step import at
 from cutlayer.wire import Header, Value
-
-Answer = tuple[Header, list[Tensor]]
 
 
 @dataclass
@@ -37,7 +36,7 @@ class _Open:
     loss: float = 0.0
 
 
-class ClientParty:
+class ClientParty(Holder):
     """Answers verbs, each a method ``on_<verb>`` from a header and tensors to a header and tensors.
 
     Args:
@@ -69,13 +68,11 @@ class ClientParty:
         teller: Teller | None = None,
         frozen: Mapping[str, Parameter] | None = None,
     ) -> None:
-        self.name = name
+        super().__init__(name, head=head, tail=tail, slot=slot, secret=secret_of(seed, name))
         self.frozen_head = frozen is not None
         self.params = {**(frozen or {}), **slot.params}
-        self.head, self.tail, self.slot = head, tail, slot
         self.batches, self.evaluation, self.validation = batches, evaluation, validation
         self.sizes, self.seed, self.teller = sizes, seed, teller
-        self.device = head.base.device
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
         self._tells_step_tokens = self._cached = False
@@ -92,12 +89,6 @@ class ClientParty:
             raise WireError(f"Client '{self.name}' was asked for '{header.verb}', which is no verb of a client.")
         answer: Answer = verb(header, dict(zip(header.names, tensors, strict=True)))
         return answer
-
-    def names(self, part: str) -> set[str]:
-        """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``."""
-        everything = set(self.slot.params)
-        own = everything & {*self.head.names, *(self.tail.names if self.tail else [])}
-        return {"own": own, "hosted": everything - own, "all": everything}[part]
 
     def on_set_up(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 1: the server tells the cut and the length of the run, the client its sizes."""
@@ -143,16 +134,11 @@ class ClientParty:
         kept = hidden if training and hidden.requires_grad else None
         if training or self.tail is not None:
             self._open[header.step, header.micro] = _Open(batch, kept, weight, last)
-        shown: dict[str, Tensor] = {"hidden": hidden}
+        shown = self._shown(batch, hidden, labels=self.tail is None)
         if training and self._cached:
             shown["samples"] = self._samples(header)
-        if batch.attention_mask is not None:
-            shown["mask"] = batch.attention_mask.bool()
-        if batch.position_ids is not None:
-            shown["positions"] = batch.position_ids.to(torch.int32)
         values: dict[str, Value] = {"last": last, "needs_gradient": kept is not None}
-        if self.tail is None:  # the server computes the loss, so it must get the labels
-            shown["labels"] = batch.labels.to(torch.int32)
+        if self.tail is None:  # the server computes the loss
             values |= {"weight": weight, "label_tokens": batch.label_tokens, "tokens": batch.tokens}
             if training and self._tells_step_tokens:
                 values["step_tokens"] = self._step_tokens(header.step)
@@ -183,6 +169,31 @@ class ClientParty:
         if self.tail is None and self._tells_step_tokens:
             values["step_tokens"] = self._step_tokens(header.step)
         return self._reply(header, "send_activations", "activations", values, {"samples": self._samples(header)})
+
+    def on_histogram(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 1: how many examples of each category the client has (see ``parties/helping.py``)."""
+        counts: dict[str, Value] = {**histogram(self.batches.examples)}
+        return self._reply(header, "partition", "ack", counts)
+
+    def on_features(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 2 for others: hidden states [R,T,H] and labels of examples of the wanted categories; no graph is kept.
+
+        The request has the head's trained tensors that they are to be made with, and how many of each category.
+        """
+        rows, given = chosen(self.batches, wanted(header), int(header.value("number")))
+        told: dict[str, Value] = {**given}
+        if not rows:
+            return self._reply(header, "send_activations", "ack", told)
+        params = {name: Parameter(tensor.to(self.device)) for name, tensor in tensors.items()}
+        batch = self.batches.collate(rows)
+        with torch.no_grad():
+            hidden = self.head.forward(
+                params,
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=_to(batch.attention_mask, self.device),
+                position_ids=_to(batch.position_ids, self.device),
+            )
+        return self._reply(header, "send_activations", "activations", told, self._shown(batch, hidden, labels=True))
 
     def on_tail_step(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 6: tail forward, loss and backward; show the gradient [B,T,H] of what came."""
@@ -234,47 +245,6 @@ class ClientParty:
             self.slot.update()
         return self._reply(header, "head_backward", "ack", self._told(held))
 
-    def on_grad_norm(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
-        """The squared norm of the client's gradient in waiting."""
-        return self._reply(header, "head_backward", "ack", {"squared_norm": self.slot.squared_norm()})
-
-    def on_update(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
-        """The optimizer step of the client's part, with its gradient scaled."""
-        self.slot.update(scale=float(header.value("scale")))
-        return self._reply(header, "head_backward", "ack", {})
-
-    def on_move(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
-        """Step 1 again: from now on the head has this many blocks, and its adapters the ``ranks`` given, if any.
-
-        What leaves with the blocks that the server takes over (parameters and optimizer state) is the answer.
-        """
-        before, cut = self.names("own"), int(header.value("head_blocks"))
-        self.head = self.head.base.segment("head", range(cut), bottom=True)
-        leaving = before - self.names("own")
-        state = {n: t.clone() for n, t in self.slot.get(optimizer=True).items() if parameter_of(n) in leaving}
-        self.slot.forget(leaving)
-        if "ranks" in tensors:
-            held = {n: t for n, t in self.slot.get().items() if n in self.names("own")}
-            ranks = dict(zip(pairs(held), tensors["ranks"].tolist(), strict=True))
-            fitted = refit(held, ranks)
-            self.slot.reshape({n: t for n, t in fitted.items() if t.shape != held[n].shape})
-        return self._reply(header, "partition", "state", {}, state)
-
-    def on_get_state(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
-        """Step 11: the client's trainable tensors (``part``: see ``names``), with the optimizer's state where asked."""
-        wanted = self.names(str(header.value("part")))
-        state = self.slot.get(optimizer=bool(header.value("optimizer")))
-        state = {name: tensor for name, tensor in state.items() if parameter_of(name) in wanted}
-        return self._reply(header, "aggregate", "state", {"version": self.slot.version}, state)
-
-    def on_set_state(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
-        """Step 11: take merged or handed-over tensors. ``version`` below 0 keeps the count of updates."""
-        version = int(header.value("version"))
-        if header.value("reset"):
-            self.slot.reset_optimizer()
-        self.slot.put({n: t.to(self.device) for n, t in tensors.items()}, version=None if version < 0 else version)
-        return self._reply(header, "aggregate", "ack", {})
-
     def abort(self) -> None:
         """Forget every open micro-batch and gradient in waiting."""
         self._open.clear()
@@ -308,49 +278,45 @@ class ClientParty:
         return held
 
     @staticmethod
+    def _shown(batch: Batch, hidden: Tensor, *, labels: bool) -> dict[str, Tensor]:
+        """What leaves of a batch: hidden states, what tells its real tokens, and labels where the server needs them."""
+        shown: dict[str, Tensor] = {"hidden": hidden}
+        if batch.attention_mask is not None:
+            shown["mask"] = batch.attention_mask.bool()
+        if batch.position_ids is not None:
+            shown["positions"] = batch.position_ids.to(torch.int32)
+        if labels:
+            shown["labels"] = batch.labels.to(torch.int32)
+        return shown
+
+    @staticmethod
     def _told(held: _Open) -> dict[str, Value]:
         batch = held.batch
         return {"loss": held.loss, "tokens": batch.tokens, "label_tokens": batch.label_tokens, "last": held.last}
-
-    def _reply(
-        self,
-        to: Header,
-        step_name: str,
-        kind: str,
-        values: Mapping[str, Value],
-        tensors: Mapping[str, Tensor] | None = None,
-    ) -> Answer:
-        tensors = tensors or {}
-        header = Header(
-            step_name,
-            kind,
-            "",
-            self.name,
-            "server",
-            self.name,
-            to.slot,
-            to.step,
-            to.micro,
-            to.turn,
-            values,
-            tuple(tensors),
-        )
-        return header, list(tensors.values())
 
 
 VERB_STEPS = {
     "set_up": "partition",
     "sketch": "partition",
+    "histogram": "partition",
     "head_forward": "head_forward",
+    "features": "head_forward",
     "tail_step": "tail_step",
     "head_backward": "head_backward",
     "grad_norm": "head_backward",
     "update": "head_backward",
     "move": "partition",
+    "begin_stage": "aggregate",
+    "end_stage": "aggregate",
     "get_state": "aggregate",
     "set_state": "aggregate",
 }
 """The step in which a verb's work is done."""
+
+
+def secret_of(seed: int, name: str) -> bytes:
+    """The secret of a simulated client, which follows from the run's seed so that runs repeat; a real one draws it."""
+    return str(derive(seed, "secret", name)).encode()
 
 
 def answer(party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:

@@ -1,20 +1,27 @@
-"""The row's check: a chain of three trainers is unsplit training."""
+"""The row's check: a chain of three trainers is unsplit training, and its watermarks prove who trained what."""
 
 # ruff: noqa: F811 - a fixture that is imported
 
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import cutlayer
 import unsplit
+from cutlayer import watermark
 from cutlayer.driver import Run
-from cutlayer.errors import CutlayerError
+from cutlayer.errors import CheckpointError, CutlayerError
+from cutlayer.parties.client import secret_of
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, U, adamw, adapter, caught, equal, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, losses, model, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(6, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
@@ -92,3 +99,150 @@ def test_what_is_no_chain_is_refused(options: dict[str, Any], said: str, tmp_pat
 def test_more_trainers_than_blocks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CutlayerError, match=r"1 blocks .* do not fit a chain of 3 trainers"):
         train(model(), tmp_path / "out", ROWS, framework=chain())
+
+
+MARKED = chain(watermark=0.1, stage_rounds=40, lengths=[1, 2, 2])
+
+
+def marked(out: Path, **changes: Any) -> Any:
+    common = {"partition": TWO, "framework": MARKED, "rounds": 80, "optimizer": {"name": "adamw", "lr": 1e-2}}
+    return train(model(**DEEP), out, ROWS, **{**common, **changes})
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A marked run of two stages."""
+    out = tmp_path_factory.mktemp("honest") / "out"
+    marked(out)
+    return out
+
+
+def stages(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
+
+
+def copied(honest: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "watermark"
+    shutil.copytree(honest / "watermark", folder)
+    return folder
+
+
+def test_2_every_stage_of_an_honest_run_is_proven(honest: Path) -> None:
+    secrets = {name: secret_of(0, name) for name in ROWS}
+    found = watermark.verify(honest / "watermark", secrets=secrets)
+    assert [(v.stage, v.trainer) for v in found] == [(s, t) for s in (1, 2) for t in ("bob", "cid", "dan")]
+    assert [(v.passed, v.error_rate) for v in found] == [(True, 0.0)] * 6
+    other = watermark.verify(honest / "watermark", secrets={"cid": b"another"})
+    assert [v.passed for v in other] == [v.trainer != "cid" for v in other]
+
+
+def test_2_an_independent_checkpoint_has_no_mark(honest: Path, tmp_path: Path) -> None:
+    """Another seed's run in the places of this one's weights: about half of the bits are wrong."""
+    marked(tmp_path / "other", framework={**MARKED, "watermark": 0.0}, seed=1, rounds=20)
+    state = {
+        name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): tensor
+        for name, tensor in adapter(tmp_path / "other").items()
+    }
+    folder = copied(honest, tmp_path)
+    for line in stages(folder)[-3:]:
+        path = folder / f"stage-{line['stage']:06d}-{line['trainer']}.safetensors"
+        save_file({name: state[name] for name in load_file(path)}, path)
+    for verdict in watermark.verify(folder)[-3:]:
+        assert abs(verdict.error_rate - 0.5) <= 0.15
+        assert "the checkpoint is not the one that was committed to" in verdict.wrong
+
+
+def test_2_a_skipped_stage_shows(honest: Path, tmp_path: Path) -> None:
+    """A trainer that hands in the weights of the stage before."""
+    folder = copied(honest, tmp_path)
+    shutil.copy(folder / "stage-000001-cid.safetensors", folder / "stage-000002-cid.safetensors")
+    wrong = {(v.stage, v.trainer): v for v in watermark.verify(folder) if not v.passed}
+    assert set(wrong) == {(2, "cid")}
+    assert abs(wrong[2, "cid"].error_rate - 0.5) <= 0.15
+
+
+def test_2_a_lazy_trainer_that_commits_to_what_it_has_shows(tmp_path: Path) -> None:
+    """At rate 0 nothing is trained: digests chain, but the marks are not there."""
+    marked(tmp_path / "out", optimizer={"name": "sgd", "lr": 0.0}, rounds=8)
+    found = watermark.verify(tmp_path / "out" / "watermark")
+    assert [v.stage for v in found] == [1, 1, 1]
+    assert all(len(v.wrong) == 1 and "of the bits are wrong" in v.wrong[0] for v in found)
+    assert all(abs(v.error_rate - 0.5) <= 0.15 for v in found)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 4), (2, 3)])
+def test_2_swapped_stages_break_the_chain(first: int, second: int, honest: Path, tmp_path: Path) -> None:
+    """As they are, and numbered anew."""
+    folder = copied(honest, tmp_path)
+    lines = stages(folder)
+    lines[first], lines[second] = lines[second], lines[first]
+    orders = [lines, [{**line, "stage": number // 3 + 1} for number, line in enumerate(lines)]]
+    kept = {(line["stage"], line["trainer"]): line["weights"] for line in stages(folder)}
+    assert len(set(kept.values())) == 6
+    for order in orders:
+        (folder / "stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in order))
+        for line in order:  # each with its own checkpoint
+            source = next(key for key, weights in kept.items() if weights == line["weights"])
+            target = folder / f"stage-{line['stage']:06d}-{line['trainer']}.safetensors"
+            shutil.copy(honest / "watermark" / f"stage-{source[0]:06d}-{source[1]}.safetensors", target)
+        found = watermark.verify(folder)
+        broken = [i for i, v in enumerate(found) if "the digest does not follow from the stage before" in v.wrong]
+        assert {first, second} <= set(broken)
+
+
+def test_2_the_task_is_learnt_as_well(honest: Path, tmp_path: Path) -> None:
+    """The mean loss of the last epochs is within 2 % of the unmarked run's."""
+    marked(tmp_path / "plain", framework={**MARKED, "watermark": 0.0})
+    late = [sum(loss for _, loss in losses(out)[-6:]) / 6 for out in (honest, tmp_path / "plain")]
+    print(late)
+    assert late[1] < 0.97 * losses(honest)[0][1]
+    assert abs(late[0] / late[1] - 1) <= 0.02
+    assert not (tmp_path / "plain" / "watermark").exists()
+
+
+@PARTITIONS
+def test_a_marked_run_goes_on_exactly_after_an_end(partition: dict[str, Any], tmp_path: Path) -> None:
+    """In the middle of a stage, clipping on; what is proven is the same."""
+    changes = {
+        "partition": partition, "rounds": 4, "checkpoint_every": 1, "max_grad_norm": 0.5,
+        "framework": chain(watermark=0.1, stage_rounds=3),
+    }  # fmt: skip
+    for name in ("whole", "part"):
+        train(model(**DEEP), tmp_path / name, ROWS, **changes)
+    part = tmp_path / "part"
+    shutil.rmtree(part / "checkpoints" / "round-000004")
+    shutil.rmtree(part / "adapter")
+    (part / "summary.json").unlink()
+    cutlayer.train(resume=part)
+    assert losses(part) == losses(tmp_path / "whole")
+    assert equal(adapter(part), adapter(tmp_path / "whole"))
+    assert stages(part / "watermark") == stages(tmp_path / "whole" / "watermark")
+    assert [line["stage"] for line in stages(part / "watermark")] == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_pattern_uses_each_weight_once_and_follows_its_key() -> None:
+    for weights, used, bits in ((200, 150, 128), (130, 1024, 128), (10_000, 1024, 256)):
+        pattern = watermark.pattern_of(b"key", weights=weights, used=used, bits=bits)
+        count = min(used, weights)
+        assert len(set(pattern.places.tolist())) == len(pattern.places) == count
+        assert pattern.signs.shape == (bits, count)
+        assert set(pattern.signs.unique().tolist()) == {-1.0, 1.0}
+        assert 0.3 < float(pattern.bits.mean()) < 0.7
+        again = watermark.pattern_of(b"key", weights=weights, used=used, bits=bits)
+        assert torch.equal(pattern.signs, again.signs)
+        assert torch.equal(pattern.places, again.places)
+        other = watermark.pattern_of(b"yek", weights=weights, used=used, bits=bits)
+        assert not torch.equal(pattern.signs, other.signs)
+
+
+def test_what_cannot_be_marked_or_read_is_refused(tmp_path: Path) -> None:
+    for options, said in (
+        ({"watermark": -1.0}, "watermark is -1.0"),
+        ({"mark_weights": 8}, r"mark_weights is 8; it must be mark_bits \(128\) or more"),
+        ({"stage_rounds": 0}, "stage_rounds is 0"),
+        ({"watermark": 0.1, "mark_bits": 1000, "lengths": [1, 2, 1]}, "needs as many trained weights"),
+    ):
+        with pytest.raises(CutlayerError, match=said):
+            train(model(**DEEP), tmp_path / "out", ROWS, framework=chain(**options))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        watermark.verify(tmp_path)

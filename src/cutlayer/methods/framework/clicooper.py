@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cutlayer.contracts import Framework, Layout, Stop
 from cutlayer.errors import MethodError, suggest
 from cutlayer.methods.framework._cohort import check_options, cohort, local_steps
 from cutlayer.registry import method
+from cutlayer.seeds import derive
+from cutlayer.watermark import genesis, record
 
 if TYPE_CHECKING:
     from cutlayer.driver import Run
+
+
+@dataclass
+class _Chain:
+    """Of the watermark: the stages that are over, how many records there are of them, and the digest that they left."""
+
+    stages: int = 0
+    records: int = 0
+    digest: str = ""
 
 
 @method("framework", paper="Deng et al., IEEE TSC, 2026, arXiv:2603.08421")
@@ -25,6 +36,13 @@ class CliCooper(Framework):
     it. In the U-shape the chain comes back to the owner, which keeps them: take it for language models, whose labels
     are the text.
 
+    With ``watermark`` every trainer writes bits into the weights of its segment, by a loss on them that is added to its
+    objective with that factor, stage by stage, each tied to the one before (``cutlayer/watermark.py``). The owner gets
+    each stage's weights and digests, and the keys once the stage is over; they are kept in the run's output folder, and
+    ``cutlayer.watermark.verify`` proves from them who trained what, in which order. A run that is stopped early leaves
+    its last stage unproven. What the owner adds before its data leave, noise on the hidden states and secret labels,
+    belongs to the family defense and is not part of this class.
+
     The paper knows one owner. Several take turns here, as in ``sequential-sl``: the chain is the same, and the owner's
     part is handed on (over the coordinator), so that there is one model. Trainers bring no data of their own, whatever
     the run file gives them. Blocks are dealt evenly over the chain unless ``lengths`` says otherwise.
@@ -35,6 +53,11 @@ class CliCooper(Framework):
     lengths: list[int] | None = None  # blocks of each trainer, in the order of the chain
     local_steps: int = 1  # optimizer steps of an owner in its turn
     participation: float = 1.0  # of the owners
+    watermark: float = 0.0  # weight of the mark's loss, 0.01 to 0.1; 0: no mark
+    mark_bits: int = 128  # of a trainer's mark
+    mark_weights: int = 1024  # how many of a segment's weights carry the mark, at most
+    stage_rounds: int = 10  # rounds of a stage
+    _chain: _Chain = field(default_factory=_Chain, init=False, repr=False, compare=False)
 
     travels: ClassVar[bool] = True
 
@@ -44,6 +67,14 @@ class CliCooper(Framework):
             raise ValueError(f"owners is {self.owners}; it must be 1 or more")
         if self.lengths is not None and min(self.lengths, default=0) < 1:
             raise ValueError(f"lengths is {self.lengths}; each trainer runs at least one block")
+
+        if not self.watermark >= 0:
+            raise ValueError(f"watermark is {self.watermark}; it must be 0 or more")
+        for name in ("mark_bits", "stage_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.mark_weights < self.mark_bits:
+            raise ValueError(f"mark_weights is {self.mark_weights}; it must be mark_bits ({self.mark_bits}) or more")
 
     def trainers(self, clients: Sequence[str]) -> Sequence[str]:
         """Who makes steps in a run: the owners.
@@ -100,15 +131,59 @@ class CliCooper(Framework):
         return self.roles(clients)[0]
 
     async def round(self, run: Run, number: int) -> None:
-        """A turn of every owner."""
-        owners, _ = self.roles(run.clients)
+        """A turn of every owner; a stage of the watermark lasts some rounds."""
+        owners, chain = self.roles(run.clients)
+        if self.watermark:
+            await self._begin_stage(run, chain)
         for owner in cohort(run, number, self.participation):
             await run.hand_over(run.holder(owners), owner, optimizer=True)
             await local_steps(run, owner, self.local_steps)
+        kind, count = run.config.length
+        ended = number + 1 == count if kind == "rounds" else not any(map(run.steps_left, owners))
+        if self.watermark and (ended or (number + 1) % self.stage_rounds == 0):
+            await self._end_stage(run, chain)
+
+    async def _begin_stage(self, run: Run, chain: Sequence[str]) -> None:
+        """Tell the trainers the stage. In each of its rounds, as one that was resumed must learn it again."""
+        about: dict[str, str | int | float] = {
+            "digest": self._chain.digest or genesis(nonce_of(run)), "nonce": nonce_of(run),
+            "stage": self._chain.stages + 1, "strength": self.watermark, "bits": self.mark_bits,
+            "used": self.mark_weights,
+        }  # fmt: skip
+        for trainer in chain:
+            await run.ends[trainer].ask("begin_stage", about)
+
+    async def _end_stage(self, run: Run, chain: Sequence[str]) -> None:
+        """Every trainer in turn carries the digest on over its weights, and reveals its key."""
+        kept = self._chain
+        kept.stages += 1
+        kept.digest = kept.digest or genesis(nonce_of(run))
+        for trainer in chain:
+            parcel = await run.ends[trainer].ask("end_stage", {"digest": kept.digest})
+            about = {
+                "stage": kept.stages, "trainer": trainer, "nonce": nonce_of(run), "bits": self.mark_bits,
+                "used": self.mark_weights, **parcel.header.values,
+            }  # fmt: skip
+            record(run.out / "watermark", kept.records, about, parcel.tensors)
+            kept.records += 1
+            kept.digest = str(parcel.header.value("digest"))
+
+    def state(self) -> Mapping[str, Any]:
+        """Where the chain of stages is."""
+        return asdict(self._chain)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what ``state`` gave."""
+        vars(self._chain).update(state)
 
     def evaluators(self, run: Run) -> Sequence[str]:
         """The owner that has the live copy of its part."""
         return [run.holder(self.roles(run.clients)[0])]
+
+
+def nonce_of(run: Run) -> str:
+    """A name of the run that every party may know."""
+    return f"{derive(run.seed, 'nonce'):016x}"
 
 
 def dealt_evenly(blocks: int, trainers: int) -> list[int]:

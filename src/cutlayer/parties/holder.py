@@ -1,0 +1,119 @@
+"""What a client does with its parameters: update, hand out, take, give up. The step itself is in ``client.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from cutlayer.models.segment import Segment
+from cutlayer.models.slots import Slot, parameter_of
+from cutlayer.parties.marking import Marker
+from cutlayer.ranks import pairs, refit
+from cutlayer.wire import Header, Value
+
+Answer = tuple[Header, list[Tensor]]
+
+
+class Holder:
+    """The verbs of a client that are about the parameters in its slot.
+
+    Args:
+        name: the client's name.
+        head: the segment with the embedding.
+        tail: the segment with the norm, the head and the loss; None in the two-part split.
+        slot: the trainable parameters of both, and of what it runs for others.
+        secret: of this client alone; its marks are made from it.
+    """
+
+    def __init__(self, name: str, *, head: Segment, tail: Segment | None, slot: Slot, secret: bytes) -> None:
+        self.name, self.head, self.tail, self.slot = name, head, tail, slot
+        self.device = head.base.device
+        self.marker = Marker(secret)
+
+    def names(self, part: str) -> set[str]:
+        """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``."""
+        everything = set(self.slot.params)
+        own = everything & {*self.head.names, *(self.tail.names if self.tail else [])}
+        return {"own": own, "hosted": everything - own, "all": everything}[part]
+
+    def on_grad_norm(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """The squared norm of the client's gradient in waiting."""
+        return self._reply(header, "head_backward", "ack", {"squared_norm": self.slot.squared_norm()})
+
+    def on_update(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """The optimizer step of the client's part, with its gradient scaled."""
+        self.slot.update(scale=float(header.value("scale")))
+        return self._reply(header, "head_backward", "ack", {})
+
+    def on_move(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 1 again: from now on the head has this many blocks, and its adapters the ``ranks`` given, if any.
+
+        What leaves with the blocks that the server takes over (parameters and optimizer state) is the answer.
+        """
+        before, cut = self.names("own"), int(header.value("head_blocks"))
+        self.head = self.head.base.segment("head", range(cut), bottom=True)
+        leaving = before - self.names("own")
+        state = {n: t.clone() for n, t in self.slot.get(optimizer=True).items() if parameter_of(n) in leaving}
+        self.slot.forget(leaving)
+        if "ranks" in tensors:
+            held = {n: t for n, t in self.slot.get().items() if n in self.names("own")}
+            ranks = dict(zip(pairs(held), tensors["ranks"].tolist(), strict=True))
+            fitted = refit(held, ranks)
+            self.slot.reshape({n: t for n, t in fitted.items() if t.shape != held[n].shape})
+        return self._reply(header, "partition", "state", {}, state)
+
+    def on_get_state(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 11: the client's trainable tensors (``part``: see ``names``), with the optimizer's state where asked."""
+        wanted = self.names(str(header.value("part")))
+        state = self.slot.get(optimizer=bool(header.value("optimizer")))
+        state = {name: tensor for name, tensor in state.items() if parameter_of(name) in wanted}
+        return self._reply(header, "aggregate", "state", {"version": self.slot.version}, state)
+
+    def on_set_state(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 11: take merged or handed-over tensors. ``version`` below 0 keeps the count of updates."""
+        version = int(header.value("version"))
+        if header.value("reset"):
+            self.slot.reset_optimizer()
+        self.slot.put({n: t.to(self.device) for n, t in tensors.items()}, version=None if version < 0 else version)
+        return self._reply(header, "aggregate", "ack", {})
+
+    def on_begin_stage(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 11: from now on, mark what is trained for others (see ``parties/marking.py``)."""
+        self.marker.begin(header, self.slot, self._hosted())
+        return self._reply(header, "aggregate", "ack", {})
+
+    def on_end_stage(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 11: the end of a marked stage: what proves it, and the weights that it is proven with."""
+        names = self._hosted()
+        told = self.marker.end(header, self.slot, names)
+        return self._reply(header, "aggregate", "state", told, {n: self.slot.params[n].detach() for n in names})
+
+    def _hosted(self) -> list[str]:
+        hosted = self.names("hosted")
+        return [name for name in self.slot.get() if name in hosted]
+
+    def _reply(
+        self,
+        to: Header,
+        step_name: str,
+        kind: str,
+        values: Mapping[str, Value],
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Answer:
+        tensors = tensors or {}
+        header = Header(
+            step_name,
+            kind,
+            "",
+            self.name,
+            "server",
+            self.name,
+            to.slot,
+            to.step,
+            to.micro,
+            to.turn,
+            values,
+            tuple(tensors),
+        )
+        return header, list(tensors.values())
