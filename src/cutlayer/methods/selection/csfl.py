@@ -126,5 +126,6 @@ def named(clusters: Sequence[Sequence[str]], before: Mapping[str, str]) -> dict[
                 names[int(row)] = old[column]
     free = (f"cluster-{n}" for n in range(len(clusters) + len(old)) if f"cluster-{n}" not in old)
     for number in range(len(clusters)):
-        names.setdefault(number, next(free))
+        if number not in names:
+            names[number] = next(free)
     return {client: names[number] for number, group in enumerate(clusters) for client in group}
