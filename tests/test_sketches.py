@@ -15,7 +15,7 @@ from arranged import labelled_rows, two_domains
 from cutlayer.contracts import Batch, Example
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError, WireError
-from cutlayer.sketches import Sketch, Teller, bucket_of, hash_similarity, hashed, simulated_secret
+from cutlayer.sketches import Sketch, Teller, bucket_of, hash_similarity, hashed, simulated_secrets
 from cutlayer.wire import Header, read_frames
 from spine import caught, losses, model, train  # noqa: F401
 
@@ -60,14 +60,14 @@ def test_labels_leave_as_proportions_once_a_client(tmp_path: Path) -> None:
     assert count["with"] - count["without"] == 4  # a request and an answer each
 
 
-def teller(sketch: Sketch, *lengths: int, client: str = "ann", secret: int = 1) -> Teller:
+def teller(sketch: Sketch, *lengths: int, own: int = 1) -> Teller:
     examples = [Example(input_ids=list(range(3, 3 + length)), labels=list(range(length))) for length in lengths]
 
     def batch(chosen: Any) -> Batch:
         ids = torch.tensor([list(e.input_ids)[:1] for e in chosen])
         return Batch(ids, None, None, ids, 1, 1)
 
-    return Teller(sketch, client, examples, batch, 0, vocabulary=90, seed=0, secret=secret)
+    return Teller(sketch, "ann", examples, batch, 0, vocabulary=90, seed=0, shared=1, own=own)
 
 
 def embedded(batch: Batch) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_noise_and_flips_are_a_client_s_own_and_stay_the_same() -> None:
     for sketch in (Sketch("lengths", noise=0.1), Sketch("features", noise=0.1), Sketch("hash", flip=0.2)):
         first, again = (teller(sketch, 2, 5).tell(embedded) for _ in range(2))
         assert torch.equal(first, again)
-        assert not torch.equal(first, teller(sketch, 2, 5, client="bob").tell(embedded))
+        assert not torch.equal(first, teller(sketch, 2, 5, own=2).tell(embedded))
     blurred = teller(Sketch("lengths", noise=0.1), 2, 5).tell(embedded)
     assert float(blurred.sum()) == pytest.approx(1.0, abs=1e-6)
     assert float(blurred.min()) >= 0
@@ -101,7 +101,7 @@ def test_noise_and_flips_are_a_client_s_own_and_stay_the_same() -> None:
 def test_a_hash_is_made_with_a_secret_that_is_in_no_frame(tmp_path: Path) -> None:
     feature = np.random.default_rng(0).standard_normal(32)
     sketch = Sketch("hash")
-    one, two = (hashed(feature, sketch, secret=secret, client="ann") for secret in (1, 2))
+    one, two = (hashed(feature, sketch, shared=shared, own=1) for shared in (1, 2))
     signs = [np.unpackbits(h) * 2.0 - 1 for h in (one, two)]
     assert abs(hash_similarity(*signs)) < 0.3  # of one feature, to who has another secret
     wire = tmp_path / "wire"
@@ -109,9 +109,9 @@ def test_a_hash_is_made_with_a_secret_that_is_in_no_frame(tmp_path: Path) -> Non
         model(), tmp_path / "out", TEXTS, framework={"name": "gsfl", "groups": "selection"},
         selection="gsfl-hash-grouping", rounds=1, record_wire=str(wire),
     )  # fmt: skip
-    secret = str(simulated_secret(0))
+    secrets = {str(secret) for client in TEXTS for secret in simulated_secrets(0, client)}
     for _, header, _ in read_frames(wire):
-        assert secret not in str(header)
+        assert not any(secret in str(header) for secret in secrets)
 
 
 BAD: list[tuple[Any, Any, str]] = [

@@ -33,7 +33,7 @@ def test_a_hashes_tell_the_cosine(flip: float, least: float) -> None:
         a /= np.linalg.norm(a)
         aside = noise - (noise @ a) * a
         b = cosine * a + np.sqrt(1 - cosine**2) * aside / np.linalg.norm(aside)
-        bits = [np.unpackbits(hashed(v, sketch, secret=5, client=c)) * 2.0 - 1 for v, c in ((a, "a"), (b, "b"))]
+        bits = [np.unpackbits(hashed(v, sketch, shared=5, own=own)) * 2.0 - 1 for v, own in ((a, 1), (b, 2))]
         true.append(cosine)
         found.append(hash_similarity(*bits, flip=flip))
     assert np.corrcoef(true, found)[0, 1] > least

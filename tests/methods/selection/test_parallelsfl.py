@@ -254,7 +254,7 @@ def test_clusters_are_averaged_by_members_times_steps(
 
 @pytest.mark.parametrize("seed", often(range(3), 0))
 def test_d_mixed_clusters_beat_groups_of_one_label(seed: int, tmp_path: Path, caught: list[Run]) -> None:
-    """Balanced accuracy where each client has one of two classes: 0.76, 0.85, 0.75 against 0.57, 0.80, 0.55 in three seeds."""
+    """Balanced accuracy, one of two classes a client: 0.76, 0.85, 0.75 against 0.57, 0.80, 0.55 in three seeds."""
     folder = model("distilbert")
     labels = {"c0": 0, "c1": 0, "c2": 1, "c3": 1}
     rows = {c: labelled_rows([own] * 6, seed=10 * seed + i, telling=0.6) for i, (c, own) in enumerate(labels.items())}
