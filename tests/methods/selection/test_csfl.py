@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cutlayer.arrangement import Arrangement
 from cutlayer.driver import Run
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.registry import create
-from spine import PARTITIONS, TWO, adapter, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import TWO, U, adapter, caught, equal, lines, losses, model, often, train  # noqa: F401
 from unsplit import text_batches
 
 CLASSES = {"format": "classification"}
@@ -107,10 +108,17 @@ def test_b_each_cluster_s_model_fits_its_own_clients_better(tmp_path: Path, caug
     assert sorted(p.name for p in (tmp_path / "apart" / "adapters").iterdir()) == list(rows)
 
 
-@PARTITIONS
-def test_b_with_one_model_for_all_it_is_sfl_v1(partition: dict[str, Any], tmp_path: Path, caught: list[Run]) -> None:
+@pytest.mark.parametrize(
+    ("framework", "partition"), often(product(("sfl-v1", "sfl-v2"), (TWO, U)), ("sfl-v1", U), ("sfl-v2", TWO))
+)
+def test_b_with_one_model_for_all_it_is_the_framework_itself(
+    framework: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]
+) -> None:
     rows = two_domains(3)
-    common = {"partition": partition, "rounds": 3, "framework": {"name": "sfl-v1", "participation": 0.6}}
+    common = {
+        "partition": partition, "rounds": 3, "framework": {"name": framework, "participation": 0.6},
+        "optimizer": {"name": "adamw", "lr": 1e-2, "schedule": "linear"},
+    }  # fmt: skip
     selection = {"name": "csfl", "sketch": "tokens", "threshold": 2.0, "band": 0.0}
     train(model(), tmp_path / "one", rows, selection=selection, **common)
     train(model(), tmp_path / "two", rows, **common)
@@ -120,15 +128,19 @@ def test_b_with_one_model_for_all_it_is_sfl_v1(partition: dict[str, Any], tmp_pa
     assert moved[0] == moved[1]
 
 
-def test_clusters_train_as_runs_of_their_own(tmp_path: Path, caught: list[Run]) -> None:
+@pytest.mark.parametrize("framework", [{"name": "sfl-v1"}, {"name": "sfl-v2", "order": "listed"}], ids=["v1", "v2"])
+def test_clusters_train_as_runs_of_their_own(framework: dict[str, Any], tmp_path: Path, caught: list[Run]) -> None:
     """Each cluster's model is that of a run that has only its clients."""
     rows = two_domains(4)
-    train(model(), tmp_path / "all", rows, framework="sfl-v1", rounds=3, selection={"name": "csfl", "sketch": "tokens"})
+    common = {"framework": framework, "rounds": 3, "optimizer": {"name": "adamw", "lr": 1e-2, "schedule": "linear"}}
+    train(model(), tmp_path / "all", rows, selection={"name": "csfl", "sketch": "tokens"}, **common)
     for number in (0, 1):
         few = {c: r for c, r in rows.items() if int(c[1]) % 2 == number}
-        train(model(), tmp_path / f"few{number}", few, framework="sfl-v1", rounds=3)
+        train(model(), tmp_path / f"few{number}", few, **common)
         for c in few:
             assert equal(adapter(tmp_path / "all" / "adapters", c), adapter(tmp_path / f"few{number}"))
+    if framework["name"] == "sfl-v2":
+        assert set(caught[0].parts.server.slots) == {"cluster-0", "cluster-1"}
 
 
 def states(*values: float) -> list[dict[str, torch.Tensor]]:
@@ -157,7 +169,10 @@ def test_a_pull_mixes_in_the_mean_over_all() -> None:
     assert csfl(pull_below=2.0).arrange(0, told(mixes((1, 0), (0, 1))), None).pull == pytest.approx(0.5, abs=0.02)
 
 
-def test_modes_that_change_during_a_run(tmp_path: Path, caught: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("framework", ["sfl-v1", "sfl-v2"])
+def test_modes_that_change_during_a_run(
+    framework: str, tmp_path: Path, caught: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Apart, together, apart again with other members: each time all begin with what they should."""
     cluster = {"c0": "cluster-0", "c1": "cluster-1", "c2": "cluster-0", "c3": "cluster-1"}
     other = {"c0": "cluster-0", "c1": "cluster-1", "c2": "cluster-1", "c3": "cluster-2"}
@@ -167,7 +182,8 @@ def test_modes_that_change_during_a_run(tmp_path: Path, caught: list[Run], monke
     step = Run.step
 
     async def seen(self: Run, client: str, **options: Any) -> Any:
-        began.append((self.counters.rounds, client, {n: t.clone() for n, t in self.state(client).items()}))
+        if self.counters.rounds not in [number for number, _, _ in began]:
+            began.extend((self.counters.rounds, c, {n: t.clone() for n, t in self.state(c).items()}) for c in cluster)
         return await step(self, client, **options)
 
     ends: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
@@ -180,8 +196,8 @@ def test_modes_that_change_during_a_run(tmp_path: Path, caught: list[Run], monke
     monkeypatch.setattr(Run, "step", seen)
     monkeypatch.setattr(Run, "merge", merged)
     selection = {"name": "csfl", "sketch": "tokens", "refresh": 1}
-    train(model(), tmp_path / "out", two_domains(4), framework="sfl-v1", selection=selection, rounds=4)
-    start = {number: {c: state for n, c, state in began if n == number} for number in range(4)}
+    train(model(), tmp_path / "out", two_domains(4), framework=framework, selection=selection, rounds=4)
+    start = {number: {c: state for n, c, state in reversed(began) if n == number} for number in range(4)}
     mean = {n: (ends[0]["c0"][n].double() + ends[0]["c1"][n].double()) / 2 for n in ends[0]["c0"]}
     for c in cluster:
         assert all(torch.allclose(start[1][c][n].double(), mean[n], atol=1e-7) for n in mean)
@@ -223,7 +239,8 @@ def test_the_evaluation_is_the_mean_over_the_clients(tmp_path: Path, caught: lis
     assert len(lines(tmp_path / "out")) == 8
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("framework", ["sfl-v1", "sfl-v2"])
+def test_a_killed_run_goes_on_to_the_same_weights(framework: Any, tmp_path: Path) -> None:
     selection = {"name": "csfl", "sketch": "tokens", "pull_below": 1.0}
-    framework = {"name": "sfl-v1", "participation": 0.7}
+    framework = {"name": framework, "participation": 0.7}
     kill_and_resume(model(), tmp_path, two_domains(4), framework=framework, selection=selection)
