@@ -46,7 +46,7 @@ def told(sketches: Mapping[str, Sequence[float]], *, speeds: Mapping[str, Speed]
     names = list(sketches)
     return Told(
         clients=names, everybody=names, sketches={n: np.asarray(v, dtype=float) for n, v in sketches.items()},
-        examples=more.pop("examples", dict.fromkeys(names, 1.0)),
+        sizes=more.pop("sizes", dict.fromkeys(names, 1.0)),
         speeds=speeds or dict.fromkeys(names, Speed()), timed=speeds is not None, **more,
     )  # fmt: skip
 

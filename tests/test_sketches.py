@@ -120,6 +120,11 @@ BAD: list[tuple[Any, Any, str]] = [
     ("sfl-v1", {"name": "csfl", "sketch": "tokens", "clusters": 5}, "5 clusters for 4 clients"),
     ("sfl-v1", {"name": "csfl", "sketch": "features", "refresh": 2}, "whose features cannot be compared"),
     ("psl", {"name": "csfl", "sketch": "tokens"}, "makes clusters, which framework 'psl' cannot follow"),
+    (
+        "sfl-v1",
+        {"name": "csfl", "sketch": "tokens", "aggregator": "mhsl"},
+        "averages within clusters, but aggregator 'mhsl' merges nothing",
+    ),
     ("gsfl", "gsfl-hash-grouping", "Set framework.groups: selection"),
     ({"name": "gsfl", "groups": "selection"}, "all", "selection 'all' makes none"),
     ({"name": "gsfl", "groups": "selection"}, {"name": "gsfl-hash-grouping", "groups": 5}, "5 groups for 4 clients"),
@@ -146,5 +151,8 @@ def test_what_cannot_be_is_refused_before_a_model_is_read(framework: Any, select
     from cutlayer.config import load_config
 
     run = {"model": "nowhere", "data": {"train": "nowhere"}, "clients": 4, "partition": "two-part-split"}
+    if isinstance(selection, dict):
+        selection = dict(selection)
+        run |= {"aggregator": selection.pop("aggregator", "fedavg")}
     with pytest.raises(CutlayerError, match=said):
         load_config({**run, "framework": framework, "selection": selection})

@@ -18,6 +18,7 @@ from cutlayer.merging import StepEleven
 from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces
 from cutlayer.parties.trunk import TrunkParty
+from cutlayer.report.progress import Reporter
 from cutlayer.sketches import as_told
 
 
@@ -28,6 +29,7 @@ class Arranging(StepEleven):
     framework: Framework
     selection: Selection
     paces: Paces
+    progress: Reporter
     seed: int
     sketches: dict[str, Tensor]  # by client, as they came
 
@@ -76,7 +78,7 @@ class Arranging(StepEleven):
             clients=[c for c in self.clients if self.parts.planned[c] > self.counters.steps[c]],
             everybody=self.clients,
             sketches={client: as_told(selection.asks, self.sketches[client]) for client in self.clients},
-            examples=self.federated.sizes,
+            sizes=self.federated.sizes,
             speeds=speeds, timed=bool(self.paces.profiles), server=server, step_bytes=step_bytes,
             local_steps=self.framework.local_steps, seed=self.seed,
         )  # fmt: skip
@@ -147,6 +149,8 @@ class Arranging(StepEleven):
             for client, stops in self.framework.rerouted(new, self.parts.layouts).items() if new.pairs else ():
                 self.set_route(client, stops)
             return
+        if said := new.said():
+            self.progress.note(said)
         counters.holders.clear()
         counters.totals.clear()
         began = any(counters.steps.values())

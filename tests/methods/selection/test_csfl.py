@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from arranged import accuracy, kill_and_resume, labelled_rows, told, two_domains
-from cutlayer.arrangement import Arrangement
+from cutlayer.arrangement import Arrangement, Group
 from cutlayer.driver import Run
+from cutlayer.errors import MethodError
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.registry import create
 from spine import TWO, U, adapter, caught, equal, lines, losses, model, often, train  # noqa: F401
@@ -70,6 +72,16 @@ def test_the_mode_changes_only_past_the_band() -> None:
     assert apart(0.68, None).clusters
     assert apart(0.72, two).clusters  # 0.28
     assert not apart(0.76, two).clusters
+
+
+def test_what_was_arranged_is_said() -> None:
+    groups = (Group(("a", "b"), "a"), Group(("c",)))
+    assert Arrangement(groups).said() == "groups: a, b (trunk at a); c"
+    assert Arrangement(clusters={"a": "y", "b": "x", "c": "y"}).said() == "clusters with a model each: b; a, c"
+    assert Arrangement().said() == "one model for all clients"
+    assert Arrangement(chosen=("a",)).said() == ""
+    every = Arrangement(groups, {"a": "y"}, 0.5, ("a",), (("a", "c"),), {"a": 2}, {"a": 1.0}, {"apart": 1.0})
+    assert Arrangement.from_json(json.loads(json.dumps(every.to_json()))) == every
 
 
 def test_clusters_keep_their_names() -> None:
@@ -167,6 +179,14 @@ def test_a_pull_mixes_in_the_mean_over_all() -> None:
     pulled = server.pulled(clusters, ["cluster-0", "cluster-1"], 0.25)
     assert [pulled[name]["w"].item() for name in ("cluster-0", "cluster-1")] == [0.25 * 6, 0.75 * 8 + 0.25 * 6]
     assert csfl(pull_below=2.0).arrange(0, told(mixes((1, 0), (0, 1))), None).pull == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_pull_between_unequal_ranks_is_refused() -> None:
+    server = FederatedServer(create("aggregator", "fedavg"), {"a": 1.0, "b": 3.0})
+    for client, rank in (("a", 2), ("b", 3)):
+        server.merge({client: {"w": torch.ones(rank)}}, cluster=client)
+    with pytest.raises(MethodError, match="gives 'w' unequal shapes in different clusters"):
+        server.pulled({"a": "a", "b": "b"}, ["a", "b"], 0.5)
 
 
 @pytest.mark.parametrize("framework", ["sfl-v1", "sfl-v2"])

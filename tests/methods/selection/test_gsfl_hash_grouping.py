@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def test_b_planted_domains_are_found_with_flips(family: str, tmp_path: Path, cau
     framework = {"name": "gsfl", "groups": "selection"}
     train(model(family), tmp_path / "out", clients, framework=framework, selection=selection, rounds=1)
     groups = [set(group.members) for group in caught[0].arrangement.groups]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [set(group["members"]) for group in summary["arrangement"]["groups"]] == groups
     assert groups == [{"c0", "c2", "c4"}, {"c1", "c3", "c5"}]
 
 

@@ -33,7 +33,7 @@ def clients(seed: int, count: int = 10, classes: int = 10) -> Told:
     speeds = {n: Speed(own=float(draw.uniform(1, 5)), middle=float(draw.uniform(1, 5))) for n in names}
     return told(
         {n: draw.dirichlet([0.2] * classes).tolist() for n in names}, speeds=speeds,
-        examples={n: float(draw.integers(10, 100)) for n in names},
+        sizes={n: float(draw.integers(10, 100)) for n in names},
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def test_quick_pairs_make_more_steps_and_weigh_more() -> None:
     }
     given = told(
         {"a": (1, 0), "b": (0, 1), "c": (1, 0), "d": (0, 1)}, speeds=speeds, local_steps=8,
-        examples={"a": 10.0, "b": 20.0, "c": 10.0, "d": 20.0},
+        sizes={"a": 10.0, "b": 20.0, "c": 10.0, "d": 20.0},
     )  # fmt: skip
     made = choosing(steps="by-time").arrange(0, given, None)
     assert made.chosen == ("a", "b")
