@@ -47,6 +47,17 @@ class Arrangement:
         """For checkpoints."""
         return asdict(self)
 
+    def said(self) -> str:
+        """In words, for whoever looks at the run; nothing where it changes in every round."""
+        if self.groups:
+            tops = [f" (trunk at {group.host})" if group.host else "" for group in self.groups]
+            return "groups: " + "; ".join(", ".join(g.members) + top for g, top in zip(self.groups, tops, strict=True))
+        if self.clusters:
+            names = sorted(set(self.clusters.values()))
+            found = (", ".join(c for c, cluster in self.clusters.items() if cluster == name) for name in names)
+            return "clusters with a model each: " + "; ".join(found)
+        return "" if self.chosen is not None else "one model for all clients"
+
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Arrangement:
         """What ``to_json`` gave."""
@@ -78,15 +89,16 @@ class Speed:
 class Told:
     """What a selection knows when it arranges a round.
 
-    ``clients``: who has steps left, in the run's order; ``everybody``: all. ``sketches`` [D] and ``examples`` (how
-    many) are by client, for everybody. ``timed``: whether the run has profiles. ``server``: seconds of the server for
-    the trunk's part of a step. ``step_bytes``: the hidden states of a step, one way. ``local_steps``: the framework's.
+    ``clients``: who has steps left, in the run's order; ``everybody``: all. ``sketches`` [D] and ``sizes`` (what they
+    weigh in merges: examples, or tokens) are by client, for everybody. ``timed``: whether the run has profiles.
+    ``server``: seconds of the server for the trunk's part of a step. ``step_bytes``: the hidden states of a step, one
+    way. ``local_steps``: the framework's.
     """
 
     clients: Sequence[str]
     everybody: Sequence[str]
     sketches: Mapping[str, np.ndarray]
-    examples: Mapping[str, float]
+    sizes: Mapping[str, float]
     speeds: Mapping[str, Speed]
     timed: bool = False
     server: float = 1.0

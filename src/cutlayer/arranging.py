@@ -18,6 +18,7 @@ from cutlayer.merging import StepEleven
 from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces
 from cutlayer.parties.trunk import TrunkParty
+from cutlayer.report.progress import Reporter
 from cutlayer.sketches import as_told
 
 
@@ -28,6 +29,7 @@ class Arranging(StepEleven):
     framework: Framework
     selection: Selection
     paces: Paces
+    progress: Reporter
     seed: int
     sketches: dict[str, Tensor]  # by client, as they came
 
@@ -76,7 +78,7 @@ class Arranging(StepEleven):
             clients=[c for c in self.clients if self.parts.planned[c] > self.counters.steps[c]],
             everybody=self.clients,
             sketches={client: as_told(selection.asks, self.sketches[client]) for client in self.clients},
-            examples=self.federated.sizes,
+            sizes=self.federated.sizes,
             speeds=speeds, timed=bool(self.paces.profiles), server=server, step_bytes=step_bytes,
             local_steps=self.framework.local_steps, seed=self.seed,
         )  # fmt: skip
@@ -137,22 +139,41 @@ class Arranging(StepEleven):
             raise MethodError(f"selection '{name}': {'; '.join(said)}.")
 
     async def _follow(self, new: Arrangement) -> None:
-        """Go over to a new arrangement: clusters get their models, clients their routes, slots what was merged."""
-        self._regroup_clusters(self.arrangement, new)
-        regrouped = new.groups != self.arrangement.groups
+        """Go over to a new arrangement: clusters get their models, clients their routes, slots what they begin with."""
+        old, counters = self.arrangement, self.counters
+        changed = (new.groups, new.clusters) != (old.groups, old.clusters) or counters.arrangement is None
+        self._regroup_clusters(old, new)
         self.arrangement = new
-        self.counters.arrangement = new.to_json()
-        if new.groups and not regrouped:
+        counters.arrangement = new.to_json()
+        if not changed:
+            for client, stops in self.framework.rerouted(new, self.parts.layouts).items() if new.pairs else ():
+                self.set_route(client, stops)
             return
-        if regrouped:
-            self.counters.holders.clear()
-            self.counters.totals.clear()
-        self.lead()
-        if new.groups and self.counters.merges:
+        if said := new.said():
+            self.progress.note(said)
+        counters.holders.clear()
+        counters.totals.clear()
+        began = any(counters.steps.values())
+        before = self._mean_trunk() if began else {}
+        for key in self.lead():
+            slot = self.parts.slot(Stop(*key, range(0)))
+            slot.put(await self._sent(SERVER, key[0], {n: t for n, t in before.items() if n in slot.get()}))
+        if new.groups and began:  # all groups go on from the last merge, whatever their slots were before
             for stop in self._stops(self.clients):
                 slot = self.parts.slot(stop)
                 merged = self._fitting(self.federated.before, slot.get())
                 slot.put(await self._sent(SERVER, stop.party, merged))
+
+    def _mean_trunk(self) -> dict[str, Tensor]:
+        """The mean of the slots on the clients' routes, weighted by the clients' data."""
+        total = sum(self.federated.sizes[client] for client in self.clients)
+        mean: dict[str, Tensor] = {}
+        for client in self.clients:
+            share = self.federated.sizes[client] / total
+            for slot in self.slots_of([client]):
+                for name, tensor in slot.get().items():
+                    mean[name] = mean.get(name, 0.0) + tensor.double() * share
+        return {name: tensor.to(self.parts.base.initial[name].dtype) for name, tensor in mean.items()}
 
     def _regroup_clusters(self, old: Arrangement, new: Arrangement) -> None:
         """Clusters that stay keep their models; a new one, and one model of all, start from the mean of these."""
@@ -172,14 +193,18 @@ class Arranging(StepEleven):
             if kept and old.clusters.get(client) != cluster:
                 counters.merged[client] = 0  # it takes its new cluster's model
 
-    def lead(self) -> None:
-        """Lead clients where the arrangement says, and make the slots there; also when a run goes on."""
-        parts = self.parts
+    def lead(self) -> list[tuple[str, str]]:
+        """Lead clients where the arrangement says, and make the slots there; also when a run goes on.
+
+        Gives the parties and names of the slots that are new.
+        """
+        parts, counters = self.parts, self.counters
         self.framework = self.framework.following(self.arrangement)
-        for client, stops in self.framework.rerouted(self.arrangement, parts.layouts).items():
+        routes = self.framework.rerouted(self.arrangement, parts.layouts)
+        for client, stops in routes.items():
             self.set_route(client, stops)
-        if not self.arrangement.groups:
-            return
+        if not routes or self.arrangement.pairs:
+            return []
         names: dict[tuple[str, str], list[str]] = {}
         users: dict[tuple[str, str], list[str]] = {}
         for client in self.clients:
@@ -187,20 +212,24 @@ class Arranging(StepEleven):
             for stop, place in zip(stops, places_of(parts.base, parts.layouts[client], stops), strict=True):
                 names.setdefault((stop.party, stop.slot), []).extend(place.segment.names)
                 users.setdefault((stop.party, stop.slot), []).append(client)
-        for party in parts.parties.values():  # what nobody passes any more is merged already
+        for party in parts.parties.values():  # what nobody passes any more is in what the others begin with
             party.slots = {of: slot for of, slot in party.slots.items() if (party.name, of) in users}
+        fresh = []
         for (party_name, of), wanted in names.items():
             if party_name not in parts.parties:
                 parts.parties[party_name] = TrunkParty(party_name, {}, seed=self.seed)
-            slots = parts.parties[party_name].slots
+            slots, made = parts.parties[party_name].slots, [counters.steps[c] for c in users[party_name, of]]
             if of not in slots:
                 slots[of] = parts.new_slot(
                     of, [n for n in parts.base.initial if n in set(wanted)], 0, users[party_name, of]
                 )
+                slots[of].version = max(made) if self.framework.pooled else sum(made)  # as far on as its clients
+                fresh.append((party_name, of))
             self._retime(f"{party_name} {of}", slots[of], users[party_name, of])
         for client, party_of in parts.clients.items():
             line = self.framework.line(client, self.clients)
             self._retime(f"client {client}", party_of.slot, line, pooled=False)
+        return fresh
 
     def _retime(self, key: str, slot: Slot, clients: Sequence[str], *, pooled: bool = True) -> None:
         """Let a slot's learning rate end where its part of the run does."""

@@ -25,7 +25,7 @@ from cutlayer.parties.client import ClientParty
 from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.planning import Costs, at_cut
 from cutlayer.plans import at_ranks, costs_of, keep_back, situation, slot_ranks
-from cutlayer.sketches import Teller, simulated_secret
+from cutlayer.sketches import Teller, simulated_secrets
 
 
 @dataclass(frozen=True)
@@ -288,10 +288,11 @@ def _teller(config: RunConfig, base: Base, data: Data, name: str) -> Teller | No
     if not isinstance(selection, Arranger):
         return None
     classes = int(base.model.config.num_labels) if task_of(config) == "classification" else 0
+    shared, own = simulated_secrets(config.seed, name)
     return Teller(
         selection.asks, name, data.train[name], data.collate, classes,
         vocabulary=base.model.get_input_embeddings().weight.shape[0], seed=config.seed,
-        secret=simulated_secret(config.seed),
+        shared=shared, own=own,
     )  # fmt: skip
 
 

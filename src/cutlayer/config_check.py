@@ -208,12 +208,13 @@ def _joinable(config: RunConfig) -> Iterator[str]:
     )
 
 
-@_rule("clients", "selection", "framework", "data.format")
+@_rule("clients", "selection", "framework", "aggregator", "data.format")
 def _arranged(config: RunConfig) -> Iterator[str]:
     from cutlayer.arrangement import Arranger
 
     try:
         framework, selection = config.build("framework"), config.build("selection")
+        exchanges = config.build("aggregator").exchanges
     except CutlayerError:
         return  # said by the other rules
     arranges, n = isinstance(selection, Arranger), len(config.client_names)
@@ -233,6 +234,11 @@ def _arranged(config: RunConfig) -> Iterator[str]:
         yield f"selection '{by}' makes {' and '.join(without)}, which framework '{name}' cannot follow as it is.{how}"
     if selection.samples and list(framework.eligible(0, config.client_names)) != config.client_names:
         yield f"selection '{by}' says who takes part, but framework '{name}' has its own rule for that in this run."
+    if "clusters" in gives and not exchanges:
+        yield (
+            f"selection '{by}' averages within clusters, but aggregator '{config.aggregator.name}' merges nothing. "
+            "Take another aggregator, or leave the selection out."
+        )
     if "pairs" in gives and "pairs" in framework.takes and 2 * round(selection.share(n) * n) > n:
         yield f"selection '{by}' chooses more than half of the {n} clients, but each needs another one for its helper."
     if selection.asks.kind == "labels" and config.data_of(config.client_names[0]).format != "classification":

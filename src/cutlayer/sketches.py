@@ -5,9 +5,10 @@ which. A sketch leaks: ``labels`` are the client's class proportions, ``tokens``
 like, ``features`` is the mean of what its head makes of them; ``hash`` keeps one bit of each of a few projections of
 the features. None of that is encrypted. ``noise`` blurs histograms and features, ``flip`` the bits of a hash.
 
-A hash is made with projections that the clients share and the server does not know. Between real parties they agree on
-that secret among themselves. In a simulation all parties are one process, and so that a run can be repeated the secret
-is derived from the run's seed; it is in no frame.
+A hash is made with projections that the clients share and the server does not know; noise and flips come from a secret
+of each client's own. Between real parties the clients agree on the one among themselves, and each draws the other. In a
+simulation all parties are one process, and so that a run can be repeated both are derived from the run's seed; they are
+in no frame.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Teller:
         classes: how many the task has; 0 for free text.
         vocabulary: how many tokens the model knows.
         seed: the run's, from which everybody makes the same public text.
-        secret: shared by the clients, unknown to the server.
+        shared: a secret of all clients, unknown to the server: of projections.
+        own: a secret of this client: of noise and flips.
     """
 
     sketch: Sketch
@@ -84,7 +86,8 @@ class Teller:
     classes: int
     vocabulary: int
     seed: int
-    secret: int
+    shared: int
+    own: int
 
     def tell(self, head: Callable[[Batch], Tensor]) -> Tensor:
         """The sketch: float32 numbers [D], or a hash's bits, packed [bits / 8].
@@ -93,7 +96,7 @@ class Teller:
         """
         kind = self.sketch.kind
         if kind == "hash":
-            return torch.from_numpy(hashed(self._feature(head), self.sketch, secret=self.secret, client=self.client))
+            return torch.from_numpy(hashed(self._feature(head), self.sketch, shared=self.shared, own=self.own))
         if kind == "features":
             found = self._feature(head) + self._noise(self._feature(head).size)
             return torch.from_numpy(unit(found).astype(np.float32))
@@ -127,13 +130,13 @@ class Teller:
     def _noise(self, size: int) -> np.ndarray:
         if not self.sketch.noise:
             return np.zeros(size)
-        draw = np.random.default_rng(derive("noise of sketches", self.secret, self.client))
+        draw = np.random.default_rng(derive("noise of sketches", self.own))
         return draw.laplace(scale=self.sketch.noise, size=size)
 
 
-def simulated_secret(seed: int) -> int:
-    """The clients' secret in a simulation; see the head of this module."""
-    return derive("secret of the clients, in a simulation", seed)
+def simulated_secrets(seed: int, client: str) -> tuple[int, int]:
+    """The secret of all clients and one client's own, in a simulation; see the head of this module."""
+    return derive("secret of the clients, in a simulation", seed), derive("secret of a client", seed, client)
 
 
 def bucket_of(ids: np.ndarray) -> np.ndarray:
@@ -161,15 +164,15 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / length if length else vector
 
 
-def hashed(feature: np.ndarray, sketch: Sketch, *, secret: int, client: str) -> np.ndarray:
+def hashed(feature: np.ndarray, sketch: Sketch, *, shared: int, own: int) -> np.ndarray:
     """The signs of the secret's projections of a feature [D], packed into bytes.
 
     The bits that ``flip`` turns are a client's own and the same each time, so that asking again does not undo it.
     """
-    draw = np.random.default_rng(derive("projections", secret))
+    draw = np.random.default_rng(derive("projections", shared))
     signs = draw.standard_normal((sketch.bits, feature.size)) @ feature >= 0
-    own = np.random.default_rng(derive("flips", secret, client))
-    return np.packbits(signs ^ (own.random(sketch.bits) < sketch.flip))
+    turns = np.random.default_rng(derive("flips", own))
+    return np.packbits(signs ^ (turns.random(sketch.bits) < sketch.flip))
 
 
 def as_told(sketch: Sketch, told: Tensor) -> np.ndarray:

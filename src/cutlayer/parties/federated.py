@@ -101,7 +101,8 @@ class FederatedServer:
     def rejoin(self, clusters: Mapping[str, str]) -> None:
         """One model of all again: what the clusters merged last, weighted by their clients' sizes; it is ``before``.
 
-        ``clusters`` is by client. A cluster that has merged nothing counts with what all had before.
+        ``clusters`` is by client. A cluster that has merged nothing counts with what all had before. The rule is the
+        aggregator's; one that weighs clients by what it knows of them knows nothing of clusters, and weighs them alike.
         """
         if not self.apart:
             return  # all still have what they had
@@ -111,10 +112,20 @@ class FederatedServer:
         self.apart = {}
 
     def pulled(self, clusters: Mapping[str, str], merged: Collection[str], pull: float) -> dict[str, State]:
-        """The states of the clusters that have just ``merged``, each with ``pull`` of the mean over all mixed in."""
+        """The states of the clusters that have just ``merged``, each with ``pull`` of the mean over all mixed in.
+
+        Raises:
+            MethodError: the aggregator gives clusters tensors of unequal shapes (ranks).
+        """
         sizes = self._cluster_sizes(clusters)
         total, states = sum(sizes.values()), {c: {**self._initial, **self.last(c)} for c in sizes}
         found: dict[str, State] = {}
+        for name, tensor in ((n, t) for c in merged for n, t in self.apart[c].items()):
+            if any(name in state and state[name].shape != tensor.shape for state in states.values()):
+                raise MethodError(
+                    f"Clusters cannot be drawn to their mean: the aggregator {type(self.aggregator).__name__} gives "
+                    f"'{name}' unequal shapes in different clusters. Leave that out, or take aggregator: fedavg."
+                )
         for cluster in merged:
             found[cluster] = {
                 name: _mixed(own, [(states[c].get(name, own), sizes[c] / total) for c in sizes], pull)

@@ -40,6 +40,8 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
         "stopped_early": counters.stopped,
         "parties": _parties(run),
     }
+    if counters.arrangement is not None:
+        summary["arrangement"] = counters.arrangement
     base = run.parts.base
     if not base.anatomy.causal:
         names = base.model.config.id2label

@@ -21,11 +21,12 @@ def clip_and_noise(hidden: Tensor, *, clip: float, sigma: float, generator: torc
         generator: seeded from a secret of the client, never from the run's seed, which others know.
     """
     norm = hidden.float().norm(dim=-1, keepdim=True)
-    clipped = hidden * (clip / norm.clamp(min=clip)).to(hidden.dtype)
+    clipped: Tensor = hidden * (clip / norm.clamp(min=clip)).to(hidden.dtype)
     if not sigma:
         return clipped
     noise = torch.randn(hidden.shape, generator=generator, device=generator.device)
-    return clipped + (noise * (2 * clip * sigma)).to(clipped)
+    noisy: Tensor = clipped + (noise * (2 * clip * sigma)).to(clipped)
+    return noisy
 
 
 def epsilon(sigma: float, *, delta: float, releases: int) -> float:

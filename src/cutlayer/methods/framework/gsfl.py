@@ -106,9 +106,8 @@ class GSFL(Framework):
             return
         if self.intra == "sequential":
             await run.together(lambda name: self._pass_along(run, name, groups[name]), list(groups))
-            lasts = {
-                run.holder(group, name): sum(run.federated.sizes[c] for c in group) for name, group in groups.items()
-            }
+            sizes = run.weights(run.clients) or run.federated.sizes
+            lasts = {run.holder(group, name): sum(sizes[c] for c in group) for name, group in groups.items()}
             if len(self.members(run.clients)) > 1 or run.arrangement.groups:  # groups may change, so all must be told
                 await run.merge(list(lasts), trunks=True, moments=self.moments, weights=lasts)
             return

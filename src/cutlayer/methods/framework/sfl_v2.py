@@ -11,24 +11,28 @@ everybody to the end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cutlayer.clock import Turnstile
-from cutlayer.contracts import Framework
+from cutlayer.contracts import SERVER, SHARED, Framework, Layout, Stop
 from cutlayer.methods.framework._cohort import check_options, cohort, newest, ordered
 from cutlayer.methods.framework._turn import Turn
 from cutlayer.registry import method
 
 if TYPE_CHECKING:
+    from cutlayer.arrangement import Arrangement
     from cutlayer.driver import Run
 
 
 @method("framework", paper="Thapa et al., arXiv:2004.12088")
 @dataclass(frozen=True)
 class SFLV2(Framework):
-    """Heads in parallel, one trunk that serves the clients in turn, heads averaged each round."""
+    """Heads in parallel, one trunk that serves the clients in turn, heads averaged each round.
+
+    Where the selection makes clusters with models of their own (``csfl``), each has a trunk and averages its own heads.
+    """
 
     replans: ClassVar[bool] = True
 
@@ -37,8 +41,15 @@ class SFLV2(Framework):
     order: Literal["random", "listed"] = "random"  # random: a new permutation, from the seed, each time
     interleave: Literal["step", "client"] = "step"  # client: all local steps of a client in one turn
 
+    takes: ClassVar[Collection[str]] = ("clusters",)
+
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
+
+    def rerouted(self, arrangement: Arrangement, layouts: Mapping[str, Layout]) -> Mapping[str, Sequence[Stop]]:
+        """To the trunk of the cluster, or to that of all."""
+        clusters = arrangement.clusters
+        return {c: [Stop(SERVER, clusters.get(c, SHARED), layout.middle)] for c, layout in layouts.items()}
 
     async def round(self, run: Run, number: int) -> None:
         """Local steps in turns, then one merge."""

@@ -24,10 +24,10 @@ class CSFL(Arranger):
 
     k-means on the clients' sketches (at length 1, so that distance is the cosine's), with ``clusters`` clusters or the
     number in 2 .. sqrt(N) that the silhouette prefers. D is 1 less the mean cosine between the means of two clusters.
-    Below ``threshold`` all clients train one model: framework ``sfl-v1`` as it is. Above it heads and trunks are
-    averaged within each cluster only, and the run ends with as many models. A mode is left only when D has passed the
-    threshold by ``band``. A new cluster, and one model for all again, begin with the mean of the models so far,
-    weighted by data.
+    Below ``threshold`` all clients train one model: framework ``sfl-v1`` or ``sfl-v2`` as it is. Above it heads and
+    trunks are averaged within each cluster only, and the run ends with as many models. A mode is left only when D has
+    passed the threshold by ``band``. A new cluster, and one model for all again, begin with the mean of the models so
+    far, weighted by data.
 
     After the survey: clustering by label distributions, and the choice between one model and one for each cluster.
     Ours: threshold, band and ``pull_below``, which mixes 1 - D / pull_below of the mean over all into each cluster's
@@ -126,5 +126,6 @@ def named(clusters: Sequence[Sequence[str]], before: Mapping[str, str]) -> dict[
                 names[int(row)] = old[column]
     free = (f"cluster-{n}" for n in range(len(clusters) + len(old)) if f"cluster-{n}" not in old)
     for number in range(len(clusters)):
-        names.setdefault(number, next(free))
+        if number not in names:
+            names[number] = next(free)
     return {client: names[number] for number, group in enumerate(clusters) for client in group}

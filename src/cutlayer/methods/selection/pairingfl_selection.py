@@ -128,7 +128,7 @@ class PairingFLSelection(Arranger):
         times = {data: alone.pair_cost(told, data, helper) for data, helper in pairs}
         quickest = min(times.values())
         steps = {data: max(1, int(told.local_steps * quickest / time + 1e-9)) for data, time in times.items()}
-        return steps, {data: told.examples[data] * count for data, count in steps.items()}
+        return steps, {data: told.sizes[data] * count for data, count in steps.items()}
 
 
 class Gain:
@@ -137,7 +137,7 @@ class Gain:
     def __init__(self, told: Told, nu: float) -> None:
         self.names, self.nu = list(told.everybody), nu
         self.mixes = np.stack([told.sketches[name] for name in self.names])
-        self.sizes = np.array([told.examples[name] for name in self.names])
+        self.sizes = np.array([told.sizes[name] for name in self.names])
         self.cosines = units(self.mixes) @ units(self.mixes).T
         self.whole = self.sizes @ self.mixes / self.sizes.sum()
 
