@@ -89,8 +89,8 @@ class Speed:
 class Told:
     """What a selection knows when it arranges a round.
 
-    ``clients``: who has steps left, in the run's order; ``everybody``: all. ``sketches`` [D] and ``sizes`` (what they
-    weigh in merges: examples, or tokens) are by client, for everybody. ``timed``: whether the run has profiles.
+    ``clients``: who has steps left, in the run's order; ``everybody``: all. ``sketches`` [D] and ``sizes`` (what
+    clients weigh in merges: examples, or tokens) are by client, for everybody. ``timed``: whether the run has profiles.
     ``server``: seconds of the server for the trunk's part of a step. ``step_bytes``: the hidden states of a step, one
     way. ``local_steps``: the framework's.
     """
