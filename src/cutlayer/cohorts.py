@@ -14,14 +14,14 @@ FORESEEN = 10_000  # rounds that are drawn ahead
 
 
 def drawn(
-    selection: Selection, able: Sequence[str], number: int, participation: float, seed: int, *, takes: int | None = None
+    selection: Selection, able: Sequence[str], number: int, participation: float, seed: int, *, size: int | None = None
 ) -> list[str]:
     """``participation`` of those of ``able`` that the selection picks for round ``number``, drawn from the seed.
 
-    ``takes`` says how many, in place of a share.
+    ``size`` says how many, in place of a share.
     """
     chosen = list(selection.pick(number, able))
-    count = max(1, math.ceil(participation * len(chosen))) if takes is None else takes
+    count = max(1, math.ceil(participation * len(chosen))) if size is None else size
     if count < len(chosen):
         draw = np.random.default_rng(derive(seed, "participation", number))
         taken = set(draw.choice(len(chosen), size=count, replace=False).tolist())
@@ -40,6 +40,6 @@ def foreseen(
     ahead = min(rounds, FORESEEN)
     for number in range(ahead):
         able = framework.eligible(number, clients)
-        for client in drawn(selection, able, number, framework.participation, seed, takes=framework.takes):
+        for client in drawn(selection, able, number, framework.participation, seed, size=framework.cohort_size):
             count[client] += 1
     return {client: round(times * rounds / ahead) for client, times in count.items()}

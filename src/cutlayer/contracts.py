@@ -179,7 +179,7 @@ class Framework(Protocol):
     pooled: ClassVar[bool] = False  # a slot makes one update for all clients of a step, not one for each
     personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
     merges: ClassVar[bool] = False  # the model is a merge, so it needs an aggregator that makes one
-    takes: int | None = None  # how many of the selected clients a round takes, where it is no share of them
+    cohort_size: int | None = None  # how many of the selected clients a round takes, where it is no share of them
     branches: int = 1  # models that are trained side by side, each by its part of all steps
 
     def layouts(

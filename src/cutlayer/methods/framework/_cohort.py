@@ -27,7 +27,7 @@ def check_options(local_steps: int, participation: float) -> None:
 def cohort(run: Run, number: int, participation: float) -> list[str]:
     """The clients of a round that have steps left: ``participation`` of those selected, drawn from the seed."""
     able = [client for client in run.framework.eligible(number, run.clients) if run.steps_left(client)]
-    return drawn(run.selection, able, number, participation, run.seed, takes=run.framework.takes)
+    return drawn(run.selection, able, number, participation, run.seed, size=run.framework.cohort_size)
 
 
 def ordered(run: Run, clients: Sequence[str], order: str, *key: object) -> list[str]:

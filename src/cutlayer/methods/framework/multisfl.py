@@ -86,7 +86,7 @@ class MultiSFL(Framework):
         return 1.0
 
     @property
-    def takes(self) -> int:  # type: ignore[override]
+    def cohort_size(self) -> int:  # type: ignore[override]
         """One client for each branch."""
         return self.branches
 
