@@ -20,13 +20,12 @@ def clip_and_noise(hidden: Tensor, *, clip: float, sigma: float, generator: torc
         sigma: the noise multiplier; 0 clips only, and guarantees nothing.
         generator: seeded from a secret of the client, never from the run's seed, which others know.
     """
-    norm = hidden.float().norm(dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm(hidden.float(), dim=-1, keepdim=True)
     clipped: Tensor = hidden * (clip / norm.clamp(min=clip)).to(hidden.dtype)
     if not sigma:
         return clipped
-    noise = torch.randn(hidden.shape, generator=generator, device=generator.device)
-    noisy: Tensor = clipped + (noise * (2 * clip * sigma)).to(clipped)
-    return noisy
+    noise = torch.randn(hidden.shape, generator=generator, device=generator.device) * (2 * clip * sigma)
+    return clipped + noise.to(clipped)
 
 
 def epsilon(sigma: float, *, delta: float, releases: int) -> float:

@@ -99,9 +99,13 @@ class PrivateHeads(Framework):
                 drawn[name] = torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator)
         return drawn
 
+    def joined(self, client: str) -> int:
+        """The first round that a client is there for."""
+        return self.joins.get(client, 0)
+
     def eligible(self, number: int, clients: Sequence[str]) -> Sequence[str]:
         """Those that have joined."""
-        return [client for client in clients if self.joins.get(client, 0) <= number]
+        return [client for client in clients if self.joined(client) <= number]
 
     async def round(self, run: Run, number: int) -> None:
         """Local steps, in turns or at once; then the trunks' average, where there are several."""
@@ -123,8 +127,7 @@ class PrivateHeads(Framework):
             run.progress.note(f"the server's cache of activations will take about {most / 2**20:.1f} MiB")
 
     async def _train(self, run: Run, client: str, taking: Sequence[str]) -> None:
-        joined = self.joins.get(client, 0)
-        away = [c for c in run.clients if c not in taking and self.joins.get(c, 0) < joined]
+        away = [c for c in run.clients if c not in taking and self.joined(c) < self.joined(client)]
         for _ in range(min(self.local_steps, run.steps_left(client))):
             beside = self._cache.turn(away, run.counters.steps[client])
 
