@@ -13,6 +13,7 @@ from cutlayer.seeds import derive
 
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
+    from cutlayer.presence import Presence
 
 FORESEEN = 10_000  # rounds that are drawn ahead
 
@@ -35,7 +36,12 @@ def drawn(selection: Selection, able: Sequence[str], number: int, participation:
 
 
 def foreseen(
-    framework: Framework, selection: Selection, clients: Sequence[str], rounds: int, seed: int
+    framework: Framework,
+    selection: Selection,
+    clients: Sequence[str],
+    rounds: int,
+    seed: int,
+    presence: Presence | None = None,
 ) -> dict[str, int]:
     """In how many of ``rounds`` rounds each client will take part: a schedule ends where the run does.
 
@@ -45,6 +51,7 @@ def foreseen(
     ahead = min(rounds, FORESEEN)
     for number in range(ahead):
         able = framework.eligible(number, clients)
+        able = able if presence is None else presence.able(able, number)
         for client in drawn(selection, able, number, framework.participation, seed):
             count[client] += 1
     return {client: round(times * rounds / ahead) for client, times in count.items()}

@@ -154,6 +154,22 @@ def _clients(config: RunConfig) -> Iterator[str]:
             yield f"{key} is '{name}', as clients.{first}.name ('{names[first]}'). Give each client a name of its own."
 
 
+@_rule("clients", "rounds", "steps", "epochs")
+def _comings(config: RunConfig) -> Iterator[str]:
+    kind, count = config.length
+    for number, client in enumerate(config.client_list):
+        if client.leaves is not None and client.leaves <= client.joins:
+            yield (
+                f"clients.{number}.leaves is {client.leaves}, but it joins in round {client.joins}, so it would never "
+                "be there. Let it leave later, or leave it out."
+            )
+        elif kind == "rounds" and client.joins >= count:
+            yield (
+                f"clients.{number}.joins is {client.joins}, but the run has {count} rounds, counted from 0. Let it "
+                "join earlier, or leave it out."
+            )
+
+
 @_rule("clients", "profile")
 def _profiles(config: RunConfig) -> Iterator[str]:
     places = [("profile", config.profile)]

@@ -24,7 +24,8 @@ from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
 from cutlayer.merging import Counters, StepEleven
 from cutlayer.pace import Paces, workers
 from cutlayer.parties.federated import FederatedServer
-from cutlayer.parties.hops import ServerTail, TrunkHop
+from cutlayer.parties.hops import Hosted, ServerTail, TrunkHop
+from cutlayer.presence import Lost, Presence
 from cutlayer.report.progress import Reporter
 from cutlayer.step import Tally, split_evaluate, split_step, tallied
 from cutlayer.wire import Meter, Value
@@ -48,9 +49,10 @@ class Run(StepEleven):
         self.exchange = config.build("exchange")
         self.counters = Counters(steps=dict.fromkeys(self.clients, 0))
         self.paces = Paces(config, parts)
+        self.presence = Presence(config, parts.routes)
         queues = Queues(clock, self.paces.access)
         self.links = {
-            name: LocalLink(party, meter=meter, queues=queues, pace=self.paces.client(name))
+            name: LocalLink(party, meter=meter, queues=queues, pace=self.paces.client(name), asked=self.presence.asked)
             for name, party in parts.clients.items()
         }
         self.ends = {name: ClientEnd(name, link) for name, link in self.links.items()}
@@ -64,6 +66,7 @@ class Run(StepEleven):
         self.finished: dict[str, float] = {}  # of this round, by client: when its last step ended
         self.sizes: dict[str, dict[str, float]] = {}  # by client: its examples and label_tokens
         self.federated = FederatedServer(config.build("aggregator"), {})
+        self._kept, self._givers = {}, {}
 
     @property
     def clips(self) -> bool:
@@ -76,18 +79,28 @@ class Run(StepEleven):
         return self.framework.personal or not self.federated.aggregator.exchanges
 
     def evaluators(self) -> Sequence[str]:
-        """The clients whose parts, with their trunks, are the model at the end of a round; all, if each has its own."""
-        return self.clients if self.personal else self.framework.evaluators(self)
+        """The clients whose parts, with their trunks, are the model at the end of a round; all, if each has its own.
+
+        Of clients with parts of their own, those that have come and not left.
+        """
+        if not self.personal:
+            return self.framework.evaluators(self)
+        last, known = max(0, self.counters.rounds - 1), self.presence.clients
+        return [c for c in self.clients if known[c].joins <= last and not self.presence.gone(c, last)] or self.clients
 
     def steps_left(self, client: str) -> int:
-        """How many optimizer steps a client may still make in this run."""
+        """How many optimizer steps a client may still make in this run; none in a round in which it is lost."""
+        if self.presence.out(client) or self.presence.over(client, self.counters.rounds):
+            return 0
         return self.parts.planned[client] - self.counters.steps[client]
 
     async def step(
         self, client: str, *, wrap: Wrap | None = None, trunk_update: bool = True, head_update: bool = True,
         weight: float = 1.0,
-    ) -> StepResult:  # fmt: skip
+    ) -> StepResult | None:  # fmt: skip
         """One optimizer step of a client: all its micro-batches, then the updates.
+
+        None: the client (or one that runs blocks for it) was lost, and nothing of the step is left.
 
         Args:
             client: its name.
@@ -96,6 +109,8 @@ class Run(StepEleven):
             head_update: False leaves that of the client's part in waiting, for ``update_heads``.
             weight: scales all that this step adds to gradients, as a factor of the loss would.
         """
+        if self.presence.out(client):
+            return None
         number = self.counters.steps[client]
         end, middle, tail, stop = self.route(client, wrap)
         how = How(
@@ -111,6 +126,10 @@ class Run(StepEleven):
                     )
                 if self.clips and (head_update or trunk_update):
                     await self._clipped_update(client, heads=head_update, slots=trunk_update)
+            except Lost as lost:
+                self.abort(client)
+                self.lose(lost.client)
+                return None
             except BaseException:
                 self.abort(client)
                 raise
@@ -150,10 +169,13 @@ class Run(StepEleven):
         layout, stops = self.parts.layouts[client], self.parts.routes[client]
         places = places_of(self.parts.base, layout, stops)
         hops: list[Any] = []
+        hop: Any
         for stop, place in zip(stops, places, strict=True):
             kind = ServerTail if place.segment.top else TrunkHop
             pace = self.paces.stop(stop.party, place.segment)
             hop = kind(self.parts.parties[stop.party], place, self._stations[stop.party], self.carrier, pace)
+            if stop.party in self.ends:
+                hop = Hosted(hop, self.presence.asked)
             hops.append(self.scheduler.wrap(hop, client))
         if wrap is not None:
             hops[-1] = wrap(hops[-1])
@@ -166,11 +188,23 @@ class Run(StepEleven):
         """Lead a client's steps, its evaluation and its merges over other stops (of the framework's ``reach``)."""
         self.parts.routes[client] = tuple(stops)
 
+    def begin_round(self) -> None:
+        """Who is there, and who will be lost."""
+        number, presence = self.counters.rounds, self.presence
+        self._kept.clear()
+        self._givers.clear()
+        clients = presence.able(self.framework.eligible(number, self.clients), number)
+        micros = self.framework.round_steps * self.config.gradient_accumulation
+        presence.begin(number, clients, micros, {c: self.parts.layouts[c].tail_at_client for c in clients})
+        if not self.framework.asynchronous:
+            self.keep([client for client in self.clients if presence.falls(client)])
+
     def abort(self, client: str) -> None:
         """Forget what is under way of a client, everywhere."""
         for party in self.parts.parties.values():
             party.abort(client)
         self.parts.clients[client].abort()
+        self.links[client].forget()
 
     async def _clipped_update(self, client: str, *, heads: bool, slots: bool) -> None:
         """Scale the gradients of client and trunk by one factor, as ``clip_grad_norm_`` does, and update them.

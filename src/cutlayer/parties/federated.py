@@ -35,6 +35,11 @@ class FederatedServer:
         self._initial = initial
         self.aggregator.begin(trunks)
 
+    @property
+    def current(self) -> State:
+        """What was last merged of each tensor, and the start of those that never were."""
+        return {**self._initial, **self.before}
+
     def merge(self, states: Mapping[str, State], weights: Mapping[str, float] | None = None) -> State:
         """The merged state; ``weights`` (in any unit) replace those by size.
 
@@ -70,14 +75,14 @@ class FederatedServer:
         taken = {client: states[client] for client in shares}
         rest = 1 - math.fsum(parts)
         if rest > NOUGHT:
-            current = {**self._initial, **self.before}
+            current = self.current
             names = {name for state in taken.values() for name in state}
             taken[SERVER], shares[SERVER] = {name: current[name] for name in names}, rest
         self._combined(taken, shares)
         return parts
 
     def _combined(self, states: Mapping[str, State], shares: Mapping[str, float]) -> State:
-        merged = self.aggregator.merge({**self._initial, **self.before}, states, shares)
+        merged = self.aggregator.merge(self.current, states, shares)
         if not isinstance(merged, Mapping) or not all(isinstance(tensor, Tensor) for tensor in merged.values()):
             raise MethodError(
                 f"The aggregator {type(self.aggregator).__name__} gave no tensors by name but {type(merged).__name__}. "

@@ -26,7 +26,8 @@ def check_options(local_steps: int, participation: float) -> None:
 
 def cohort(run: Run, number: int, participation: float) -> list[str]:
     """The clients of a round that have steps left: ``participation`` of those selected, drawn from the seed."""
-    able = [client for client in run.framework.eligible(number, run.clients) if run.steps_left(client)]
+    able = run.presence.able(run.framework.eligible(number, run.clients), number)
+    able = [client for client in able if run.steps_left(client)]
     return drawn(run.selection, able, number, participation, run.seed)
 
 

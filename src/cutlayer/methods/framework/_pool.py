@@ -39,7 +39,8 @@ async def joint_step(run: Run, clients: Sequence[str], by: Weighing, *, joint_he
     results: list[StepResult] = []
 
     async def one(client: str) -> None:
-        results.append(await run.step(client, trunk_update=False, head_update=not joint_heads))
+        if result := await run.step(client, trunk_update=False, head_update=not joint_heads):
+            results.append(result)  # of those that were not lost
 
     await run.together(one, clients)
     results.sort(key=lambda result: clients.index(result.client))

@@ -83,9 +83,11 @@ class GSFL(Framework):
             return
         if self.intra == "sequential":
             await run.together(lambda name: self._pass_along(run, name, groups[name]), list(groups))
-            lasts = {
-                run.holder(group, name): sum(run.federated.sizes[c] for c in group) for name, group in groups.items()
-            }
+            lasts = {}
+            for name, group in groups.items():
+                if stayed := [client for client in group if not run.presence.out(client)]:
+                    holder = run.holder(self.members(run.clients)[int(name)], name)
+                    lasts[holder] = sum(run.federated.sizes[client] for client in stayed)
             if len(self.members(run.clients)) > 1:
                 await run.merge(list(lasts), trunks=True, moments=self.moments, weights=lasts)
             return
