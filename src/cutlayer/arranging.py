@@ -34,9 +34,9 @@ class Arranging(StepEleven):
     sketches: dict[str, Tensor]  # by client, as they came
 
     def eligible(self, number: int) -> list[str]:
-        """Who may train in round ``number``, by the framework and by the selection."""
+        """Who may train in round ``number``, by the framework and by the selection; who is away may not."""
         chosen = self.arrangement.chosen
-        able = self.framework.eligible(number, self.clients)
+        able = self.presence.able(self.framework.eligible(number, self.clients), number)
         return [client for client in able if chosen is None or client in chosen]
 
     def local_steps(self, client: str) -> int:

@@ -25,6 +25,7 @@ from cutlayer.parties.client import ClientParty
 from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.planning import Costs, at_cut
 from cutlayer.plans import at_ranks, costs_of, keep_back, situation, slot_ranks
+from cutlayer.presence import Presence, Routes
 from cutlayer.sketches import Teller, simulated_secrets
 
 
@@ -81,6 +82,7 @@ def places_of(base: Base, layout: Layout, route: Sequence[Stop]) -> list[Place]:
     ]
 
 
+MOST_IDLE = 1000  # rounds in a row without a step, after which a run without a fixed number of them gives up
 ENDLESS = 2**31  # more steps than any client will make
 
 
@@ -100,16 +102,19 @@ def planned_steps(config: RunConfig, data: Data) -> dict[str, int]:
     return planned
 
 
-def foreseen_steps(config: RunConfig, planned: Mapping[str, int]) -> dict[str, int]:
+def foreseen_steps(config: RunConfig, planned: Mapping[str, int], presence: Presence) -> dict[str, int]:
     """How many optimizer steps each client will make: fewer than planned where a round takes only some of them.
 
     Where clients run on it is those of the slowest; a schedule that needs to know the end is refused there.
     """
     kind, count = config.length
+    framework, selection, clients = config.build("framework"), config.build("selection"), list(planned)
     if kind != "rounds":
-        return dict(planned)
-    framework = config.build("framework")
-    rounds = foreseen(framework, config.build("selection"), list(planned), count, config.seed)
+        last = max(client.leaves or 0 for client in config.client_list)
+        stay = foreseen(framework, selection, clients, last, config.seed, presence) if last else {}
+        leaving = {c: stay[c] * framework.round_steps for c in clients if presence.clients[c].leaves is not None}
+        return {name: min(planned[name], leaving.get(name, planned[name])) for name in clients}
+    rounds = foreseen(framework, selection, clients, count, config.seed, presence)
     return {name: rounds[name] * framework.round_steps for name in planned}
 
 
@@ -199,7 +204,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
         layouts = {name: at_cut(layout, cuts[name]) for name, layout in layouts.items()}
     routes = routes_of(config, layouts)
     planned = planned_steps(config, data)
-    steps = foreseen_steps(config, planned)
+    steps = foreseen_steps(config, planned, Presence(config, routes))
     make, arena = make_optimizer(config), Arena()
 
     held: dict[tuple[str, str], list[str]] = {}  # names by (party, slot)
@@ -302,6 +307,27 @@ def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], 
         return sum(steps[client] for client in clients) // framework.branches
     kind, count = config.length
     return count * framework.round_steps if kind == "rounds" else max(steps[client] for client in clients)
+
+
+def check_somebody_trains(config: RunConfig, routes: Routes) -> None:
+    """Refuse a run in which nobody is ever there with all that it needs.
+
+    Raises:
+        ConfigError: nobody could train.
+    """
+    kind, count = config.length
+    presence, framework = Presence(config, routes), config.build("framework")
+    rounds = count if kind == "rounds" else MOST_IDLE
+    if not presence.steady and not any(
+        presence.able(framework.eligible(number, list(routes)), number) for number in range(rounds)
+    ):
+        raise ConfigError(
+            [
+                f"in {rounds} rounds nobody is ever there with all that it needs to train. Look at joins and leaves of "
+                "the clients and at availability."
+            ],
+            "the run",
+        )
 
 
 def check_profiles(profiles: Mapping[str, object]) -> None:

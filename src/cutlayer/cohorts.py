@@ -14,6 +14,7 @@ from cutlayer.seeds import derive
 
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
+    from cutlayer.presence import Presence
 
 FORESEEN = 10_000  # rounds that are drawn ahead
 
@@ -41,7 +42,12 @@ def drawn(
 
 
 def foreseen(
-    framework: Framework, selection: Selection, clients: Sequence[str], rounds: int, seed: int
+    framework: Framework,
+    selection: Selection,
+    clients: Sequence[str],
+    rounds: int,
+    seed: int,
+    presence: Presence | None = None,
 ) -> dict[str, int]:
     """In how many of ``rounds`` rounds each client will take part: a schedule ends where the run does.
 
@@ -51,6 +57,7 @@ def foreseen(
     ahead = min(rounds, FORESEEN)
     for number in range(ahead):
         able = framework.eligible(number, clients)
+        able = able if presence is None else presence.able(able, number)
         for client in drawn(selection, able, number, framework.participation, seed, size=framework.cohort_size):
             count[client] += 1
     share = selection.share(len(clients)) if isinstance(selection, Arranger) else 1.0

@@ -14,15 +14,18 @@ from cutlayer.config_check import check_profile, problems
 from cutlayer.config_optimizer import OptimizerConfig
 from cutlayer.config_read import Overrides, numbered, read
 from cutlayer.config_types import (
+    Chance,
     Codec,
     CodecConfig,
     Count,
     Format,
+    Losses,
     Many,
     Maybe,
     One,
     Precision,
     Profile,
+    Round,
     Spec,
     Text,
     Tree,
@@ -93,6 +96,10 @@ class ClientConfig(Tree):
     profile: Profile = None
     head_blocks: Annotated[int, Field(ge=0)] | None = None
     tail_blocks: Annotated[int, Field(ge=0)] | None = None
+    joins: Round = 0  # the first round that it is there for
+    leaves: Round | None = None  # the first that it is gone from, for good
+    availability: Chance | None = None
+    fails: Losses | None = None
 
 
 class EarlyStop(Tree):
@@ -145,6 +152,8 @@ class RunConfig(Tree):
     engine: Literal["local", "ray"] = "local"
     profile: Profile = None  # of the virtual clock, for all clients that have none
     profiles: dict[str, Profile] = Field(default_factory=dict)  # of other parties: the server, edges
+    availability: Chance = 1.0  # the probability that a client is there in a round
+    fails: Losses = 0.0  # the probability that a client is lost in the middle of a round, or the rounds in which
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     record_wire: Text | None = None
     report_to: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)

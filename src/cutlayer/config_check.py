@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cutlayer import registry
+from cutlayer import config_fit, registry  # noqa: F401 - config_fit adds its rules
 from cutlayer.config_optimizer import optimizer_problems
+from cutlayer.config_rules import RULES, listed, rule
 from cutlayer.config_words import show
 from cutlayer.errors import ConfigError, CutlayerError, suggest
 from cutlayer.method_check import PROTOCOLS
@@ -15,21 +16,9 @@ from cutlayer.method_check import PROTOCOLS
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
 
-Rule = Callable[["RunConfig"], Iterator[str]]
-RULES: list[tuple[tuple[str, ...], Rule]] = []
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 RESERVED = ("server",)
-
-
-def _rule(*keys: str) -> Callable[[Rule], Rule]:
-    """A rule over these dotted keys; it is left out when the value of one of them is known to be wrong anyway."""
-
-    def add(rule: Rule) -> Rule:
-        RULES.append((keys, rule))
-        return rule
-
-    return add
 
 
 def problems(config: RunConfig, doubtful: frozenset[str] = frozenset()) -> list[str]:
@@ -94,7 +83,7 @@ def check_profile(value: str | dict[str, Any] | None) -> list[str]:
     return []
 
 
-@_rule("data.train", "clients")
+@rule("data.train", "clients")
 def _some_text(config: RunConfig) -> Iterator[str]:
     without = [name for name in config.client_names if not config.data_of(name).train]
     if without:
@@ -103,13 +92,13 @@ def _some_text(config: RunConfig) -> Iterator[str]:
         yield f"data.train is missing. It is a file, a glob or a Hub data set.{some}"
 
 
-@_rule("data.eval", "data.eval_fraction")
+@rule("data.eval", "data.eval_fraction")
 def _one_evaluation(config: RunConfig) -> Iterator[str]:
     if config.data.eval is not None and config.data.eval_fraction is not None:
         yield "data.eval and data.eval_fraction are both given. Keep one: a file to evaluate on, or a part of train."
 
 
-@_rule("data.eval", "data.eval_fraction", "eval_every", "early_stop")
+@rule("data.eval", "data.eval_fraction", "eval_every", "early_stop")
 def _evaluated(config: RunConfig) -> Iterator[str]:
     nothing = config.data.eval is None and config.data.eval_fraction is None
     for key in ("eval_every", "early_stop"):
@@ -119,20 +108,20 @@ def _evaluated(config: RunConfig) -> Iterator[str]:
         yield "early_stop is given, but without eval_every it would never look. Set eval_every: 1 (in rounds)."
 
 
-@_rule("data.packing", "data.format", "clients")
+@rule("data.packing", "data.format", "clients")
 def _packing(config: RunConfig) -> Iterator[str]:
     if config.data.packing and any(config.data_of(n).format == "classification" for n in config.client_names):
         yield "data.packing cannot be used with the format 'classification' (a row has one label). Set it to false."
 
 
-@_rule("data.format", "clients")
+@rule("data.format", "clients")
 def _one_task(config: RunConfig) -> Iterator[str]:
     tasks = {config.data_of(name).format == "classification" for name in config.client_names}
     if len(tasks) > 1:
         yield "Some clients have the format 'classification' and others not. All clients of a run train one task."
 
 
-@_rule("data.columns", "data.format", "clients")
+@rule("data.columns", "data.format", "clients")
 def _columns(config: RunConfig) -> Iterator[str]:
     from cutlayer.data.fields import FIELDS
 
@@ -148,7 +137,7 @@ def _columns(config: RunConfig) -> Iterator[str]:
                 )
 
 
-@_rule("clients")
+@rule("clients")
 def _clients(config: RunConfig) -> Iterator[str]:
     names = config.client_names
     if not names:
@@ -167,7 +156,23 @@ def _clients(config: RunConfig) -> Iterator[str]:
             yield f"{key} is '{name}', as clients.{first}.name ('{names[first]}'). Give each client a name of its own."
 
 
-@_rule("clients", "profile")
+@rule("clients", "rounds", "steps", "epochs")
+def _comings(config: RunConfig) -> Iterator[str]:
+    kind, count = config.length
+    for number, client in enumerate(config.client_list):
+        if client.leaves is not None and client.leaves <= client.joins:
+            yield (
+                f"clients.{number}.leaves is {client.leaves}, but it joins in round {client.joins}, so it would never "
+                "be there. Let it leave later, or leave it out."
+            )
+        elif kind == "rounds" and client.joins >= count:
+            yield (
+                f"clients.{number}.joins is {client.joins}, but the run has {count} rounds, counted from 0. Let it "
+                "join earlier, or leave it out."
+            )
+
+
+@rule("clients", "profile")
 def _profiles(config: RunConfig) -> Iterator[str]:
     places = [("profile", config.profile)]
     places += [(f"clients.{number}.profile", client.profile) for number, client in enumerate(config.client_list)]
@@ -176,161 +181,17 @@ def _profiles(config: RunConfig) -> Iterator[str]:
             yield f"{key}: {problem}"
 
 
-@_rule("clients", "profile")
+@rule("clients", "profile")
 def _profiles_of_all(config: RunConfig) -> Iterator[str]:
     without = [name for name in config.client_names if config.client(name).profile is None]
     if config.profile is None and 0 < len(without) < len(config.client_names):
         yield (
-            f"{_listed(without)} no profile, but other clients have one, so their times could not be compared. Give "
+            f"{listed(without)} no profile, but other clients have one, so their times could not be compared. Give "
             "each client one, or set profile for all that have none."
         )
 
 
-def _listed(names: Sequence[str]) -> str:
-    """``clients 'a' and 'b' have``, at most three by name."""
-    shown = [f"'{name}'" for name in names[:3]] + ([f"{len(names) - 3} more"] if len(names) > 3 else [])
-    if len(shown) == 1:
-        return f"client {shown[0]} has"
-    return f"clients {', '.join(shown[:-1])} and {shown[-1]} have"
-
-
-@_rule("mixing", "framework")
-def _joinable(config: RunConfig) -> Iterator[str]:
-    try:
-        if config.mixing is None or config.build("framework").joinable:
-            return
-        fit = [name for name in registry.names("framework") if registry.load("framework", name).joinable]
-    except CutlayerError:
-        return  # said by the other rules
-    yield (
-        f"mixing '{config.mixing.name}' joins clients that train at once, each with a trunk of its own, but in "
-        f"framework '{config.framework.name}' they take turns or share one already. Take framework: {' or '.join(fit)}."
-    )
-
-
-@_rule("clients", "selection", "framework", "aggregator", "data.format")
-def _arranged(config: RunConfig) -> Iterator[str]:
-    from cutlayer.arrangement import Arranger
-
-    try:
-        framework, selection = config.build("framework"), config.build("selection")
-        exchanges = config.build("aggregator").exchanges
-    except CutlayerError:
-        return  # said by the other rules
-    arranges, n = isinstance(selection, Arranger), len(config.client_names)
-    gives = selection.gives if arranges else ()
-    name, by = config.framework.name, config.selection.name
-    for what in framework.needs:
-        if what not in gives:
-            yield (
-                f"framework '{name}' leaves its {what} to the selection, but selection '{by}' makes none. Take another "
-                f"selection, or set framework.{what}."
-            )
-    if not arranges:
-        return
-    without = [what for what in gives if what not in framework.takes]
-    if without and not selection.samples:
-        how = f" Set framework.{without[0]}: selection." if hasattr(framework, without[0]) else ""
-        yield f"selection '{by}' makes {' and '.join(without)}, which framework '{name}' cannot follow as it is.{how}"
-    if selection.samples and list(framework.eligible(0, config.client_names)) != config.client_names:
-        yield f"selection '{by}' says who takes part, but framework '{name}' has its own rule for that in this run."
-    if "clusters" in gives and not exchanges:
-        yield (
-            f"selection '{by}' averages within clusters, but aggregator '{config.aggregator.name}' merges nothing. "
-            "Take another aggregator, or leave the selection out."
-        )
-    if "pairs" in gives and "pairs" in framework.takes and 2 * round(selection.share(n) * n) > n:
-        yield f"selection '{by}' chooses more than half of the {n} clients, but each needs another one for its helper."
-    if selection.asks.kind == "labels" and config.data_of(config.client_names[0]).format != "classification":
-        yield (
-            f"selection '{by}' asks for a sketch of the labels, but the data are texts without classes. Set "
-            "selection.sketch to features, hash, tokens or lengths."
-        )
-    try:
-        selection.check(config.client_names)
-    except CutlayerError as error:
-        yield f"selection: {error}"
-
-
-@_rule("clients", "partition")
-def _one_cut(config: RunConfig) -> Iterator[str]:
-    try:
-        if not config.build("framework").travels:
-            return
-        cuts = {name: _cut(config, name) for name in config.client_names}
-    except CutlayerError:
-        return  # said by the other rules
-    first = next(iter(cuts), "")
-    others = [name for name in cuts if cuts[name] != cuts[first]]
-    if others:
-        yield (
-            f"{_listed(others)} another cut (head_blocks, tail_blocks) than '{first}', but framework "
-            f"'{config.framework.name}' hands the client's part on. Give all clients the same cut, or take a framework "
-            "that merges parts, such as sfl-v2."
-        )
-
-
-@_rule("framework", "aggregator")
-def _asynchronous(config: RunConfig) -> Iterator[str]:
-    try:
-        framework, aggregator = config.build("framework"), config.build("aggregator")
-    except CutlayerError:
-        return  # said by the other rules
-    named = f"framework '{config.framework.name}'"
-    if framework.asynchronous and not aggregator.asynchronous:
-        yield (
-            f"{named} merges each upload as it comes, which aggregator '{config.aggregator.name}' cannot. Take one of: "
-            f"{', '.join(_asynchronous_ones('aggregator'))}."
-        )
-    elif aggregator.asynchronous and not framework.asynchronous:
-        yield (
-            f"aggregator '{config.aggregator.name}' weighs uploads by their delay, but {named} waits for all, so there "
-            f"is none. Take framework: {' or '.join(_asynchronous_ones('framework'))}, or aggregator: fedavg."
-        )
-
-
-def _asynchronous_ones(family: str) -> list[str]:
-    return [name for name in registry.names(family) if registry.load(family, name).asynchronous]
-
-
-@_rule("framework", "aggregator")
-def _merged(config: RunConfig) -> Iterator[str]:
-    try:
-        alone = config.build("framework").merges and not config.build("aggregator").exchanges
-    except CutlayerError:
-        return  # said by the other rules
-    if alone:
-        yield (
-            f"framework '{config.framework.name}' evaluates what is merged, but aggregator '{config.aggregator.name}' "
-            "merges nothing. Take aggregator: fedavg."
-        )
-
-
-@_rule("framework", "optimizer", "rounds", "steps", "epochs", "clients", "profile")
-def _known_end(config: RunConfig) -> Iterator[str]:
-    from cutlayer.cohorts import runs_on
-
-    try:
-        if not runs_on(config):
-            return
-    except CutlayerError:
-        return  # said by the other rules
-    schedule, warmup = config.optimizer.schedule, config.optimizer.warmup
-    if schedule not in ("constant", "constant_with_warmup") or 0 < warmup < 1:
-        yield (
-            f"optimizer.schedule is '{schedule}' with warmup {warmup:g}, which needs to know how many steps a client "
-            f"makes, but with profiles framework '{config.framework.name}' lets each make as many in a round as it has "
-            "time for. Give the length in steps or epochs, or take schedule: constant."
-        )
-
-
-def _cut(config: RunConfig, name: str) -> dict[str, Any]:
-    spec = config.partition_spec(name)
-    made = registry.create("partition", spec.name, spec.options)
-    return {key: getattr(made, key) for key in registry.option_fields(type(made))}
-
-
-@_rule("clients", "partition")
+@rule("clients", "partition")
 def _cuts(config: RunConfig) -> Iterator[str]:
     for number, client in enumerate(config.client_list):
         if client.head_blocks is not None or client.tail_blocks is not None:
@@ -339,51 +200,27 @@ def _cuts(config: RunConfig) -> Iterator[str]:
                 yield from _method_problems(f"clients.{number}", "partition", spec.name, spec.options)
 
 
-@_rule("planner", "framework", "aggregator", "selection", "exchange")
-def _moves(config: RunConfig) -> Iterator[str]:
-    if config.planner is None:
-        return
-    try:
-        framework, aggregator = config.build("framework"), config.build("aggregator")
-        apart = "clusters" in getattr(config.build("selection"), "gives", ())
-        frozen = config.build("exchange").frozen_head
-    except CutlayerError:
-        return  # said by the other rules
-    wrong = {
-        f"framework '{config.framework.name}'": not framework.replans,
-        f"aggregator '{config.aggregator.name}'": not aggregator.exchanges,
-        f"selection '{config.selection.name}'": apart,
-        f"exchange '{config.exchange.name}'": frozen,
-    }
-    for which in (name for name, found in wrong.items() if found):
-        yield (
-            f"planner '{config.planner.name}' gives clients cuts of their own, and blocks change hands where all "
-            f"copies are equal: after a merge. But {which} leaves the clients' parts unequal, or sets the cuts itself. "
-            "Take framework sfl-v1 or sfl-v2 with an aggregator that merges, or planner: none."
-        )
-
-
-@_rule("rounds", "steps", "epochs")
+@rule("rounds", "steps", "epochs")
 def _length(config: RunConfig) -> Iterator[str]:
     given = [key for key in ("rounds", "steps", "epochs") if getattr(config, key) is not None]
     if len(given) > 1:
         yield f"{' and '.join(given)} are given; a run has one length. Keep one, and leave the rest out or null."
 
 
-@_rule("device")
+@rule("device")
 def _device(config: RunConfig) -> Iterator[str]:
     if not DEVICE.fullmatch(config.device):
         near = suggest(config.device, ["auto", "cpu", "cuda"])
         yield f"device is '{config.device}'.{near} Allowed: auto, cpu, cuda, cuda:0, ..."
 
 
-@_rule("engine")
+@rule("engine")
 def _engine(config: RunConfig) -> Iterator[str]:
     if config.engine != "local":
         yield f"engine is '{config.engine}', which does not work yet. Take engine: local."
 
 
-@_rule("report_to")
+@rule("report_to")
 def _report_to(config: RunConfig) -> Iterator[str]:
     if config.report_to:
         listed = ", ".join(config.report_to)

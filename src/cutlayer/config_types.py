@@ -15,6 +15,9 @@ class Tree(BaseModel):
 
 
 Count = Annotated[int, Field(ge=1)]
+Round = Annotated[int, Field(ge=0)]
+Chance = Annotated[float, Field(gt=0, le=1)]
+Losses = Annotated[float, Field(ge=0, lt=1)] | list[Round]  # a probability, or rounds
 Text = Annotated[str, Field(min_length=1)]
 Format = Literal["text", "prompt-completion", "messages", "classification"]
 

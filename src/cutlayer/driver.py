@@ -27,7 +27,8 @@ from cutlayer.merging import Counters
 from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces, workers
 from cutlayer.parties.federated import FederatedServer
-from cutlayer.parties.hops import ServerTail, TrunkHop
+from cutlayer.parties.hops import Hosted, ServerTail, TrunkHop
+from cutlayer.presence import Lost, Presence
 from cutlayer.report.progress import Reporter
 from cutlayer.step import Tally, split_evaluate, split_step, tallied
 from cutlayer.wire import Meter, Value
@@ -56,9 +57,10 @@ class Run(Arranging):
         self._joints: dict[str, Joint] = {}  # by client, while it trains at once with others
         self.counters = Counters(steps=dict.fromkeys(self.clients, 0))
         self.paces = Paces(config, parts)
+        self.presence = Presence(config, parts.routes)
         queues = Queues(clock, self.paces.access)
         self.links = {
-            name: LocalLink(party, meter=meter, queues=queues, pace=self.paces.client(name))
+            name: LocalLink(party, meter=meter, queues=queues, pace=self.paces.client(name), asked=self.presence.asked)
             for name, party in parts.clients.items()
         }
         self.ends = {name: ClientEnd(name, link) for name, link in self.links.items()}
@@ -71,6 +73,7 @@ class Run(Arranging):
         self.finished: dict[str, float] = {}  # of this round, by client: when its last step ended
         self.sizes: dict[str, dict[str, float]] = {}  # by client: its examples and label_tokens
         self.federated = FederatedServer(config.build("aggregator"), {})
+        self._kept, self._givers = {}, {}
 
     @property
     def clips(self) -> bool:
@@ -89,18 +92,28 @@ class Run(Arranging):
         return self.framework.personal or not self.federated.aggregator.exchanges or apart
 
     def evaluators(self) -> Sequence[str]:
-        """The clients whose parts, with their trunks, are the model at the end of a round; all, if each has its own."""
-        return self.clients if self.personal else self.framework.evaluators(self)
+        """The clients whose parts, with their trunks, are the model at the end of a round; all, if each has its own.
+
+        Of clients with parts of their own, those that have come and not left.
+        """
+        if not self.personal:
+            return self.framework.evaluators(self)
+        last, known = max(0, self.counters.rounds - 1), self.presence.clients
+        return [c for c in self.clients if known[c].joins <= last and not self.presence.gone(c, last)] or self.clients
 
     def steps_left(self, client: str) -> int:
-        """How many optimizer steps a client may still make in this run."""
+        """How many optimizer steps a client may still make in this run; none in a round in which it is lost."""
+        if self.presence.out(client) or self.presence.over(client, self.counters.rounds):
+            return 0
         return self.parts.planned[client] - self.counters.steps[client]
 
     async def step(
         self, client: str, *, wrap: Wrap | None = None, trunk_update: bool = True, head_update: bool = True,
         weight: float = 1.0,
-    ) -> StepResult:  # fmt: skip
+    ) -> StepResult | None:  # fmt: skip
         """One optimizer step of a client: all its micro-batches, then the updates.
+
+        None: the client (or one that runs blocks for it) was lost, and nothing of the step is left.
 
         Args:
             client: its name.
@@ -109,6 +122,8 @@ class Run(Arranging):
             head_update: False leaves that of the client's part in waiting, for ``update_heads``.
             weight: scales all that this step adds to gradients, as a factor of the loss would.
         """
+        if self.presence.out(client):
+            return None
         number = self.counters.steps[client]
         joint = self._joints.get(client)
         trunk_update = trunk_update and not self.joined
@@ -126,6 +141,10 @@ class Run(Arranging):
                     )
                 if self.clips and (head_update or trunk_update):
                     await self._clipped_update(client, heads=head_update, slots=trunk_update)
+            except Lost as lost:
+                self.abort(client)
+                self.lose(lost.client)
+                return None
             except BaseException:
                 self.abort(client)
                 raise
@@ -169,10 +188,13 @@ class Run(Arranging):
         layout, stops = self.parts.layouts[client], self.parts.routes[client]
         places = places_of(self.parts.base, layout, stops)
         hops: list[Any] = []
+        hop: Any
         for stop, place in zip(stops, places, strict=True):
             kind = ServerTail if place.segment.top else TrunkHop
             pace = self.paces.stop(stop.party, place.segment, first=place.before is None)
             hop = kind(self.parts.parties[stop.party], place, self._station(stop.party), self.carrier, pace)
+            if stop.party in self.ends:
+                hop = Hosted(hop, self.presence.asked)
             hops.append(self.scheduler.wrap(hop, client))
         if wrap is not None:
             hops[-1] = wrap(hops[-1])
@@ -188,10 +210,22 @@ class Run(Arranging):
             self._stations[party] = Station(party, self._queues, workers=workers(self.paces.profiles, party))
         return self._stations[party]
 
+    def begin_round(self) -> None:
+        """Who is there, and who will be lost."""
+        number, presence = self.counters.rounds, self.presence
+        self._kept.clear()
+        self._givers.clear()
+        clients = presence.able(self.framework.eligible(number, self.clients), number)
+        micros = self.framework.round_steps * self.config.gradient_accumulation
+        presence.begin(number, clients, micros, {c: self.parts.layouts[c].tail_at_client for c in clients})
+        if not self.framework.asynchronous:
+            self.keep([client for client in self.clients if presence.falls(client)])
+
     def abort(self, client: str) -> None:
         """Forget what is under way of a client, everywhere."""
         self.abort_joint(client)
         self.parts.clients[client].abort()
+        self.links[client].forget()
 
     def abort_joint(self, name: str) -> None:
         """Forget what is under way of a batch that several clients share, in their place."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cutlayer import checkpoint, moving
 from cutlayer.arrangement import Arrangement
-from cutlayer.assembly import own_trunks
+from cutlayer.assembly import MOST_IDLE, own_trunks
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED
 from cutlayer.driver import Run
@@ -52,6 +52,8 @@ class Engine:
                 await self._evaluate_and_judge()
             if ended or counters.stopped or counters.rounds % run.config.checkpoint_every == 0:
                 self.save()
+            if ended and all(run.presence.over(client, counters.rounds) for client in run.clients):
+                run.progress.note(f"after round {counters.rounds}: nobody is left who could train")
         self._flush()
 
     async def _round(self) -> None:
@@ -63,12 +65,19 @@ class Engine:
         planner = run.parts.planner
         if planner and planner.every and counters.rounds and counters.rounds % planner.every == 0:
             await moving.replan(run)
+        run.begin_round()
         await run.framework.round(run, counters.rounds)
+        run.presence.end()
         self._idle = self._idle + 1 if sum(counters.steps.values()) == made else 0
-        if self._idle > len(run.clients):
+        changing = run.presence.changing
+        if self._idle and changing:
+            run.progress.note(f"round {counters.rounds}: nobody made a step, it passes")
+        passes = changing and run.config.length[0] == "rounds"
+        if self._idle > (MOST_IDLE if changing else len(run.clients)) and not passes:
             raise MethodError(
                 f"Round {counters.rounds} made no step, like the {self._idle - 1} before it: nobody who has steps left "
-                "was picked. Look at selection, and at who trains when in the framework."
+                "was picked. Look at selection, at who trains when in the framework, and at who is there (joins, "
+                "leaves, availability, fails)."
             )
         took = run.clock.now() - began
         for client, busy in run.busy.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from cutlayer.arrangement import Arrangement
 from cutlayer.assembly import Parts
-from cutlayer.contracts import SERVER, Exchange, Parcel, State, Stop
+from cutlayer.contracts import SERVER, Exchange, Framework, Parcel, State, Stop
 from cutlayer.errors import MethodError
 from cutlayer.links.local import Carrier, ClientEnd
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties.federated import FederatedServer
+from cutlayer.presence import Presence
+from cutlayer.report.progress import Reporter
 from cutlayer.wire import Header
 
 Moments = Literal["keep", "average", "reset"]  # what becomes of the optimizer's state of slots that are merged
@@ -41,10 +44,22 @@ class Counters:
     own: dict[str, list[float]] = field(default_factory=dict)  # since the last plan: virtual seconds of own work, steps
     cycles: dict[str, float] = field(default_factory=dict)  # asynchronous: seconds that a client's last upload took
     uploads: int = 0  # lines of uploads.jsonl
+    unfinished: dict[str, int] = field(
+        default_factory=dict
+    )  # asynchronous: local steps of who was lost before the last
+    lost: dict[str, int] = field(default_factory=dict)  # rounds in the middle of which a client was lost
     stopped: bool = False
     latest: dict[str, int] = field(default_factory=dict)  # by cluster with a model of its own: its last merge
     arrangement: dict[str, Any] | None = None  # what the selection said last
     totals: dict[str, int] = field(default_factory=dict)  # by slot: updates in the run, where an arrangement says it
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A client as it was at the begin of a round in which it is lost: the slots of nobody else, and its last merge."""
+
+    slots: Sequence[tuple[Slot, State, int]]  # with the version
+    merged: Mapping[str, int]
 
 
 class StepEleven:
@@ -59,6 +74,50 @@ class StepEleven:
     exchange: Exchange
     joined: bool  # the clients' trunks are one slot, which has nothing to be merged with
     arrangement: Arrangement
+    presence: Presence
+    framework: Framework
+    progress: Reporter
+    abort: Callable[[str], None]
+    _kept: dict[str, _Kept]  # of this round
+    _givers: dict[str, str]  # of this round, by line: who had the part before its holder
+
+    def lose(self, client: str) -> None:
+        """A client is lost for the rest of the round: all that is under way of it is forgotten.
+
+        It, and whoever cannot go on without it, is set back to the round's begin; where clients do not wait for each
+        other, it keeps its own copy.
+        """
+        self.presence.lost.add(client)
+        self.counters.lost[client] = self.counters.lost.get(client, 0) + 1
+        self.progress.note(f"round {self.counters.rounds}: '{client}' is lost")
+        for other in self.clients:
+            if self.presence.out(other):
+                self.abort(other)
+                if other in self._kept:
+                    self.set_back(other)
+
+    def keep(self, clients: Sequence[str]) -> None:
+        """Remember clients as they are, for ``set_back``."""
+        users = Counter(id(slot) for client in self.clients for slot in self.slots_of([client]))
+        for client in clients:
+            hosted = [s.party for s in self.parts.routes[client] if s.party in self.ends]
+            devices = [self.parts.clients[name].slot for name in (client, *hosted)]
+            slots = [slot for slot in self.slots_of([client]) if users[id(slot)] == 1 and slot not in devices]
+            self._kept[client] = _Kept(
+                [(slot, _copy(slot), slot.version) for slot in (*slots, *devices)],
+                {key: self.counters.merged.get(key, 0) for key in (client, *(f"{name}/hosted" for name in hosted))},
+            )
+
+    def set_back(self, client: str) -> None:
+        """Nothing that a client has done in this round counts: it is as it was before, and so is who holds its part."""
+        kept = self._kept.pop(client)
+        for slot, state, version in kept.slots:
+            slot.reset_optimizer()
+            slot.put(state, version=version)
+        self.counters.merged |= kept.merged
+        for line, giver in self._givers.items():
+            if self.counters.holders[line] == client:
+                self.counters.holders[line] = giver
 
     def holder(self, clients: Sequence[str] = (), line: str = "") -> str:
         """Of a part that is handed on among ``clients`` (all): who has it; the first of them at the start."""
@@ -85,13 +144,14 @@ class StepEleven:
         selection has made clusters with models of their own, each cluster is merged by itself.
 
         Args:
-            clients: whose copies are merged.
+            clients: whose copies are merged; those that were lost are left out.
             trunks: merge their slots as well.
             heads: merge what the clients hold; False sends nothing.
             moments: what becomes of the optimizer's state of merged slots.
             weights: in place of the aggregator's, by client, in any unit.
             blocks: which owners (a block's number, ``bottom``, ``top``) are merged.
         """
+        clients = [client for client in clients if not self.presence.out(client)]
         if not clients or not self.federated.aggregator.exchanges or (len(self.clients) == 1):
             return  # nobody to average with
         trunks = trunks and not self.joined
@@ -261,4 +321,9 @@ class StepEleven:
             parcel = await self.ends[giver].ask("get_state", {"optimizer": optimizer, "part": "own"})
             version = int(parcel.header.value("version"))
             await self.ends[taker].put(dict(parcel.tensors), version=version, reset=not optimizer)
+        self._givers[line] = giver
         self.counters.holders[line] = taker
+
+
+def _copy(slot: Slot) -> State:
+    return {name: tensor.clone() for name, tensor in slot.get(optimizer=True).items()}

@@ -37,21 +37,21 @@ async def replan(run: Run) -> None:
     planner, parts, counters = run.parts.planner, run.parts, run.counters
     assert planner is not None
     assert parts.bounds is not None
-    found: dict[str, float] = {}
+    there, found = run.presence.able(run.clients, counters.rounds), dict[str, float]()
     if planner.validation:
-        await _catch_up(run, run.clients)
+        await _catch_up(run, there)
 
         async def ask(client: str) -> None:
             found[client] = await validate(run, client)
 
-        await run.together(ask, run.clients)
+        await run.together(ask, there)
     measured = {client: seconds / steps for client, (seconds, steps) in counters.own.items()}
     counters.own.clear()
     now = situation(
         parts.costs, parts.base, parts.layouts, {name: sizes["examples"] for name, sizes in run.sizes.items()},
         accuracy={name: found[name] for name in run.clients if name in found}, measured=measured,
     )  # fmt: skip
-    cuts = {client: cut for client, cut in planner.plan(now).items() if cut != now.cut(client)}
+    cuts = {client: cut for client, cut in planner.plan(now).items() if cut != now.cut(client) and client in there}
     check_bounds(planner, cuts, parts.bounds)
     if cuts:
         await move(run, cuts)

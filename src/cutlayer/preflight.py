@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cutlayer.assembly import routes_of
+from cutlayer.assembly import check_somebody_trains, routes_of
 from cutlayer.build import layouts_of, open_model, task_of
 from cutlayer.config import RunConfig
 from cutlayer.errors import ConfigError, CutlayerError, ModelError, suggest
@@ -72,7 +72,7 @@ def check_model(config: RunConfig) -> tuple[Any, Any, Anatomy]:
         lambda: _check_attention(config.attn_implementation, model, found),
         lambda: config.build("peft").check(model, parts, task=task),
         lambda: refuse_unasked(model, parts, when=config.verify),
-        lambda: routes_of(config, layouts_of(config, parts.num_blocks)),
+        lambda: check_somebody_trains(config, routes_of(config, layouts_of(config, parts.num_blocks))),
     ])  # fmt: skip
     return found, model, parts
 

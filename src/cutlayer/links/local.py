@@ -24,6 +24,8 @@ from cutlayer.parties.trunk import told_how
 from cutlayer.step import at, current_tally
 from cutlayer.wire import Frame, Header, Meter, Value, decode, encode
 
+STEP_VERBS = ("head_forward", "tail_step", "head_backward")
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -86,10 +88,13 @@ class Queues:
 
 
 class LocalLink:
-    """Calls one client party in this process."""
+    """Calls one client party in this process; ``asked`` is told of each message of a training step, and may raise."""
 
-    def __init__(self, party: ClientParty, *, meter: Meter, queues: Queues, pace: Pace | None = None) -> None:
-        self.party, self.meter, self.queues, self.pace = party, meter, queues, pace
+    def __init__(
+        self, party: ClientParty, *, meter: Meter, queues: Queues, pace: Pace | None = None,
+        asked: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.party, self.meter, self.queues, self.pace, self.asked = party, meter, queues, pace, asked
         self.turn = 0
         self._waiting: Parcel | None = None
 
@@ -98,8 +103,10 @@ class LocalLink:
         if self._waiting is not None:
             self._waiting.open()
             self._waiting = None
-        self.turn += 1
         name = self.party.name
+        if header.verb in STEP_VERBS and header.values.get("graph"):
+            self.asked(name)
+        self.turn += 1
         header = header.but(sender=header.sender or SERVER, receiver=name, client=name, turn=self.turn)
         request = self._send(header, tensors)
         if self.pace is not None and header.verb != "head_forward":
@@ -119,6 +126,10 @@ class LocalLink:
             await self.queues.carry(reply)
         with at(reply.header.step_name):
             return Parcel(*decode(reply))
+
+    def forget(self) -> None:
+        """Drop a head forward that nobody has looked at, and nobody will."""
+        self._waiting = None
 
     def _send(self, header: Header, tensors: Sequence[Tensor]) -> Frame:
         """Encode and count."""

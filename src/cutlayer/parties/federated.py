@@ -37,6 +37,11 @@ class FederatedServer:
         self._initial = initial
         self.aggregator.begin(trunks)
 
+    @property
+    def current(self) -> State:
+        """What was last merged of each tensor, and the start of those that never were."""
+        return {**self._initial, **self.before}
+
     def last(self, cluster: str = "") -> State:
         """What was last merged, of all or of a cluster with a model of its own."""
         return self.apart.get(cluster, self.before)
@@ -78,7 +83,7 @@ class FederatedServer:
         taken = {client: states[client] for client in shares}
         rest = 1 - math.fsum(parts)
         if rest > NOUGHT:
-            current = {**self._initial, **self.before}
+            current = self.current
             names = {name for state in taken.values() for name in state}
             taken[SERVER], shares[SERVER] = {name: current[name] for name in names}, rest
         self._combined(taken, shares)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from cutlayer.contracts import How, Parcel
 from cutlayer.links.local import Carrier, Pace, Station
 from cutlayer.parties.trunk import Place, TrunkParty
@@ -31,6 +34,39 @@ class TrunkHop:
 
     async def leave(self, client: str) -> None:
         """Nothing waits for a client here."""
+
+
+class Hosted:
+    """A stop at a client's device; ``asked`` is told of each message to it, and may raise."""
+
+    def __init__(self, stop: Any, asked: Callable[[str], None]) -> None:
+        self.stop, self.asked = stop, asked
+
+    def _ask(self, how: How) -> None:
+        if how.graph:
+            self.asked(self.stop.party.name)
+
+    async def forward(self, parcel: Parcel, how: How) -> Parcel:
+        """Step 4, if the device is there."""
+        self._ask(how)
+        out: Parcel = await self.stop.forward(parcel, how)
+        return out
+
+    async def backward(self, parcel: Parcel, how: How) -> Parcel:
+        """Step 8, if the device is there."""
+        self._ask(how)
+        out: Parcel = await self.stop.backward(parcel, how)
+        return out
+
+    async def tail_step(self, parcel: Parcel, how: How) -> Parcel:
+        """Step 4 of the two-part split, if the device is there."""
+        self._ask(how)
+        out: Parcel = await self.stop.tail_step(parcel, how)
+        return out
+
+    async def leave(self, client: str) -> None:
+        """As at the stop itself."""
+        await self.stop.leave(client)
 
 
 class ServerTail:

@@ -37,6 +37,7 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
         "clients": run.clients,
         "rounds": counters.rounds,
         "steps": dict(counters.steps),
+        "lost": {name: counters.lost.get(name, 0) for name in run.clients},
         "stopped_early": counters.stopped,
         "parties": _parties(run),
     }

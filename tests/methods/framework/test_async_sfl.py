@@ -14,8 +14,8 @@ import cutlayer
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError, NonFinite
 from cutlayer.parties.federated import FederatedServer
-from spine import PARTITIONS, adapter, caught, equal, lines, losses, model, train  # noqa: F401
-from tiny import text_rows
+from spine import PARTITIONS, U, adapter, caught, equal, lines, losses, model, train  # noqa: F401
+from tiny import text_rows, write_rows
 from unequal import run, uploads
 
 THREE = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid"))}
@@ -140,3 +140,35 @@ def test_an_error_in_a_merge_is_the_one_that_is_told(tmp_path: Path, monkeypatch
     monkeypatch.setattr(FederatedServer, "absorb", broken)
     with pytest.raises(NonFinite, match="Client 'cid' sent"):
         run(tmp_path / "out", SPEEDS)
+
+
+@pytest.mark.parametrize("trunk", ["own", "shared"])
+def test_a_lost_client_goes_on_with_its_copy_when_it_is_back(trunk: str, tmp_path: Path, caught: list[Run]) -> None:
+    """Its upload then has the delay of all that it missed; killed in between, the run ends with the same weights."""
+    out = tmp_path / "out"
+    clients = [
+        {"name": name, "data": str(write_rows(tmp_path / f"{name}.jsonl", rows))} for name, rows in THREE.items()
+    ]
+    config: dict[str, Any] = {
+        "model": str(model()), "data": {"format": "text", "shuffle": False, "max_length": 64},
+        "clients": [{**clients[0], "fails": [1, 2]}, *clients[1:]], "partition": U, "batch_size": 3, "rounds": 4,
+        "framework": {"name": "async-sfl", "local_steps": 3, "trunk": trunk}, "aggregator": "dt-asfl",
+        "peft": {"name": "lora", "rank": 2}, "optimizer": {"name": "adamw", "lr": 1e-2},
+    }  # fmt: skip
+    cutlayer.train(config, out=out)
+    run = caught[0]
+    assert run.counters.lost == {"ann": 2}
+    assert all(party.open_graphs == 0 for party in run.parts.parties.values())
+    found = [one for one in uploads(out) if one["client"] == "ann"]
+    assert [one["round"] for one in found] == [0, 3]
+    assert found[1]["base"] == 3  # of the end of round 0
+    assert found[1]["delay"] == 2 * 2  # the others' uploads of rounds 1 and 2
+    assert run.counters.steps["ann"] == 6  # all local steps of two uploads, none made twice
+    before = uploads(out), losses(out), adapter(out)
+    for gone in ("checkpoints/round-000004", "adapter"):
+        shutil.rmtree(out / gone)
+    (out / "summary.json").unlink()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["round-000003"]
+    cutlayer.train(resume=out)
+    assert (uploads(out), losses(out)) == before[:2]
+    assert equal(adapter(out), before[2])

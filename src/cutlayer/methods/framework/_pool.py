@@ -26,7 +26,8 @@ async def joint_step(
 
     async def one(client: str) -> None:
         wrap = None if batch is None else lambda stop: batch.wrap(stop, client)
-        results.append(await run.step(client, wrap=wrap, trunk_update=False, head_update=not joint_heads))
+        if result := await run.step(client, wrap=wrap, trunk_update=False, head_update=not joint_heads):
+            results.append(result)  # of those that were not lost
 
     try:
         await run.together(one, clients)

@@ -42,6 +42,9 @@ class AsyncSFL(Framework):
     - The order of events follows the virtual clock. Without a profile no time passes, and everybody makes exactly
       ``uploads`` of them.
 
+    A client that is lost in the middle keeps its copy, with the version that it started from. When it is back it makes
+    the rest of its local steps, and uploads then.
+
     ``steps`` and ``epochs`` count for each client, so the slow ones go on when the fast have ended.
     """
 
@@ -89,15 +92,18 @@ class AsyncSFL(Framework):
         clients = cohort(run, number, self.participation)
         desk = Desk(run, clients, trunks=self.trunk == "own", quota=self.uploads)
         turns = Fifo(run.clock, "the trunk") if self.trunk == "shared" else None
-        await run.catch_up(clients, trunks=desk.trunks)
+        await run.catch_up([c for c in clients if c not in run.counters.unfinished], trunks=desk.trunks)
         await desk.open(lambda client: self._run_on(run, client, desk, turns))
 
     async def _run_on(self, run: Run, client: str, desk: Desk, turns: Fifo | None) -> None:
         """Local steps and an upload, again and again."""
         wrap = None if turns is None else (lambda stop: Turn(stop, turns, client, hold=run.clips))
         while run.steps_left(client) and not desk.over:
-            for _ in range(min(self.local_steps, run.steps_left(client))):
-                await run.step(client, wrap=wrap)
+            begun = run.counters.unfinished.pop(client, 0)
+            for made in range(begun, min(self.local_steps, begun + run.steps_left(client))):
+                if await run.step(client, wrap=wrap) is None:
+                    run.counters.unfinished[client] = made
+                    return
             await desk.exchange(client)
             if self.moments == "reset":
                 for slot in run.slots_of([client]):

@@ -106,8 +106,11 @@ class GSFL(Framework):
             return
         if self.intra == "sequential":
             await run.together(lambda name: self._pass_along(run, name, groups[name]), list(groups))
-            sizes = run.weights(run.clients) or run.federated.sizes
-            lasts = {run.holder(group, name): sum(sizes[c] for c in group) for name, group in groups.items()}
+            sizes, lasts = run.weights(run.clients) or run.federated.sizes, {}
+            for name, group in groups.items():
+                if stayed := [client for client in group if not run.presence.out(client)]:
+                    holder = run.holder(self.members(run.clients)[int(name)], name)
+                    lasts[holder] = sum(sizes[client] for client in stayed)
             if len(self.members(run.clients)) > 1 or run.arrangement.groups:  # groups may change, so all must be told
                 await run.merge(list(lasts), trunks=True, moments=self.moments, weights=lasts)
             return

@@ -85,6 +85,8 @@ class RingSFL(Framework):
     async def round(self, run: Run, number: int) -> None:
         """Local steps of all owners at once, an update of each device after each, and the sum of the changes."""
         owners = cohort(run, number, self.participation)
+        if not owners:
+            return
         sizes = {client: run.sizes[client]["examples"] for client in owners}
         total = sum(sizes.values())
         for _ in range(self.local_steps):
@@ -92,6 +94,8 @@ class RingSFL(Framework):
             await run.together(
                 lambda c: run.step(c, head_update=False, trunk_update=False, weight=sizes[c] / total), able
             )
+            if run.presence.lost:
+                return  # all of them were set back
             await run.update_heads(dict.fromkeys(run.clients, 1.0))
         await run.add_changes(run.clients)
 

@@ -1,0 +1,173 @@
+"""Which methods of a run go together: the rules over several families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from cutlayer import registry
+from cutlayer.config_rules import listed, rule
+from cutlayer.errors import CutlayerError
+
+if TYPE_CHECKING:
+    from cutlayer.config import RunConfig
+
+
+@rule("mixing", "framework")
+def _joinable(config: RunConfig) -> Iterator[str]:
+    try:
+        if config.mixing is None or config.build("framework").joinable:
+            return
+        fit = [name for name in registry.names("framework") if registry.load("framework", name).joinable]
+    except CutlayerError:
+        return  # said by the other rules
+    yield (
+        f"mixing '{config.mixing.name}' joins clients that train at once, each with a trunk of its own, but in "
+        f"framework '{config.framework.name}' they take turns or share one already. Take framework: {' or '.join(fit)}."
+    )
+
+
+@rule("clients", "selection", "framework", "aggregator", "data.format")
+def _arranged(config: RunConfig) -> Iterator[str]:
+    from cutlayer.arrangement import Arranger
+
+    try:
+        framework, selection = config.build("framework"), config.build("selection")
+        exchanges = config.build("aggregator").exchanges
+    except CutlayerError:
+        return  # said by the other rules
+    arranges, n = isinstance(selection, Arranger), len(config.client_names)
+    gives = selection.gives if arranges else ()
+    name, by = config.framework.name, config.selection.name
+    for what in framework.needs:
+        if what not in gives:
+            yield (
+                f"framework '{name}' leaves its {what} to the selection, but selection '{by}' makes none. Take another "
+                f"selection, or set framework.{what}."
+            )
+    if not arranges:
+        return
+    without = [what for what in gives if what not in framework.takes]
+    if without and not selection.samples:
+        how = f" Set framework.{without[0]}: selection." if hasattr(framework, without[0]) else ""
+        yield f"selection '{by}' makes {' and '.join(without)}, which framework '{name}' cannot follow as it is.{how}"
+    if selection.samples and list(framework.eligible(0, config.client_names)) != config.client_names:
+        yield f"selection '{by}' says who takes part, but framework '{name}' has its own rule for that in this run."
+    if "clusters" in gives and not exchanges:
+        yield (
+            f"selection '{by}' averages within clusters, but aggregator '{config.aggregator.name}' merges nothing. "
+            "Take another aggregator, or leave the selection out."
+        )
+    if "pairs" in gives and "pairs" in framework.takes and 2 * round(selection.share(n) * n) > n:
+        yield f"selection '{by}' chooses more than half of the {n} clients, but each needs another one for its helper."
+    if selection.asks.kind == "labels" and config.data_of(config.client_names[0]).format != "classification":
+        yield (
+            f"selection '{by}' asks for a sketch of the labels, but the data are texts without classes. Set "
+            "selection.sketch to features, hash, tokens or lengths."
+        )
+    try:
+        selection.check(config.client_names)
+    except CutlayerError as error:
+        yield f"selection: {error}"
+
+
+@rule("clients", "partition")
+def _one_cut(config: RunConfig) -> Iterator[str]:
+    try:
+        if not config.build("framework").travels:
+            return
+        cuts = {name: _cut(config, name) for name in config.client_names}
+    except CutlayerError:
+        return  # said by the other rules
+    first = next(iter(cuts), "")
+    others = [name for name in cuts if cuts[name] != cuts[first]]
+    if others:
+        yield (
+            f"{listed(others)} another cut (head_blocks, tail_blocks) than '{first}', but framework "
+            f"'{config.framework.name}' hands the client's part on. Give all clients the same cut, or take a framework "
+            "that merges parts, such as sfl-v2."
+        )
+
+
+@rule("framework", "aggregator")
+def _asynchronous(config: RunConfig) -> Iterator[str]:
+    try:
+        framework, aggregator = config.build("framework"), config.build("aggregator")
+    except CutlayerError:
+        return  # said by the other rules
+    named = f"framework '{config.framework.name}'"
+    if framework.asynchronous and not aggregator.asynchronous:
+        yield (
+            f"{named} merges each upload as it comes, which aggregator '{config.aggregator.name}' cannot. Take one of: "
+            f"{', '.join(_asynchronous_ones('aggregator'))}."
+        )
+    elif aggregator.asynchronous and not framework.asynchronous:
+        yield (
+            f"aggregator '{config.aggregator.name}' weighs uploads by their delay, but {named} waits for all, so there "
+            f"is none. Take framework: {' or '.join(_asynchronous_ones('framework'))}, or aggregator: fedavg."
+        )
+
+
+def _asynchronous_ones(family: str) -> list[str]:
+    return [name for name in registry.names(family) if registry.load(family, name).asynchronous]
+
+
+@rule("framework", "aggregator")
+def _merged(config: RunConfig) -> Iterator[str]:
+    try:
+        alone = config.build("framework").merges and not config.build("aggregator").exchanges
+    except CutlayerError:
+        return  # said by the other rules
+    if alone:
+        yield (
+            f"framework '{config.framework.name}' evaluates what is merged, but aggregator '{config.aggregator.name}' "
+            "merges nothing. Take aggregator: fedavg."
+        )
+
+
+@rule("framework", "optimizer", "rounds", "steps", "epochs", "clients", "profile")
+def _known_end(config: RunConfig) -> Iterator[str]:
+    from cutlayer.cohorts import runs_on
+
+    try:
+        if not runs_on(config):
+            return
+    except CutlayerError:
+        return  # said by the other rules
+    schedule, warmup = config.optimizer.schedule, config.optimizer.warmup
+    if schedule not in ("constant", "constant_with_warmup") or 0 < warmup < 1:
+        yield (
+            f"optimizer.schedule is '{schedule}' with warmup {warmup:g}, which needs to know how many steps a client "
+            f"makes, but with profiles framework '{config.framework.name}' lets each make as many in a round as it has "
+            "time for. Give the length in steps or epochs, or take schedule: constant."
+        )
+
+
+def _cut(config: RunConfig, name: str) -> dict[str, Any]:
+    spec = config.partition_spec(name)
+    made = registry.create("partition", spec.name, spec.options)
+    return {key: getattr(made, key) for key in registry.option_fields(type(made))}
+
+
+@rule("planner", "framework", "aggregator", "selection", "exchange")
+def _moves(config: RunConfig) -> Iterator[str]:
+    if config.planner is None:
+        return
+    try:
+        framework, aggregator = config.build("framework"), config.build("aggregator")
+        apart = "clusters" in getattr(config.build("selection"), "gives", ())
+        frozen = config.build("exchange").frozen_head
+    except CutlayerError:
+        return  # said by the other rules
+    wrong = {
+        f"framework '{config.framework.name}'": not framework.replans,
+        f"aggregator '{config.aggregator.name}'": not aggregator.exchanges,
+        f"selection '{config.selection.name}'": apart,
+        f"exchange '{config.exchange.name}'": frozen,
+    }
+    for which in (name for name, found in wrong.items() if found):
+        yield (
+            f"planner '{config.planner.name}' gives clients cuts of their own, and blocks change hands where all "
+            f"copies are equal: after a merge. But {which} leaves the clients' parts unequal, or sets the cuts itself. "
+            "Take framework sfl-v1 or sfl-v2 with an aggregator that merges, or planner: none."
+        )
