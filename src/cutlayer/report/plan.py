@@ -53,6 +53,14 @@ def plan(config: RunConfig) -> DryRun:
         for stop, segment in zip(routes[name], middle, strict=True):
             held.setdefault(stop.party, {})[segment] = None
             slots.setdefault(stop.party, {}).setdefault(stop.slot, {})[segment] = None
+    framework = config.build("framework")
+    for name, layout in layouts.items():  # where a client may be led to in the run
+        for stop in framework.reach(name, layouts):
+            if stop.slot not in slots.setdefault(stop.party, {}):
+                top = not layout.tail_at_client and stop.blocks.stop == layout.middle.stop
+                segment = base.segment("tail" if top else "trunk", stop.blocks, top=top)
+                held.setdefault(stop.party, {})[segment] = None
+                slots[stop.party][stop.slot] = {segment: None}
 
     frozen = config.build("exchange").frozen_head
 

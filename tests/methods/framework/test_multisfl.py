@@ -20,6 +20,7 @@ from cutlayer.errors import CutlayerError
 from cutlayer.methods.framework._replay import Memory, shared_out
 from cutlayer.methods.framework.multisfl import MultiSFL
 from cutlayer.models.segment import Segment
+from cutlayer.run import dry_run
 from cutlayer.wire import read_frames
 from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, train  # noqa: F401
 from tiny import text_rows
@@ -77,6 +78,21 @@ def test_branches_stay_apart_and_the_master_is_their_mean(tmp_path: Path, caught
     name = next(n for n in slots["branch-0"].get() if "lora_B" in n)
     assert not torch.equal(slots["branch-0"].params[name], slots["branch-1"].params[name])
     assert equal(slots["master"].get(), {n: run.federated.before[n] for n in slots["master"].get()})
+
+
+def test_a_dry_run_counts_the_branches(tmp_path: Path) -> None:
+    """What the server trains: a trunk for each branch, and the master's."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "w3 w4 w5"}\n')
+    run = {
+        "model": str(model()), "data": {"train": str(tmp_path / "rows.jsonl"), "format": "text"}, "clients": 4,
+        "partition": U, "rounds": 1,
+    }  # fmt: skip
+    one, three = (
+        dry_run({**run, "framework": framework}).summary["parties"]["server"]
+        for framework in ("sequential-sl", multi(branches=3))
+    )
+    assert three["trainable_parameters"] == 4 * one["trainable_parameters"]
+    assert three["memory_bytes"] > one["memory_bytes"]
 
 
 CLASSES = 5
