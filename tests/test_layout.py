@@ -20,7 +20,12 @@ LONGEST = 400  # lines
 # What a method may import of ours, beside contracts, registry, errors, seeds and the helpers of its own family. A
 # method sees what its Protocol hands it; what else a family needs for that Protocol is named here.
 ALLOWED = {"contracts", "errors", "registry", "seeds"}
-FAMILY_NEEDS = {"framework": {"clock", "cohorts", "joint"}, "mixing": {"joint"}, "peft": {"models"}}
+FAMILY_NEEDS = {
+    "framework": {"clock", "cohorts", "joint"},
+    "mixing": {"joint"},
+    "optimizer": {"joint"},
+    "peft": {"models"},
+}
 
 
 @cache

@@ -57,7 +57,18 @@ def _touches(key: str, doubtful: frozenset[str]) -> bool:
 
 # The families that the engine of this version drives. A method of another is refused, even if it can be loaded: who
 # names a defense must not believe that it is on.
-DRIVEN = ("framework", "partition", "peft", "data", "selection", "aggregator", "scheduler", "mixing", "exchange")
+DRIVEN = (
+    "framework",
+    "partition",
+    "peft",
+    "data",
+    "selection",
+    "aggregator",
+    "scheduler",
+    "mixing",
+    "exchange",
+    "optimizer",
+)
 
 
 def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from cutlayer.errors import MethodError
 PROTOCOLS = {
     "framework": "Framework", "partition": "Partition", "peft": "Peft", "data": "Division", "selection": "Selection",
     "scheduler": "Scheduler", "mixing": "Mixing", "exchange": "Exchange", "aggregator": "Aggregator",
+    "optimizer": "Rate",
 }  # fmt: skip
 
 
