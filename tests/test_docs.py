@@ -24,6 +24,7 @@ from cutlayer import contracts, registry
 from cutlayer.cli.main import app
 from cutlayer.config import ClientConfig, DataConfig, EarlyStop, OptimizerConfig, RunConfig, load_config
 from cutlayer.config_types import CodecConfig, Spec
+from cutlayer.config_write import OTHER_KEYS
 from cutlayer.models.families import EXACT
 from tiny import make_model, texts, write_rows
 
@@ -184,7 +185,9 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any
             default = ...
         elif isinstance(default, Spec):
             default = default.name
-        elif isinstance(default, CodecConfig) or (default is None and (key in registry.FAMILIES or prefix == "codec.")):
+        elif isinstance(default, CodecConfig) or (
+            default is None and (key in (*registry.FAMILIES, *OTHER_KEYS) or prefix == "codec.")
+        ):
             default = "none"
         if key not in ("data", "optimizer"):  # only their parts are listed
             yield key, default
@@ -226,7 +229,10 @@ def test_every_key_of_the_output_is_documented(tmp_path: Path) -> None:
         text = file.read_text()
         line = json.loads(text) if file.suffix == ".json" else json.loads(text.splitlines()[0])
         # Of classifiers, clients with parts of their own, selections, and relays: their own tests look at them.
-        only = {"summary.json": {"labels", "adapters", "arrangement", "cuts"}, "metrics.jsonl": {"bytes_between"}}
+        only = {
+            "summary.json": {"labels", "adapters", "arrangement", "cuts", "bytes_repeated"},
+            "metrics.jsonl": {"bytes_between"},
+        }
         others = only.get(heading, set())
         assert told - set(line) == others, heading
         assert set(line) <= told, heading

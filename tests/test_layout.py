@@ -26,6 +26,7 @@ FAMILY_NEEDS = {
     "peft": {"models"},
     "selection": {"arrangement", "sketches"},
     "mixing": {"joint"},
+    "optimizer": {"joint"},
     "aggregator": {"ranks"},
 }
 

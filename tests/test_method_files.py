@@ -36,6 +36,7 @@ BODIES = {  # the least that a class of each family has
     "selection": "    def pick(self, number, clients): ...\n",
     "scheduler": "    def wrap(self, stop, client): ...\n",
     "exchange": "    async def step(self, inner, client, middle, tail, *, step, micro, how): ...\n",
+    "optimizer": "    def factor(self, participants, updates): ...\n",
     "mixing": "    def gather(self, run, clients): ...\n",
     "aggregator": MERGE,
 }

@@ -31,7 +31,7 @@ from cutlayer.config_types import (
     Tree,
 )
 from cutlayer.config_words import problems_of
-from cutlayer.config_write import dump, family_keys, filled, resolved, tree_of, with_files
+from cutlayer.config_write import dump, family_keys, family_of, filled, resolved, tree_of, with_files
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.identity import identity_of
 
@@ -135,6 +135,7 @@ class RunConfig(Tree):
     monitor: Many = Field(default_factory=list)
     attack: Many = Field(default_factory=list)
     optimizer: Annotated[OptimizerConfig, BeforeValidator(_named)] = OptimizerConfig()
+    rate: Maybe = None
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     batch_size: Count = 4
     gradient_accumulation: Count = 1
@@ -198,15 +199,15 @@ class RunConfig(Tree):
     def methods(self) -> Iterator[tuple[str, str, Spec]]:
         """Every chosen method: its dotted key, its family and what is said of it."""
         yield "data.division", "data", self.data.division
-        for family in FAMILY_KEYS:
-            value = getattr(self, family)
+        for key in FAMILY_KEYS:
+            value, family = getattr(self, key), family_of(key)
             if isinstance(value, CodecConfig):
                 legs = {"codec.up": value.up, "codec.down": value.down}
-                yield from ((key, family, spec) for key, spec in legs.items() if spec)
+                yield from ((leg, family, spec) for leg, spec in legs.items() if spec)
             elif isinstance(value, list):
-                yield from ((f"{family}.{number}", family, spec) for number, spec in enumerate(value))
+                yield from ((f"{key}.{number}", family, spec) for number, spec in enumerate(value))
             elif value is not None:
-                yield family, family, value
+                yield key, family, value
 
     def build(self, key: str) -> Any:
         """A new instance of the one method of a family (or at a key: ``codec.up``), or None where none is chosen."""

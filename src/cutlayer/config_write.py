@@ -18,23 +18,32 @@ if TYPE_CHECKING:
     from cutlayer.config import ClientConfig, RunConfig
 
 
+OTHER_KEYS = {"rate": "optimizer"}  # keys that name methods of a family of another name
+
+
+def family_of(key: str) -> str:
+    """The family of a key that names methods: mostly the key itself."""
+    return OTHER_KEYS.get(key, key)
+
+
 def family_keys(cls: type[RunConfig]) -> list[str]:
-    """The keys of a run that name methods of the family of the same name."""
-    return [key for key in cls.model_fields if key in registry.FAMILIES and key not in ("data", "optimizer")]
+    """The keys of a run that name methods: those that are called like a family, and ``OTHER_KEYS``."""
+    named = [key for key in cls.model_fields if key in registry.FAMILIES or key in OTHER_KEYS]
+    return [key for key in named if key not in ("data", "optimizer")]
 
 
 def mapped(config: RunConfig, change: Callable[[str, Spec], Spec]) -> RunConfig:
     """The run with every chosen method's spec changed by ``change(family, spec)``."""
     update: dict[str, Any] = {}
-    for family in family_keys(type(config)):
-        value = getattr(config, family)
+    for key in family_keys(type(config)):
+        value, family = getattr(config, key), family_of(key)
         if isinstance(value, CodecConfig):
             legs = {"up": value.up, "down": value.down}
-            update[family] = CodecConfig(**{leg: spec and change(family, spec) for leg, spec in legs.items()})
+            update[key] = CodecConfig(**{leg: spec and change(family, spec) for leg, spec in legs.items()})
         elif isinstance(value, list):
-            update[family] = [change(family, spec) for spec in value]
+            update[key] = [change(family, spec) for spec in value]
         else:
-            update[family] = value and change(family, value)
+            update[key] = value and change(family, value)
     update["data"] = config.data.model_copy(update={"division": change("data", config.data.division)})
     return config.model_copy(update=update)
 

@@ -55,6 +55,7 @@ __all__ = [
     "Partition",
     "Peft",
     "Planner",
+    "Rate",
     "Row",
     "Rows",
     "Scheduler",
@@ -276,6 +277,25 @@ class Mixing(Protocol):
     @abstractmethod
     def gather(self, run: Run, clients: Sequence[str]) -> Joint:
         """For clients that are about to train at once."""
+
+
+class Rate(Protocol):
+    """Family ``optimizer``: what an update by several clients has of the learning rate (a run's ``rate``).
+
+    Subclass it.
+    """
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """What of a run it cannot work with, a sentence each; asked before a model is read."""
+        yield from ()
+
+    @abstractmethod
+    def factor(self, participants: int, updates: int) -> float:
+        """What the rate of a slot is multiplied by in its update number ``updates`` (from 0), by so many clients."""
+
+    def gather(self, run: Run, clients: Sequence[str]) -> Joint | None:
+        """For clients that are about to train at once; None changes nothing in their steps."""
+        return None
 
 
 class Exchange(Protocol):

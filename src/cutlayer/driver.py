@@ -20,7 +20,7 @@ from cutlayer.arranging import Arranging
 from cutlayer.assembly import Parts, places_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig
-from cutlayer.contracts import Exchange, Framework, How, Joint, Mixing, StepResult
+from cutlayer.contracts import Exchange, Framework, How, Joint, Mixing, Rate, StepResult
 from cutlayer.errors import NonFinite
 from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
 from cutlayer.merging import Counters
@@ -54,7 +54,8 @@ class Run(Arranging):
         self.mixing: Mixing | None = config.build("mixing")
         self.joined = self.mixing is not None
         self.exchange: Exchange = config.build("exchange")
-        self._joints: dict[str, Joint] = {}  # by client, while it trains at once with others
+        self.rate: Rate | None = config.build("optimizer")
+        self._joints: dict[str, list[Joint]] = {}  # by client, while it trains at once with others
         self.counters = Counters(steps=dict.fromkeys(self.clients, 0))
         self.paces = Paces(config, parts)
         self.presence = Presence(config, parts.routes)
@@ -125,7 +126,7 @@ class Run(Arranging):
         if self.presence.out(client):
             return None
         number = self.counters.steps[client]
-        joint = self._joints.get(client)
+        joints = self._joints.get(client, [])
         trunk_update = trunk_update and not self.joined
         end, middle, tail, stop = self.route(client, wrap)
         how = How(
@@ -156,7 +157,7 @@ class Run(Arranging):
             True,
         )  # fmt: skip
         self._book(result, tally)
-        if joint is not None:
+        for joint in reversed(joints):  # the mixing's last, which may wait for the others
             await joint.done(result)
         return result
 
@@ -198,8 +199,8 @@ class Run(Arranging):
             hops.append(self.scheduler.wrap(hop, client))
         if wrap is not None:
             hops[-1] = wrap(hops[-1])
-        if client in self._joints:
-            hops[-1] = self._joints[client].wrap(hops[-1], client)
+        for joint in self._joints.get(client, []):
+            hops[-1] = joint.wrap(hops[-1], client)
         end = ClientEnd(client, self.links[client], first=stops[0].party, last=stops[-1].party)
         if layout.tail_at_client:
             return end, hops, end, hops[-1]
@@ -261,12 +262,16 @@ class Run(Arranging):
         for slot in self.slots_of(weights):
             self.update_slot(slot, {c: w for c, w in weights.items() if slot in self.slots_of([c])})
 
-    def update_slot(self, slot: Slot, weights: Mapping[str, float]) -> None:
-        """One update of a slot with what these have added to it; ``weights`` are scaled to sum to 1."""
+    def update_slot(self, slot: Slot, weights: Mapping[str, float], *, participants: int | None = None) -> None:
+        """One update of a slot with what these have added to it; ``weights`` are scaled to sum to 1.
+
+        ``participants``: how many clients that is, where they are not the names.
+        """
         total = sum(weights.values())
         shares = {client: weight / total for client, weight in weights.items()}
         scale = self._clip(slot.squared_norm(shares), f"slot '{slot.name}'") if self.clips else 1.0
-        slot.update(scale=scale, weights=shares)
+        rate = 1.0 if self.rate is None else self.rate.factor(participants or len(weights), slot.version)
+        slot.update(scale=scale, weights=shares, rate=rate)
 
     async def update_heads(self, scales: Mapping[str, float]) -> None:
         """One update of each client's part, with its gradient scaled."""
@@ -278,22 +283,24 @@ class Run(Arranging):
             await end.ask("update", {"scale": scale})
 
     async def together(self, work: Callable[[str], Awaitable[object]], clients: Sequence[str]) -> None:
-        """Do ``work`` for all clients at once, and wait for all. A run's mixing joins their steps."""
-        joint = self.mixing.gather(self, clients) if self.mixing is not None else None
+        """Do ``work`` for all clients at once, and wait for all. A run's mixing and rate may join their steps."""
+        both = [method.gather(self, clients) for method in (self.mixing, self.rate) if method is not None]
+        joints = [joint for joint in both if joint is not None]
         async with asyncio.TaskGroup() as group:
             for client in clients:
-                group.create_task(self._among(joint, client, work), name=client)
+                group.create_task(self._among(joints, client, work), name=client)
 
-    async def _among(self, joint: Joint | None, client: str, work: Callable[[str], Awaitable[object]]) -> None:
-        if joint is None:
-            await work(client)
-            return
-        self._joints[client] = joint
+    async def _among(
+        self, joints: Sequence[Joint], client: str, work: Callable[[str], Awaitable[object]]
+    ) -> None:  # fmt: skip
+        before = self._joints.get(client, [])
+        self._joints[client] = [*joints]
         try:
             await work(client)
         finally:
-            del self._joints[client]
-            joint.leave(client)
+            self._joints[client] = before
+            for joint in joints:
+                joint.leave(client)
 
     async def evaluate(self) -> dict[str, float] | None:
         """Mean loss over the label tokens of the evaluation data, its perplexity, and the accuracy: the share of them

@@ -33,6 +33,7 @@ PROTOCOLS = {
     "exchange": "Exchange",
     "scheduler": "Scheduler",
     "mixing": "Mixing",
+    "optimizer": "Rate",
     "aggregator": "Aggregator",
 }
 

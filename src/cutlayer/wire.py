@@ -115,14 +115,15 @@ def _tensor(part: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tenso
 class Meter:
     """Counts what crosses, by step name, and records it where asked.
 
-    ``up`` are bytes to the server, ``down`` bytes from it; ``by_pair`` has those between others too. ``record`` is a
+    ``up`` are bytes to the server, ``down`` bytes from it; ``by_pair`` has those between others too. ``repeated`` are
+    those tensors' bytes that a broadcast would not have sent again (frames with the value ``again``). ``record`` is a
     folder that gets ``frames.bin`` (the bytes) and ``frames.jsonl`` (a line a frame).
     """
 
     def __init__(self, record: Path | None = None) -> None:
         self.by_step: Counter[str] = Counter()
         self.by_pair: Counter[tuple[str, str]] = Counter()  # by sender and receiver
-        self.up = self.down = self.frames = self.offset = 0
+        self.up = self.down = self.frames = self.offset = self.repeated = 0
         self.folder = record
         self._index: IO[str] | None = None
         self._bin: IO[bytes] | None = None
@@ -136,6 +137,7 @@ class Meter:
         self.by_pair[header.sender, header.receiver] += length
         self.up += length if header.receiver == "server" else 0
         self.down += length if header.sender == "server" else 0
+        self.repeated += length - len(frame.head) if header.values.get("again") else 0
         if self.folder is not None:
             self._write(frame)
         self.frames += 1
@@ -166,11 +168,13 @@ class Meter:
             "down": self.down,
             "frames": self.frames,
             "offset": self.offset,
+            "repeated": self.repeated,
         }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go back to ``state`` (None: to the start), and cut the record back to it."""
         state = state or {"by_step": {}, "by_pair": [], "up": 0, "down": 0, "frames": 0, "offset": 0}
+        self.repeated = int(state.get("repeated", 0))
         self.by_step = Counter(state["by_step"])
         self.by_pair = Counter({(sender, receiver): count for sender, receiver, count in state["by_pair"]})
         self.up, self.down, self.frames, self.offset = (int(state[k]) for k in ("up", "down", "frames", "offset"))

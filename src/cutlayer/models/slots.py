@@ -127,10 +127,13 @@ class Slot:
         norms = [torch.linalg.vector_norm(g).item() for g in self._total(weights).values()]
         return float(sum(n * n for n in norms))
 
-    def update(self, *, scale: float = 1.0, weights: Mapping[str, float] | None = None) -> int:
+    def update(
+        self, *, scale: float = 1.0, weights: Mapping[str, float] | None = None, rate: float = 1.0
+    ) -> int:  # fmt: skip
         """Make one optimizer step with ``scale`` times the summed contributions, and forget them.
 
-        ``weights``, by client, weigh the contributions of several clients against each other.
+        ``weights``, by client, weigh the contributions of several clients against each other. ``rate`` multiplies the
+        learning rate of this step.
 
         Returns:
             the slot's version: how many updates it has had.
@@ -142,7 +145,7 @@ class Slot:
                 grad = total.get(name)
                 parameter.grad = grad if grad is None or scale == 1.0 else grad * scale
             for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-                group["lr"] = base * self._rate(self.version)
+                group["lr"] = base * self._rate(self.version) * rate
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self._move_home()

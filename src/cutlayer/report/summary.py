@@ -59,6 +59,7 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
         "bytes": {name: run.meter.by_step.get(name, 0) for name in STEP_NAMES},
         "bytes_up": run.meter.up,
         "bytes_down": run.meter.down,
+        **({"bytes_repeated": run.meter.repeated} if run.meter.repeated else {}),
         "frames": run.meter.frames,
         "tokens": counters.tokens,
         "seconds": seconds,

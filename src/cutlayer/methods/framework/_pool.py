@@ -39,6 +39,6 @@ async def joint_step(
     if batch is None:
         run.update_slots(weights)
     else:
-        run.update_slot(run.slots_of(clients)[0], {JOINT: 1.0})
+        run.update_slot(run.slots_of(clients)[0], {JOINT: 1.0}, participants=len(clients))
     if joint_heads:
         await run.update_heads(weights)
