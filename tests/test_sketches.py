@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def embedded(batch: Batch) -> torch.Tensor:
 
 def test_free_text_sketches_are_what_they_say() -> None:
     lengths = teller(Sketch("lengths"), 1, 2, 3, 8).tell(embedded)
-    assert lengths.tolist() == [0.25, 0.5, 0.0, 0.25, *[0.0] * 12]
+    assert lengths.tolist() == [0.25, 0.0, 0.25, 0.25, 0.0, 0.0, 0.25, *[0.0] * 25]
     tokens = teller(Sketch("tokens"), 1, 3).tell(embedded).double().numpy()
     expected = np.zeros(64)
     for token in (3, 3, 4, 5):
@@ -86,6 +87,21 @@ def test_free_text_sketches_are_what_they_say() -> None:
     features = teller(Sketch("features"), 2, 3).tell(embedded)
     assert features.shape == (4,)
     assert float(features.norm()) == pytest.approx(1.0)
+
+
+def test_features_are_told_apart_from_what_is_common() -> None:
+    """Less the mean of a common text, clients with unlike texts look unlike; less that of random tokens, less so."""
+
+    def feature(first: int, common: bool) -> np.ndarray:
+        made = teller(Sketch("features"), 1)
+        texts = [Example(input_ids=[token], labels=[token]) for token in (30, 31)]
+        own = [Example(input_ids=[first], labels=[first])]
+        made = replace(made, examples=own, common=texts if common else ())
+        return made.tell(lambda b: (5 + 0.1 * embedded(b)) * (b.input_ids < 32)[..., None]).double().numpy()
+
+    apart = {common: float(feature(30, common) @ feature(31, common)) for common in (True, False)}
+    assert apart[True] == pytest.approx(-1.0)
+    assert apart[False] > 0.9
 
 
 def test_noise_and_flips_are_a_client_s_own_and_stay_the_same() -> None:

@@ -297,7 +297,7 @@ def _teller(config: RunConfig, base: Base, data: Data, name: str) -> Teller | No
     return Teller(
         selection.asks, name, data.train[name], data.collate, classes,
         vocabulary=base.model.get_input_embeddings().weight.shape[0], seed=config.seed,
-        shared=shared, own=own,
+        shared=shared, own=own, common=data.evaluation,
     )  # fmt: skip
 
 

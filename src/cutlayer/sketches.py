@@ -26,18 +26,18 @@ from cutlayer.seeds import derive
 
 Kind = Literal["labels", "lengths", "tokens", "features", "hash"]
 BUCKETS = 64  # of the histogram of tokens
-LENGTHS = 16  # classes of length: 1, 2-3, 4-7, ...
-PROBE_ROWS, PROBE_LENGTH = 64, 16  # of the public text whose mean feature is subtracted
+LENGTHS = 32  # classes of length: two for each doubling
+COMMON_ROWS, COMMON_LENGTH = 64, 16  # of the common text whose mean feature is subtracted
 
 
 @dataclass(frozen=True)
 class Sketch:
     """What a client tells.
 
-    ``labels``: proportions of the classes [C]. ``lengths``: of its texts' lengths, in classes that double [16].
+    ``labels``: proportions of the classes [C]. ``lengths``: of its texts' lengths, two classes a doubling [32].
     ``tokens``: of its tokens, hashed into buckets [64]. ``features``: the mean over ``rows`` of its texts of what its
-    head makes of them, pooled over tokens, less the same of a public text, of length 1 [H]. ``hash``: the signs of
-    ``bits`` random projections of that feature, each flipped with probability ``flip`` [bits].
+    head makes of them, pooled over tokens, less the same of a text that all clients have, of length 1 [H]. ``hash``:
+    the signs of ``bits`` random projections of that feature, each flipped with probability ``flip`` [bits].
     ``noise`` is the scale of Laplace noise on each number (not of a hash), drawn at the client.
     """
 
@@ -74,7 +74,9 @@ class Teller:
         collate: makes a batch of a few examples.
         classes: how many the task has; 0 for free text.
         vocabulary: how many tokens the model knows.
-        seed: the run's, from which everybody makes the same public text.
+        seed: the run's.
+        common: text that all clients have, the run's evaluation data. Without any it is random tokens, drawn from the
+            seed; what real texts have in common is then left in the features, and they look more alike than they are.
         shared: a secret of all clients, unknown to the server: of projections.
         own: a secret of this client: of noise and flips.
     """
@@ -88,6 +90,7 @@ class Teller:
     seed: int
     shared: int
     own: int
+    common: Sequence[Example] = ()
 
     def tell(self, head: Callable[[Batch], Tensor]) -> Tensor:
         """The sketch: float32 numbers [D], or a hash's bits, packed [bits / 8].
@@ -109,7 +112,7 @@ class Teller:
         return np.bincount([int(e.label or 0) for e in self.examples], minlength=self.classes).astype(float)
 
     def _lengths(self) -> np.ndarray:
-        classes = [min(len(e.input_ids).bit_length() - 1, LENGTHS - 1) for e in self.examples]
+        classes = [min((len(e.input_ids) ** 2).bit_length() - 1, LENGTHS - 1) for e in self.examples]  # floor(2 log2)
         return np.bincount(classes, minlength=LENGTHS).astype(float)
 
     def _tokens(self) -> np.ndarray:
@@ -117,15 +120,18 @@ class Teller:
         return np.bincount(bucket_of(ids), minlength=BUCKETS).astype(float)
 
     def _feature(self, head: Callable[[Batch], Tensor]) -> np.ndarray:
-        """The mean pooled feature of its texts less that of the public one, of length 1."""
-        draw = np.random.default_rng(derive("public text of sketches", self.seed))
-        public = draw.integers(0, self.vocabulary, size=(PROBE_ROWS, PROBE_LENGTH)).tolist()
-        probe = [
-            Example(input_ids=ids, labels=None if self.classes else ids, label=0 if self.classes else None)
-            for ids in public
-        ]
+        """The mean pooled feature of its texts less that of the common one, of length 1."""
+        common = self.common[:: max(1, len(self.common) // COMMON_ROWS)][:COMMON_ROWS] or self._random_text()
         own = self.examples[: self.sketch.rows]
-        return unit(pooled_mean(own, self.collate, head) - pooled_mean(probe, self.collate, head))
+        return unit(pooled_mean(own, self.collate, head) - pooled_mean(common, self.collate, head))
+
+    def _random_text(self) -> list[Example]:
+        draw = np.random.default_rng(derive("common text of sketches", self.seed))
+        drawn = draw.integers(0, self.vocabulary, size=(COMMON_ROWS, COMMON_LENGTH)).tolist()
+        return [
+            Example(input_ids=ids, labels=None if self.classes else ids, label=0 if self.classes else None)
+            for ids in drawn
+        ]
 
     def _noise(self, size: int) -> np.ndarray:
         if not self.sketch.noise:

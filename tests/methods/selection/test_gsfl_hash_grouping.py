@@ -97,12 +97,15 @@ def test_d_a_group_of_its_own_kind_has_the_lower_held_out_loss(
     ("intra", "partition"),
     often(product(("sequential", "psl", "sfl-v2"), (TWO, U)), ("sequential", U), ("psl", TWO)),
 )
-def test_its_groups_train_as_the_same_groups_from_a_list(intra: str, partition: dict[str, Any], tmp_path: Path) -> None:
+def test_its_groups_train_as_the_same_groups_from_a_list(
+    intra: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]
+) -> None:
     clients = two_domains(4)
-    framework = {"name": "gsfl", "groups": "selection", "intra": intra, "local_steps": 2}
+    framework: dict[str, Any] = {"name": "gsfl", "groups": "selection", "intra": intra, "local_steps": 2}
     common = {"partition": partition, "rounds": 3, "optimizer": {"name": "adamw", "lr": 1e-2, "schedule": "linear"}}
     train(model(), tmp_path / "one", clients, framework=framework, selection={"name": NAME, "groups": 2}, **common)
-    framework |= {"groups": [["c0", "c2"], ["c1", "c3"]]}
+    framework |= {"groups": [list(group.members) for group in caught[0].arrangement.groups]}
+    assert len(framework["groups"]) == 2
     train(model(), tmp_path / "two", clients, framework=framework, **common)
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     assert equal(adapter(tmp_path / "one"), adapter(tmp_path / "two"))

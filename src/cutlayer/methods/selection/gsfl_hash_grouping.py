@@ -22,11 +22,13 @@ class GSFLHashGrouping(Arranger):
     """Clients with similar features are grouped by hashes of these; within a group the quickest trains first.
 
     Each client runs the head as it is at the start on ``rows`` of its texts, pools what comes out and subtracts the
-    same of a public text (random tokens, from the run's seed), without which the features of a language model are
-    nearly parallel and all clients look alike. It tells the signs of ``bits`` random projections of that, made with a
-    seed that the clients share and the server does not know; each bit may be turned with probability ``flip``. The
-    server estimates cosines from the bits, and groups by average linkage: ``groups`` groups, or as many as have a mean
-    distance (1 - cosine) of at most ``threshold``. No labels are needed, so it works for free text.
+    same of a text that all clients have, without which the features of a language model are nearly parallel and all
+    clients look alike. That text is the run's evaluation data. Without any it is random tokens, drawn from the seed,
+    which helps little on real texts: then give ``groups``, as the threshold finds one group. It tells the signs of
+    ``bits`` random projections of that, made with a seed that the clients share and the server does not know; each bit
+    may be turned with probability ``flip``. The server estimates cosines from the bits, and groups by average linkage:
+    ``groups`` groups, or as many as have a mean distance (1 - cosine) of at most ``threshold``. No labels are needed,
+    so it works for free text.
 
     From the abstract and the survey: light grouping of similar devices by cosine similarity of hashed features, and
     scheduling within a group. Ours: this hash, flips, linkage and threshold, and that a group above ``size`` is cut
