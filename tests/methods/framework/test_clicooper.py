@@ -238,6 +238,7 @@ def test_a_pattern_uses_each_weight_once_and_follows_its_key() -> None:
 def test_what_cannot_be_marked_or_read_is_refused(tmp_path: Path) -> None:
     for options, said in (
         ({"watermark": -1.0}, "watermark is -1.0"),
+        ({"watermark": float("inf")}, "a finite number from 0 on"),
         ({"mark_weights": 8}, r"mark_weights is 8; it must be mark_bits \(128\) or more"),
         ({"stage_rounds": 0}, "stage_rounds is 0"),
         ({"watermark": 0.1, "mark_bits": 1000, "lengths": [1, 2, 1]}, "needs as many trained weights"),

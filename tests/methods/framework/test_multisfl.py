@@ -113,7 +113,7 @@ def labelled(classes: list[int], count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def recalls(out: Path, patch: pytest.MonkeyPatch, **options: Any) -> list[list[float]]:
-    """The master's recall of each class after each round."""
+    """The master's recall of each class after each of the last ten rounds."""
     clients = {
         f"c{i}": labelled([i % CLASSES] if i % 2 else [i % CLASSES, (i + 1) % CLASSES], 16, i) for i in range(10)
     }
@@ -123,6 +123,8 @@ def recalls(out: Path, patch: pytest.MonkeyPatch, **options: Any) -> list[list[f
 
     async def measured(self: MultiSFL, run: Run, number: int) -> None:
         await original(self, run, number)
+        if number < 20:
+            return
         base = run.parts.base
         ids = torch.tensor([[int(w[1:]) for w in row["text"].split()] for row in held_out])
         params = {**run.parts.clients["c0"].slot.params, **run.parts.server.slots["master"].params}
@@ -146,14 +148,16 @@ def recalls(out: Path, patch: pytest.MonkeyPatch, **options: Any) -> list[list[f
 def test_b_replay_evens_out_the_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10 clients of 1 or 2 of 5 classes, 2 in a round: recall of the master over the last 10 of 30 rounds.
 
-    With as many replayed rows as own ones; at the paper's 0.01 to 0.1 of 16 rows there is one or none.
+    With as many replayed rows as own ones; at the paper's 0.01 to 0.1 of 16 rows there is one or none. Seen: spread
+    0.995 and 0.90, recall 0.26 and 0.37. In other settings recall rose as well, the spread did not always fall
+    (docs/log.md).
     """
     result = {}
     for name, options in {"without": {}, "with": {"replay": True, "p0": 1.0, "p_min": 1.0, "p_max": 1.0}}.items():
-        last = torch.tensor(recalls(tmp_path / name, monkeypatch, **options)[-10:])
+        last = torch.tensor(recalls(tmp_path / name, monkeypatch, **options))
         spread = (last.max(1).values - last.min(1).values).mean()
         result[name] = float(spread), float(last.mean())
-    print(result)
+    assert last.shape == (10, CLASSES)
     assert result["with"][0] < result["without"][0]
     assert result["with"][1] > result["without"][1]
 
