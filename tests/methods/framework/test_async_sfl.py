@@ -146,7 +146,9 @@ def test_an_error_in_a_merge_is_the_one_that_is_told(tmp_path: Path, monkeypatch
 def test_a_lost_client_goes_on_with_its_copy_when_it_is_back(trunk: str, tmp_path: Path, caught: list[Run]) -> None:
     """Its upload then has the delay of all that it missed; killed in between, the run ends with the same weights."""
     out = tmp_path / "out"
-    clients = [{"name": name, "data": str(write_rows(tmp_path / f"{name}.jsonl", rows))} for name, rows in THREE.items()]
+    clients = [
+        {"name": name, "data": str(write_rows(tmp_path / f"{name}.jsonl", rows))} for name, rows in THREE.items()
+    ]
     config: dict[str, Any] = {
         "model": str(model()), "data": {"format": "text", "shuffle": False, "max_length": 64},
         "clients": [{**clients[0], "fails": [1, 2]}, *clients[1:]], "partition": U, "batch_size": 3, "rounds": 4,
