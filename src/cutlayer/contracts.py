@@ -267,6 +267,8 @@ class Mixing(Protocol):
 
     needs_step_tokens: ClassVar[bool] = False  # clients tell the label tokens of a step before the trunk's backward
 
+    between: ClassVar[str] = ""  # a party that stands between the clients and the server
+
     def problems(self, config: RunConfig) -> Iterator[str]:
         """What of a run it cannot work with, a sentence each; asked before a model is read."""
         yield from ()
@@ -277,6 +279,10 @@ class Mixing(Protocol):
     @abstractmethod
     def gather(self, run: Run, clients: Sequence[str]) -> Joint:
         """For clients that are about to train at once."""
+
+    def alone(self, run: Run, stop: Any) -> Any:
+        """The stop as a client that evaluates shall meet it."""
+        return stop
 
 
 class Rate(Protocol):

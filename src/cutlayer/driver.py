@@ -201,7 +201,11 @@ class Run(Arranging):
             hops[-1] = wrap(hops[-1])
         for joint in self._joints.get(client, []):
             hops[-1] = joint.wrap(hops[-1], client)
-        end = ClientEnd(client, self.links[client], first=stops[0].party, last=stops[-1].party)
+        between = self.mixing.between if self.mixing is not None else ""
+        if self.mixing is not None and not self._joints.get(client):
+            hops[-1] = self.mixing.alone(self, hops[-1])
+        first, last = between or stops[0].party, between or stops[-1].party
+        end = ClientEnd(client, self.links[client], first=first, last=last)
         if layout.tail_at_client:
             return end, hops, end, hops[-1]
         return end, hops[:-1], hops[-1], hops[-1]

@@ -37,7 +37,7 @@ class Paces:
             return
         others = {
             name: profile_from(config.profiles.get(name, "server" if name == SERVER else EDGE))
-            for name in parts.parties
+            for name in (*parts.parties, *_between(config))
             if name not in clients
         }
         self.profiles = {**clients, **others}
@@ -95,6 +95,12 @@ class Paces:
         profile = self.profiles[party]
         assert profile is not None
         return Pace(lambda verb, rows, length, graph: seconds(flop(verb, length, graph) * rows * length, profile))
+
+
+def _between(config: RunConfig) -> list[str]:
+    """The party that a mixing puts between clients and server, if any."""
+    mixing = config.build("mixing")
+    return [mixing.between] if mixing is not None and mixing.between else []
 
 
 def workers(profiles: Mapping[str, Profile | None], party: str) -> int:
