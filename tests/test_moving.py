@@ -1,5 +1,7 @@
 """Cuts that move between rounds: nothing is lost, nothing changes but who holds what."""
 
+# ruff: noqa: F811 - a fixture that is imported
+
 from __future__ import annotations
 
 import shutil
@@ -17,7 +19,7 @@ from cutlayer.errors import CutlayerError
 from cutlayer.ranks import pairs, refit
 from cutlayer.step import split_evaluate
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, adamw, adapter, block_of, equal, losses, model, train
+from spine import PARTITIONS, adamw, adapter, block_of, caught, equal, losses, model, train  # noqa: F401
 from tiny import text_rows
 
 # A planner that gives each client the cuts that are written here, one after the other.
@@ -203,3 +205,20 @@ def test_refitting_keeps_the_product() -> None:
     u, s, vh = torch.linalg.svd(product(state), full_matrices=False)
     best = u[:, :3] * s[:3] @ vh[:3]
     assert float((product(low) - best).abs().max()) <= 1e-5
+
+
+def test_moves_with_clients_that_come_and_go(listed: Any, tmp_path: Path, caught: list[Run]) -> None:
+    """Whoever is away is not moved; whoever is lost in a round is set back, and moved later."""
+    rows = {name: text_rows(6, seed=i) for i, name in enumerate(FOUR)}
+    plan = "ann=1,2,3,1;bob=2,1,1,1;cid=1,1,2,3;dan=3,2,1,2"
+    changes: dict[str, Any] = {"framework": "sfl-v1", "rounds": 4, "planner": listed(plan), "fails": 0.3,
+                               "availability": 0.7}  # fmt: skip
+    result = train(blocks(), tmp_path / "out", rows, **changes)
+    again = train(blocks(), tmp_path / "again", rows, **changes)
+    assert equal(adapter(tmp_path / "out"), adapter(tmp_path / "again"))
+    assert result.summary["cuts"] == again.summary["cuts"]
+    run = caught[0]
+    for name, found in result.summary["cuts"].items():
+        assert all(run.presence.there(name, number) for number, _ in found["moves"])
+        assert found["head_blocks"] == len(run.parts.clients[name].head.blocks)
+    assert all(slot.idle for party in run.parts.parties.values() for slot in party.slots.values())
