@@ -175,7 +175,7 @@ class Run(StepEleven):
             pace = self.paces.stop(stop.party, place.segment)
             hop = kind(self.parts.parties[stop.party], place, self._stations[stop.party], self.carrier, pace)
             if stop.party in self.ends:
-                hop = Hosted(hop, self.presence.asked)
+                hop = Hosted(hop, client, self.presence.asked)
             hops.append(self.scheduler.wrap(hop, client))
         if wrap is not None:
             hops[-1] = wrap(hops[-1])
