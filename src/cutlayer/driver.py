@@ -195,7 +195,7 @@ class Run(Arranging):
             pace = self.paces.stop(stop.party, place.segment, first=place.before is None)
             hop = kind(self.parts.parties[stop.party], place, self._station(stop.party), self.carrier, pace)
             if stop.party in self.ends:
-                hop = Hosted(hop, self.presence.asked)
+                hop = Hosted(hop, client, self.presence.asked)
             hops.append(self.scheduler.wrap(hop, client))
         if wrap is not None:
             hops[-1] = wrap(hops[-1])

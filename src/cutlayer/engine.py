@@ -67,7 +67,7 @@ class Engine:
             await moving.replan(run)
         run.begin_round()
         await run.framework.round(run, counters.rounds)
-        run.presence.end()
+        run.end_round()
         self._idle = self._idle + 1 if sum(counters.steps.values()) == made else 0
         changing = run.presence.changing
         if self._idle and changing:

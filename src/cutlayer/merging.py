@@ -82,19 +82,27 @@ class StepEleven:
     _givers: dict[str, str]  # of this round, by line: who had the part before its holder
 
     def lose(self, client: str) -> None:
-        """A client is lost for the rest of the round: all that is under way of it is forgotten.
+        """A client is lost for the rest of the round.
 
-        It, and whoever cannot go on without it, is set back to the round's begin; where clients do not wait for each
-        other, it keeps its own copy.
+        It, and whoever cannot go on without it, is set back to the round's begin: at once, or, as steps that pass its
+        device may be under way, when the round is over. Where clients do not wait for each other, it keeps its copy.
         """
+        if client in self.presence.lost:
+            return
         self.presence.lost.add(client)
         self.counters.lost[client] = self.counters.lost.get(client, 0) + 1
         self.progress.note(f"round {self.counters.rounds}: '{client}' is lost")
-        for other in self.clients:
-            if self.presence.out(other):
-                self.abort(other)
-                if other in self._kept:
-                    self.set_back(other)
+        if client in self._kept and not self.presence.shared(client):
+            self.set_back(client)
+
+    def end_round(self) -> None:
+        """Set back whoever has not been yet; the round is over."""
+        for client in self.clients:
+            if self.presence.out(client):
+                self.abort(client)
+                if client in self._kept:
+                    self.set_back(client)
+        self.presence.end()
 
     def keep(self, clients: Sequence[str]) -> None:
         """Remember clients as they are, for ``set_back``."""

@@ -110,6 +110,12 @@ class Presence:
             if (number in fails) if isinstance(fails, list) else (draw.random() < fails):
                 self._messages[name] = int(draw.integers(messages[name]))
 
+    def shared(self, client: str) -> bool:
+        """Whether a client's steps pass other devices, or theirs its own."""
+        return (
+            any(client in self.hosts(other) for other in self.clients if other != client) or len(self.hosts(client)) > 1
+        )
+
     def falls(self, client: str) -> bool:
         """Whether a client will be lost in this round, or a host of it."""
         return any(host in self._messages for host in self.hosts(client))
@@ -119,14 +125,16 @@ class Presence:
         self.lost.clear()
         self._messages.clear()
 
-    def asked(self, client: str) -> None:
-        """A client is sent a message of a training step.
+    def asked(self, client: str, owner: str) -> None:
+        """A client is sent a message of a training step of ``owner``.
 
         Raises:
-            Lost: it does not answer.
+            Lost: it does not answer, or another has not without whom the step cannot go on.
         """
-        if client in self.lost:
-            raise Lost(client)
+        if self.lost:
+            for host in (client, *self.hosts(owner)):
+                if host in self.lost:
+                    raise Lost(host)
         if client in self._messages:
             if not self._messages[client]:
                 raise Lost(client)

@@ -92,7 +92,7 @@ class LocalLink:
 
     def __init__(
         self, party: ClientParty, *, meter: Meter, queues: Queues, pace: Pace | None = None,
-        asked: Callable[[str], None] = lambda _: None,
+        asked: Callable[[str, str], None] = lambda *_: None,
     ) -> None:  # fmt: skip
         self.party, self.meter, self.queues, self.pace, self.asked = party, meter, queues, pace, asked
         self.turn = 0
@@ -105,7 +105,7 @@ class LocalLink:
             self._waiting = None
         name = self.party.name
         if header.verb in STEP_VERBS and header.values.get("graph"):
-            self.asked(name)
+            self.asked(name, name)
         self.turn += 1
         header = header.but(sender=header.sender or SERVER, receiver=name, client=name, turn=self.turn)
         request = self._send(header, tensors)

@@ -37,14 +37,14 @@ class TrunkHop:
 
 
 class Hosted:
-    """A stop at a client's device; ``asked`` is told of each message to it, and may raise."""
+    """A stop at a client's device; ``asked`` is told of each message to it in a step of ``owner``, and may raise."""
 
-    def __init__(self, stop: Any, asked: Callable[[str], None]) -> None:
-        self.stop, self.asked = stop, asked
+    def __init__(self, stop: Any, owner: str, asked: Callable[[str, str], None]) -> None:
+        self.stop, self.owner, self.asked = stop, owner, asked
 
     def _ask(self, how: How) -> None:
         if how.graph:
-            self.asked(self.stop.party.name)
+            self.asked(self.stop.party.name, self.owner)
 
     async def forward(self, parcel: Parcel, how: How) -> Parcel:
         """Step 4, if the device is there."""

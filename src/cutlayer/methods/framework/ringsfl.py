@@ -95,7 +95,7 @@ class RingSFL(Framework):
                 lambda c: run.step(c, head_update=False, trunk_update=False, weight=sizes[c] / total), able
             )
             if run.presence.lost:
-                return  # all of them were set back
+                return  # all of them are set back
             await run.update_heads(dict.fromkeys(run.clients, 1.0))
         await run.add_changes(run.clients)
 
