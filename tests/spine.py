@@ -56,6 +56,8 @@ def train(folder: Path, out: Path, clients: Mapping[str, Rows], **changes: Any) 
     for client in listed:
         if client["name"] in cuts:
             client["head_blocks"] = cuts[client["name"]]
+    for name, keys in changes.pop("goings", {}).items():  # joins, leaves, ... of clients
+        next(client for client in listed if client["name"] == name).update(keys)
     given = changes.pop("profiles", {})  # of clients
     if others := changes.pop("profiles_of_others", {}):
         changes["profiles"] = others

@@ -95,7 +95,8 @@ def test_an_old_step_is_mixed_into_the_trunks_gradient(
     monkeypatch.setattr(PrivateHeads, "round", noted)
     train(
         model(), tmp_path / "out", clients, partition=partition, steps=1, optimizer=sgd, gradient_accumulation=2,
-        framework=psl(heads="public", joins={"bob": 1}, cache_weight=0.25, keeps="gradient"),
+        goings={"bob": {"joins": 1}},
+        framework=psl(heads="public", cache_weight=0.25, keeps="gradient"),
     )  # fmt: skip
     before, after = states
     own = caught[0].parts.clients["bob"].names("own")
@@ -157,7 +158,7 @@ def rise(
         inner.setattr(PrivateHeads, "round", measured)
         train(
             model(), out, {c: rows(c, 10) for c in (*early, "cid")}, partition=partition, steps=steps, batch_size=5,
-            framework=psl(joins={"cid": steps}, **options), peft="full", optimizer={"name": "adamw", "lr": 5e-3},
+            framework=psl(**options), goings={"cid": {"joins": steps}}, peft="full", optimizer={"name": "adamw", "lr": 5e-3},
         )  # fmt: skip
     assert len(seen) == 2 * steps
     return seen[steps - 1], seen[-1] - seen[steps - 1]
@@ -185,7 +186,7 @@ def test_the_cache_is_bounded_dropped_and_in_checkpoints(
 ) -> None:
     changes = {
         "partition": partition, "steps": 3, "checkpoint_every": 1, "gradient_accumulation": 2,
-        "framework": psl(form=form, joins={"cid": 3}, cache=2), "max_grad_norm": 0.5,
+        "framework": psl(form=form, cache=2), "goings": {"cid": {"joins": 3}}, "max_grad_norm": 0.5,
         "profiles": dict(zip(ROWS, ("laptop+dsl", "phone+4g", "laptop+5g"), strict=True)),
     }  # fmt: skip
     for name in ("whole", "part"):
@@ -253,8 +254,6 @@ def test_a_strangers_head_inverts_nothing(tmp_path: Path, caught: list[Run]) -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"joins": {"eve": 3}}, "joins names 'eve', who is no client"),
-        ({"joins": {"bob": -1}}, "rounds are counted from 0"),
         ({"cache": -1}, "cache is -1"),
         ({"cache_weight": 2.0}, "cache_weight is 2.0"),
         ({"form": "both"}, "option 'form'"),

@@ -149,13 +149,14 @@ class MultiSFL(Framework):
             self._kept.parts[branch], self._kept.versions[branch] = dict(start), 0
 
     async def _train(self, run: Run, client: str, branch: str, rows: Sequence[Rows], norms: list[float]) -> None:
-        """A client's local steps with a branch's part and trunk; the part goes back."""
+        """A client's local steps with a branch's part and trunk; the part goes back. A lost client changes neither."""
         kept, end, master = self._kept, run.ends[client], run.parts.routes[client]
         part = kept.parts[branch]
         await end.put({name: part[name] for name in sorted(part)}, version=kept.versions[branch], reset=True)
         run.set_route(client, [Stop(SERVER, branch, stop.blocks) for stop in master])
         steps = min(self.local_steps, run.steps_left(client))
         slot = run.parts.slot(run.parts.routes[client][-1])
+        before = {name: tensor.clone() for name, tensor in slot.get(optimizer=True).items()}, slot.version
         for mine in dealt_over(rows, steps, self.spread):
             stops: list[Replay] = []
 
@@ -163,9 +164,14 @@ class MultiSFL(Framework):
                 stops.append(Replay(stop, slot, mine))
                 return stops[-1]
 
-            await run.step(client, wrap=wrap if self.replay else None)
+            if await run.step(client, wrap=wrap if self.replay else None) is None:
+                break
             norms += [run.config.optimizer.lr * stop.squared for stop in stops]
         run.set_route(client, master)
+        if run.presence.out(client):  # lost: its branch is as it was before the round
+            slot.reset_optimizer()
+            slot.put(before[0], version=before[1])
+            return
         travels = self.optimizer_state == "travel"
         parcel = await end.ask("get_state", {"optimizer": travels, "part": "own"})
         kept.parts[branch], kept.versions[branch] = dict(parcel.tensors), int(parcel.header.value("version"))

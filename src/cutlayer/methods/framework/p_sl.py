@@ -43,7 +43,7 @@ class PrivateHeads(Framework):
 
     A cached step costs B T (H + 1) numbers of 4 bytes (U-shape 2 B T H), and the cache itself is a store of private
     activations: ``forget`` drops a client's. The paper's: separate heads, both forms, the cache with labels. Ours: the
-    U-shape, which old step comes when (in turn), that it comes only for clients that sit out the round, and ``joins``.
+    U-shape, which old step comes when (in turn), and that it comes only for clients that sit out the round.
     """
 
     form: Literal["sequential", "parallel"] = "sequential"  # one trunk in turns, or a trunk for each, averaged
@@ -55,7 +55,6 @@ class PrivateHeads(Framework):
     cache: int = 4  # optimizer steps of each client that the server keeps; 0: none
     cache_weight: float = 0.5  # of an old step in the trunk's loss
     keeps: Literal["output", "gradient"] = "output"  # U-shape: what the server keeps beside the hidden states
-    joins: dict[str, int] = field(default_factory=dict)  # the round in which a client joins, from 0; others at once
     _cache: Cache = field(init=False, repr=False, compare=False)
 
     personal: ClassVar[bool] = True
@@ -66,18 +65,7 @@ class PrivateHeads(Framework):
             raise ValueError(f"cache is {self.cache}; it must be 0 or more")
         if not 0 <= self.cache_weight <= 1:
             raise ValueError(f"cache_weight is {self.cache_weight}; it must be at least 0 and at most 1")
-        if min(self.joins.values(), default=0) < 0:
-            raise ValueError(f"joins is {self.joins}; rounds are counted from 0")
         object.__setattr__(self, "_cache", Cache(self.cache))
-
-    def layouts(
-        self, given: Mapping[str, Layout], num_blocks: int, speeds: Mapping[str, float] | None
-    ) -> Mapping[str, Layout]:
-        """As the partition has it; refuses a late client that there is not."""
-        for name in self.joins:
-            if name not in given:
-                raise MethodError(f"framework 'p-sl': joins names '{name}', who is no client.{suggest(name, given)}")
-        return given
 
     def slots(self, clients: Sequence[str]) -> Mapping[str, str]:
         """One for all, or one for each."""
@@ -99,14 +87,6 @@ class PrivateHeads(Framework):
                 drawn[name] = torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator)
         return drawn
 
-    def joined(self, client: str) -> int:
-        """The first round that a client is there for."""
-        return self.joins.get(client, 0)
-
-    def eligible(self, number: int, clients: Sequence[str]) -> Sequence[str]:
-        """Those that have joined."""
-        return [client for client in clients if self.joined(client) <= number]
-
     async def round(self, run: Run, number: int) -> None:
         """Local steps, in turns or at once; then the trunks' average, where there are several."""
         clients = cohort(run, number, self.participation)
@@ -127,7 +107,8 @@ class PrivateHeads(Framework):
             run.progress.note(f"the server's cache of activations will take about {most / 2**20:.1f} MiB")
 
     async def _train(self, run: Run, client: str, taking: Sequence[str]) -> None:
-        away = [c for c in run.clients if c not in taking and self.joined(c) < self.joined(client)]
+        joined = {name: one.joins for name, one in run.presence.clients.items()}
+        away = [c for c in run.clients if c not in taking and joined[c] < joined[client]]
         for _ in range(min(self.local_steps, run.steps_left(client))):
             beside = self._cache.turn(away, run.counters.steps[client])
 
