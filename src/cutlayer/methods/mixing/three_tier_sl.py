@@ -12,7 +12,9 @@ unequal weights the masses of the labels say whose they are. Clients' parts are 
 has it, and evaluation texts go up one by one: leave ``data.eval`` out where they are private.
 
 Averages of unlike texts destroy nearly all that predicts the next token: K = 2 with unequal weights (0.8, 0.2), or
-texts of one kind with the same labels, are what this is for. What an attacker recovers is not measured here.
+texts of one kind with the same labels, are what this is for. Held-out loss of the demo model (runs/three-tier-two-part
+with equal weights, 3 rounds, one seed), from 7.03: 4.41 with K = 2 and 4.92 with K = 4, where ``minibatch-sfl``, which
+averages nothing, reached 3.25. What an attacker recovers is not measured here.
 """
 
 from __future__ import annotations
