@@ -158,7 +158,8 @@ def rise(
         inner.setattr(PrivateHeads, "round", measured)
         train(
             model(), out, {c: rows(c, 10) for c in (*early, "cid")}, partition=partition, steps=steps, batch_size=5,
-            framework=psl(**options), goings={"cid": {"joins": steps}}, peft="full", optimizer={"name": "adamw", "lr": 5e-3},
+            framework=psl(**options), goings={"cid": {"joins": steps}}, peft="full",
+            optimizer={"name": "adamw", "lr": 5e-3},
         )  # fmt: skip
     assert len(seen) == 2 * steps
     return seen[steps - 1], seen[-1] - seen[steps - 1]

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cutlayer.contracts import SHARED, Framework, Layout
-from cutlayer.errors import MethodError, suggest
+from cutlayer.contracts import SHARED, Framework
 from cutlayer.methods.framework._cache import Cache, Cached, Micro
 from cutlayer.methods.framework._cohort import check_options, cohort, ordered
 from cutlayer.registry import method
