@@ -149,6 +149,21 @@ def _cut(config: RunConfig, name: str) -> dict[str, Any]:
     return {key: getattr(made, key) for key in registry.option_fields(type(made))}
 
 
+@rule("mixing", "framework", "clients", "fails")
+def _losable(config: RunConfig) -> Iterator[str]:
+    fails = [config.fails, *(client.fails for client in config.client_list)]
+    try:
+        meets = config.mixing is not None or getattr(config.build("framework"), "joint", "") == "concatenate"
+    except CutlayerError:
+        return  # said by the other rules
+    if meets and any(fails):
+        what = f"mixing '{config.mixing.name}'" if config.mixing else f"framework '{config.framework.name}' (joint)"
+        yield (
+            f"fails is given, but with {what} the clients' batches meet at the trunk, and a step that one of them is "
+            "lost in cannot be taken apart again. Leave fails out, or take framework: psl, which sums their gradients."
+        )
+
+
 @rule("planner", "framework", "aggregator", "selection", "exchange")
 def _moves(config: RunConfig) -> Iterator[str]:
     if config.planner is None:
