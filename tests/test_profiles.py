@@ -21,6 +21,7 @@ from transformers import (
     T5Config,
 )
 
+from cutlayer.config import load_config
 from cutlayer.costs import Profile, profile_from, shape_of
 from cutlayer.errors import ConfigError, ModelError
 from cutlayer.profiles import DEVICES, LINKS
@@ -156,3 +157,21 @@ def test_what_cannot_be_cut_or_built_is_refused() -> None:
         shape_of(T5Config())
     with pytest.raises(ModelError, match="encoder-decoder"):
         shape_of(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), task="classification")
+
+
+def test_each_client_draws_one_of_a_list() -> None:
+    """From the seed and its name, so that a study of a hundred is the same each time; its own comes first."""
+    run = {"model": "m", "data": {"train": "x"}, "clients": 100, "profile": ["phone+4g", "laptop+dsl", {"flops": 3e9}]}
+    config = load_config(run)
+    found = [config.profile_of(name) for name in config.client_names]
+    assert found == [load_config(run).profile_of(name) for name in config.client_names]
+    counts = [found.count(one) for one in run["profile"]]
+    assert sum(counts) == 100
+    assert min(counts) >= 20
+    assert found != [load_config(run, ["seed=1"]).profile_of(name) for name in config.client_names]
+    own = load_config({**run, "clients": [{"name": "a", "profile": "edge-box"}, {"name": "b"}]})
+    assert own.profile_of("a") == "edge-box"
+    with pytest.raises(ConfigError, match=r"profile.1: .*'moon' is not known"):
+        load_config({**run, "profile": ["laptop", "moon"]})
+    with pytest.raises(ConfigError, match="must not be an empty list"):
+        load_config({**run, "profile": []})

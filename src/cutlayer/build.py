@@ -55,9 +55,7 @@ def layouts_of(config: RunConfig, num_blocks: int) -> dict[str, Layout]:
     for name in config.client_names:
         spec = config.partition_spec(name)
         layouts[name] = registry.create("partition", spec.name, spec.options).layout(num_blocks)
-    profiles = {
-        c.name: profile_from(c.profile if c.profile is not None else config.profile) for c in config.client_list
-    }
+    profiles = {name: profile_from(config.profile_of(name)) for name in config.client_names}
     speeds = {name: profile.flops for name, profile in profiles.items() if profile is not None}
     framework: Framework = config.build("framework")
     return dict(framework.layouts(layouts, num_blocks, speeds if len(speeds) == len(layouts) else None))

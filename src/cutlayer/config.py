@@ -25,6 +25,7 @@ from cutlayer.config_types import (
     One,
     Precision,
     Profile,
+    Profiles,
     Round,
     Spec,
     Text,
@@ -34,6 +35,7 @@ from cutlayer.config_words import problems_of
 from cutlayer.config_write import dump, family_keys, family_of, filled, resolved, tree_of, with_files
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.identity import identity_of
+from cutlayer.seeds import derive
 
 __all__ = [
     "ClientConfig", "ClientData", "CodecConfig", "DataConfig", "EarlyStop", "Many", "Maybe", "One", "OptimizerConfig",
@@ -151,7 +153,7 @@ class RunConfig(Tree):
     verify: Literal["auto", "always"] = "auto"  # compare the cut model with the uncut one at the start
     device: str = "auto"
     engine: Literal["local", "ray"] = "local"
-    profile: Profile = None  # of the virtual clock, for all clients that have none
+    profile: Profiles = None  # of the virtual clock, for all clients that have none; of a list each draws one
     profiles: dict[str, Profile] = Field(default_factory=dict)  # of other parties: the server, edges
     availability: Chance = 1.0  # the probability that a client is there in a round
     fails: Losses = 0.0  # the probability that a client is lost in the middle of a round, or the rounds in which
@@ -183,6 +185,13 @@ class RunConfig(Tree):
     def client(self, name: str) -> ClientConfig:
         """What is said of one client."""
         return next(client for client in self.client_list if client.name == name)
+
+    def profile_of(self, client: str) -> str | dict[str, Any] | None:
+        """A client's own profile, or the run's; of a list of the run's one that is drawn from the seed, by client."""
+        own, common = self.client(client).profile, self.profile
+        if own is None and isinstance(common, list):
+            return common[derive(self.seed, "profile", client) % len(common)]
+        return own if own is not None or isinstance(common, list) else common
 
     def data_of(self, client: str) -> DataConfig:
         """``data``, with what the client has of its own in place of ``train``, ``format`` and ``columns``."""

@@ -174,7 +174,8 @@ def _comings(config: RunConfig) -> Iterator[str]:
 
 @rule("clients", "profile")
 def _profiles(config: RunConfig) -> Iterator[str]:
-    places = [("profile", config.profile)]
+    drawn = config.profile if isinstance(config.profile, list) else [config.profile]
+    places = [("profile" if len(drawn) == 1 else f"profile.{number}", one) for number, one in enumerate(drawn)]
     places += [(f"clients.{number}.profile", client.profile) for number, client in enumerate(config.client_list)]
     for key, profile in places:
         for problem in check_profile(profile):

@@ -82,6 +82,15 @@ def _profile(value: Any) -> Any:
     return value
 
 
+def _profiles(value: Any) -> Any:
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("must not be an empty list; give presets or numbers to draw from")
+        return [_profile(one) for one in value]
+    return _profile(value)
+
+
 Codec = Annotated[CodecConfig, BeforeValidator(_legs)]  # one for all legs, or {up: ..., down: ...}, or none
 Precision = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_precision)]
 Profile = Annotated[str | dict[str, Any] | None, BeforeValidator(_profile)]
+Profiles = Annotated[str | dict[str, Any] | list[str | dict[str, Any]] | None, BeforeValidator(_profiles)]

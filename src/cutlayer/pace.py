@@ -24,9 +24,7 @@ class Paces:
     """
 
     def __init__(self, config: RunConfig, parts: Parts) -> None:
-        clients = {
-            c.name: profile_from(c.profile if c.profile is not None else config.profile) for c in config.client_list
-        }
+        clients = {name: profile_from(config.profile_of(name)) for name in config.client_names}
         check_profiles(clients)
         self._timed = all(profile is not None for profile in clients.values())
         self._parts = parts

@@ -46,9 +46,7 @@ def keep_back(config: RunConfig, data: Data, share: float) -> tuple[Data, dict[s
 
 def costs_of(config: RunConfig, base: Base, data: Data) -> Costs:
     """The cost model of a run; a row is as long as the client's rows are in the mean."""
-    profiles = {
-        c.name: profile_from(c.profile if c.profile is not None else config.profile) for c in config.client_list
-    }
+    profiles = {name: profile_from(config.profile_of(name)) for name in config.client_names}
     lengths = {
         name: math.ceil(sum(len(row.input_ids) for row in rows) / max(1, len(rows))) or 1
         for name, rows in data.train.items()
