@@ -94,6 +94,7 @@ def plan(config: RunConfig) -> DryRun:
         "model": config.model,
         "framework": config.framework.name,
         "partition": config.partition.name,
+        **({"planner": config.planner.name} if config.planner else {}),
         "clients": config.client_names,
         "parties": parties,
         "batch": {"rows": config.batch_size, "tokens": length},

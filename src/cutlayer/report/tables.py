@@ -30,6 +30,8 @@ def dry_run_table(summary: Mapping[str, Any]) -> Group:
     """What a run would be: the same keys, ``memory_bytes`` for each party and ``bytes`` of one step of one client."""
     parts: list[RenderableType] = [_head(summary), parties_table(summary["parties"])]
     parts.append(Text("Memory is a rough estimate: runs were seen to need 0.3 to 1.8 times as much."))
+    if planner := summary.get("planner"):
+        parts.append(Text(f"The planner {planner} sets the cuts once the data are read; these are the partition's."))
     parts.append(bytes_table(summary["bytes"], title="bytes of one step of one client"))
     return Group(*parts)
 
