@@ -53,7 +53,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "gsfl": framework("gsfl", groups=2),
     "hsfl": {"framework": {"name": "hsfl", "edges": 2, "intervals": [4, 2, 1]}},
     "ringsfl": framework("ringsfl"),
-    "pairingfl": framework("pairingfl"),
+    "pairingfl": {  # five clients make no pairs of neighbours, so its selection matches two each round
+        **framework("pairingfl", pairs="selection"),
+        "selection": {"name": "pairingfl-selection", "sketch": "lengths"},
+    },
     "clicooper": framework("clicooper", owners=5),
     "multisfl": framework("multisfl", branches=2),
     "p-sl": framework("p-sl", form="parallel"),
