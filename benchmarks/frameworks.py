@@ -57,7 +57,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **framework("pairingfl", pairs="selection"),
         "selection": {"name": "pairingfl-selection", "sketch": "lengths"},
     },
-    "clicooper": framework("clicooper", owners=5),
+    "clicooper": framework("clicooper", owners=2),  # two bring data and three train, so it makes 40 steps
     "multisfl": framework("multisfl", branches=2),
     "p-sl": framework("p-sl", form="parallel"),
     "async-dt-asfl": {**framework("async-sfl"), "aggregator": "dt-asfl"},
