@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class LoraProducts(Aggregator):
     no factor is averaged as by ``fedavg``. A factor's directions after a merge are not those before, so optimizer state
     of factors is not merged.
     """
+
+    reconciles: ClassVar[bool] = True
 
     weight_by: Literal["examples", "tokens", "uniform"] = "examples"
     how: Literal["svd", "pad"] = "svd"  # pad: average the factors, padded with zeros (biased; to compare with)
