@@ -225,8 +225,11 @@ def test_every_key_of_the_output_is_documented(tmp_path: Path) -> None:
         }
         text = file.read_text()
         line = json.loads(text) if file.suffix == ".json" else json.loads(text.splitlines()[0])
-        # Of classifiers, clients with parts of their own, selections, and relays: their own tests look at them.
-        only = {"summary.json": {"labels", "adapters", "arrangement", "cuts"}, "metrics.jsonl": {"bytes_between"}}
+        # Of classifiers, clients with parts of their own, selections, unequal ranks, and relays: their own tests look.
+        only = {
+            "summary.json": {"labels", "adapters", "arrangement", "cuts", "ranks"},
+            "metrics.jsonl": {"bytes_between"},
+        }
         others = only.get(heading, set())
         assert told - set(line) == others, heading
         assert set(line) <= told, heading

@@ -8,6 +8,7 @@ adapters follow by ``ranks.refit``, and the optimizer state of those that change
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cutlayer.allotment import Allotter, Matrix
-from cutlayer.contracts import SERVER, Layout
+from cutlayer.contracts import SERVER, Layout, Peft
 from cutlayer.models.importance import UNKNOWN, Frozen, Importance
 from cutlayer.models.segment import Base
 from cutlayer.models.slots import Slot
 from cutlayer.plans import slot_ranks
-from cutlayer.ranks import pairs, refit
+from cutlayer.ranks import pairs, product_norm, refit
 
 if TYPE_CHECKING:
     from cutlayer.assembly import Parts
@@ -141,9 +142,10 @@ def holder_of(slot: Slot) -> str:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """For ``summary.json``: by holder its budget, the trained parameters of its adapters, and the rank of each."""
-    parts, peft = run.parts, _allotter(run.parts)
-    found = {}
+    """For ``summary.json``: by holder its budget, the trained parameters of its adapters, the rank of each, and
+    what of the last merge these leave out."""
+    parts, merged = run.parts, run.federated.before
+    found: dict[str, Any] = {}
     for holder, slot, client in [
         *((name, party.slot, name) for name, party in parts.clients.items()),
         *((holder_of(slot), slot, None) for slot in parts.server.slots.values()),
@@ -154,19 +156,56 @@ def summary(run: Run) -> dict[str, Any]:
         trained = [a for a in pairs(own) if client or _in_a_trunk(parts.base.owner(a), layouts)]
         ranks = {a: len(slot.params[a]) for a in trained}
         found[holder] = {
-            "budget": peft.limit(client, trunks=len(parts.server.slots)),
+            "budget": _limit(parts, client),
             "parameters": sum(rank * _cost(parts.base, a) for a, rank in ranks.items()),
             "decided_after_round": run.counters.allotted.get(holder),
+            "discarded": _discarded(merged, ranks),
             "ranks": {_path(a): rank for a, rank in ranks.items()},
         }
     return found
 
 
+def _discarded(merged: Mapping[str, torch.Tensor], ranks: Mapping[str, int]) -> float | None:
+    """The part of the merged updates that ranks leave out, relative in the Frobenius norm over all these matrices.
+
+    Of balanced factors (``lora-products``) it is that of the singular values beyond the rank.
+    """
+    total = lost = 0.0
+    for a, b in pairs(merged).items():
+        if a in ranks:
+            up, down = merged[b], merged[a]
+            total += product_norm(up, down) ** 2
+            lost += product_norm(up[:, ranks[a] :], down[ranks[a] :]) ** 2
+    return math.sqrt(lost / total) if total else None
+
+
 def _ranks(parts: Parts, scores: Scores, holder: str, names: Sequence[str], client: str | None) -> dict[str, int]:
-    peft = _allotter(parts)
-    weights = importances(parts.base, scores, holder, names)
-    matrices = [Matrix(a, _cost(parts.base, a), weights[a]) for a in names]
-    return dict(peft.allot(matrices, peft.limit(client, trunks=len(parts.server.slots)), holder=holder))
+    peft, base, limit = _allotter(parts), parts.base, _limit(parts, client)
+    return allotted(peft, base, importances(base, scores, holder, names), limit, holder=holder)
+
+
+def allotted(
+    peft: Allotter, base: Base, importance: Mapping[str, float], limit: int | None, *, holder: str
+) -> dict[str, int]:
+    """The ranks of a holder's matrices, whose importance this is, within so many trained parameters."""
+    matrices = [Matrix(a, _cost(base, a), value) for a, value in importance.items()]
+    return dict(peft.allot(matrices, limit, holder=holder))
+
+
+def first_parameters(base: Base, peft: Peft, names: Iterable[str], client: str | None, *, trunks: int) -> int:
+    """How many parameters of these names a holder trains at the start, where a tied one counts once."""
+    names = list(names)
+    count = sum({id(base.initial[n]): base.initial[n].numel() for n in names}.values())
+    if not isinstance(peft, Allotter):
+        return count
+    even = dict.fromkeys(pairs(names), 1.0)
+    limit = peft.limit(client, trunks=trunks)
+    ranks = allotted(peft, base, even, limit, holder=client or SERVER)
+    return count - sum((peft.rank - rank) * _cost(base, a) for a, rank in ranks.items())
+
+
+def _limit(parts: Parts, client: str | None) -> int | None:
+    return _allotter(parts).limit(client, trunks=len(parts.server.slots))
 
 
 def importances(base: Base, scores: Scores, holder: str, names: Sequence[str]) -> dict[str, float]:
@@ -183,8 +222,8 @@ def importances(base: Base, scores: Scores, holder: str, names: Sequence[str]) -
     found = {}
     for name in names:
         mean = _mean(kinds.get(_kind(base, name), []))
-        score = scores[holder][name] if name in scores.get(holder, ()) else _mean(by_name.get(name, []))
-        found[name] = score / mean if score is not None and mean else 1.0
+        mine = _mean([scores[holder][name]] if name in scores.get(holder, ()) else by_name.get(name, []))
+        found[name] = mine / mean if mine is not None and mean else 1.0
     return found
 
 

@@ -51,6 +51,12 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return left @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ right.T)
 
 
+def product_norm(up: Tensor, down: Tensor) -> float:
+    """The Frobenius norm of up @ down, from the Gram matrices of the thin factors."""
+    up, down = up.double(), down.double()
+    return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+
+
 def fresh_rows(name: str, rank: int, down: Tensor) -> Tensor:
     """The rows [rank - len(down), d_in] that a factor A grows by: Kaiming-uniform, as PEFT begins, from the name."""
     d_in = down.shape[1]
