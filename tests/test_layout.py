@@ -23,7 +23,7 @@ ALLOWED = {"contracts", "errors", "registry", "seeds"}
 FAMILY_NEEDS = {
     "framework": {"clock", "cohorts", "joint", "watermark"},
     "planner": {"planning"},
-    "peft": {"models"},
+    "peft": {"allotment", "models"},
     "selection": {"arrangement", "sketches"},
     "mixing": {"joint"},
     "optimizer": {"joint"},

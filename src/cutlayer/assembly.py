@@ -11,6 +11,7 @@ import torch
 from torch.nn import Parameter
 from transformers import get_scheduler
 
+from cutlayer.allotting import begin
 from cutlayer.arrangement import Arranger
 from cutlayer.build import Data, check_fit, layouts_of, task_of
 from cutlayer.cohorts import foreseen, runs_on
@@ -269,7 +270,9 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
             if party == name:
                 slots.setdefault(party, {})[of] = clients[name].slot
     parties = {name: TrunkParty(name, theirs, seed=config.seed) for name, theirs in slots.items()}
-    return Parts(base, dict(layouts), clients, parties, routes, planned, steps, slot, peft, costs, planner, bounds)
+    parts = Parts(base, dict(layouts), clients, parties, routes, planned, steps, slot, peft, costs, planner, bounds)
+    begin(parts)
+    return parts
 
 
 def _chunks(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:

@@ -214,14 +214,14 @@ def tokenizer_of(config: RunConfig) -> Any:
 
 
 def training_of(config: RunConfig) -> Training:
-    """What is trained, as the cost model says it (a rank pattern counts as the plain rank)."""
+    """What is trained, as the cost model says it (by its plain or highest rank; a rank pattern is not looked at)."""
     options = config.peft.options
     head = task_of(config) == "classification"
     if config.peft.name == "full":
         return Training(full=True)
     targets = options.get("targets", "all-linear")
     return Training(
-        rank=options.get("rank", 8),
+        rank=getattr(config.build("peft"), "rank", 8),
         targets=[targets] if targets != "all-linear" and isinstance(targets, str) else targets,
         head=head,
     )

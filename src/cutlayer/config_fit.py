@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cutlayer import registry
 from cutlayer.config_rules import listed, rule
+from cutlayer.contracts import Peft
 from cutlayer.errors import CutlayerError
 
 if TYPE_CHECKING:
@@ -164,23 +165,61 @@ def _losable(config: RunConfig) -> Iterator[str]:
         )
 
 
-@rule("planner", "framework", "aggregator", "selection", "exchange")
+def _leaves_unequal(config: RunConfig) -> list[str]:
+    """What of a run leaves the clients' parts unequal after a round, or sets the cuts itself, in words."""
+    framework, aggregator = config.build("framework"), config.build("aggregator")
+    wrong = {
+        f"framework '{config.framework.name}'": not framework.replans,
+        f"aggregator '{config.aggregator.name}'": not aggregator.exchanges,
+        f"selection '{config.selection.name}'": "clusters" in getattr(config.build("selection"), "gives", ()),
+        f"exchange '{config.exchange.name}'": config.build("exchange").frozen_head,
+    }
+    return [name for name, found in wrong.items() if found]
+
+
+@rule("peft", "framework", "aggregator", "selection", "exchange", "clients")
+def _allots(config: RunConfig) -> Iterator[str]:
+    from cutlayer.allotment import Allotter
+
+    try:
+        peft, aggregator = config.build("peft"), config.build("aggregator")
+        if not isinstance(peft, Allotter):
+            return
+        unequal = _leaves_unequal(config)
+    except CutlayerError:
+        return  # said by the other rules
+    named = f"peft '{config.peft.name}'"
+    for which in unequal:
+        yield (
+            f"{named} gives out ranks anew after a merge of all, but {which} leaves the clients' parts unequal, or "
+            "goes its own way. Take framework sfl-v1 or sfl-v2 with aggregator: lora-products."
+        )
+    if aggregator.exchanges and not aggregator.reconciles:
+        fit = [name for name in registry.names("aggregator") if registry.load("aggregator", name).reconciles]
+        yield (
+            f"{named} gives clients unequal ranks, which aggregator '{config.aggregator.name}' cannot merge. Take "
+            f"aggregator: {' or '.join(fit)}."
+        )
+    for name in sorted(set(peft.limited) - set(config.client_names)):
+        yield f"{named} has a budget for '{name}', which is no client. There are: {', '.join(config.client_names)}."
+
+
+@rule("planner", "peft", "framework", "aggregator", "selection", "exchange")
 def _moves(config: RunConfig) -> Iterator[str]:
     if config.planner is None:
         return
     try:
-        framework, aggregator = config.build("framework"), config.build("aggregator")
-        apart = "clusters" in getattr(config.build("selection"), "gives", ())
-        frozen = config.build("exchange").frozen_head
+        unequal, aggregator = _leaves_unequal(config), config.build("aggregator")
+        ranked = type(config.build("peft")).rank_at is not Peft.rank_at
     except CutlayerError:
         return  # said by the other rules
-    wrong = {
-        f"framework '{config.framework.name}'": not framework.replans,
-        f"aggregator '{config.aggregator.name}'": not aggregator.exchanges,
-        f"selection '{config.selection.name}'": apart,
-        f"exchange '{config.exchange.name}'": frozen,
-    }
-    for which in (name for name, found in wrong.items() if found):
+    if ranked and aggregator.exchanges and not aggregator.reconciles:
+        yield (
+            f"peft '{config.peft.name}' has ranks that follow the cut, and planner '{config.planner.name}' gives clients "
+            f"unequal cuts, but aggregator '{config.aggregator.name}' cannot merge unequal ranks. Take aggregator: "
+            "lora-products."
+        )
+    for which in unequal:
         yield (
             f"planner '{config.planner.name}' gives clients cuts of their own, and blocks change hands where all "
             f"copies are equal: after a merge. But {which} leaves the clients' parts unequal, or sets the cuts itself. "

@@ -149,6 +149,7 @@ class Aggregator(Protocol):
 
     exchanges: ClassVar[bool] = True  # False: nothing is merged or sent, every holder keeps what it has
     asynchronous: ClassVar[bool] = False  # clients do not wait for each other: copies are merged by window and weigh
+    reconciles: ClassVar[bool] = False  # merges copies of unequal ranks, and gives each receiver its own
 
     @property
     def weight_by(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cutlayer import checkpoint, moving
+from cutlayer import allotting, checkpoint, moving
 from cutlayer.arrangement import Arrangement
 from cutlayer.assembly import MOST_IDLE, own_trunks
 from cutlayer.config import RunConfig
@@ -65,6 +65,7 @@ class Engine:
         planner = run.parts.planner
         if planner and planner.every and counters.rounds and counters.rounds % planner.every == 0:
             await moving.replan(run)
+        await allotting.review(run)
         run.begin_round()
         await run.framework.round(run, counters.rounds)
         run.end_round()
@@ -194,6 +195,7 @@ class Engine:
             **identity(run.config),
             "counters": vars(run.counters), "versions": {name: slot.version for name, slot in slots.items()},
             "meter": run.meter.state(), "clock": run.clock.state(), "data": self.data_fingerprint,
+            "importance": {name: slot.importance.state() for name, slot in slots.items() if slot.importance},
             "aggregator": dict(run.federated.aggregator.state()),
             "planner": dict(run.parts.planner.state()) if run.parts.planner else {},
             "framework": {name: value for name, value in kept.items() if name not in tensors},
@@ -220,6 +222,8 @@ class Engine:
             slots = self._slots()
             for name, slot in slots.items():
                 slot.put(states[name], version=manifest["versions"][name], resize=True)
+                if slot.importance is not None:
+                    slot.importance.restore(manifest["importance"][name])
             order = dict.fromkeys(name for slot in slots.values() for name in slot.get())
             for holder, merged in states.items():  # in the order of its file; frames carry the slots' order
                 if holder == "federated":

@@ -51,6 +51,10 @@ class Counters:
     stopped: bool = False
     latest: dict[str, int] = field(default_factory=dict)  # by cluster with a model of its own: its last merge
     arrangement: dict[str, Any] | None = None  # what the selection said last
+    importance: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # by holder and matrix: what it told when its ranks were last decided
+    allotted: dict[str, int] = field(default_factory=dict)  # by holder: the rounds before its ranks were last decided
     totals: dict[str, int] = field(default_factory=dict)  # by slot: updates in the run, where an arrangement says it
 
 
@@ -58,7 +62,7 @@ class Counters:
 class _Kept:
     """A client as it was at the begin of a round in which it is lost: the slots of nobody else, and its last merge."""
 
-    slots: Sequence[tuple[Slot, State, int]]  # with the version
+    slots: Sequence[tuple[Slot, State, int, dict[str, Any]]]  # with the version, and what is known of the importance
     merged: Mapping[str, int]
 
 
@@ -112,16 +116,21 @@ class StepEleven:
             devices = [self.parts.clients[name].slot for name in (client, *hosted)]
             slots = [slot for slot in self.slots_of([client]) if users[id(slot)] == 1 and slot not in devices]
             self._kept[client] = _Kept(
-                [(slot, _copy(slot), slot.version) for slot in (*slots, *devices)],
+                [
+                    (slot, _copy(slot), slot.version, slot.importance.state() if slot.importance else {})
+                    for slot in (*slots, *devices)
+                ],
                 {key: self.counters.merged.get(key, 0) for key in (client, *(f"{name}/hosted" for name in hosted))},
             )
 
     def set_back(self, client: str) -> None:
         """Nothing that a client has done in this round counts: it is as it was before, and so is who holds its part."""
         kept = self._kept.pop(client)
-        for slot, state, version in kept.slots:
+        for slot, state, version, watched in kept.slots:
             slot.reset_optimizer()
             slot.put(state, version=version)
+            if slot.importance is not None:
+                slot.importance.restore(watched)
         self.counters.merged |= kept.merged
         for line, giver in self._givers.items():
             if self.counters.holders[line] == client:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cutlayer.allotting import fit_slot, ranks_at_client, ranks_at_trunk, told_ranks
 from cutlayer.assembly import joined, own_trunks
 from cutlayer.errors import MethodError
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.planning import at_cut
-from cutlayer.plans import situation, slot_ranks
+from cutlayer.plans import situation
 from cutlayer.ranks import pairs, refit
 from cutlayer.step import split_evaluate
 
@@ -100,17 +101,23 @@ async def move(run: Run, cuts: Mapping[str, int]) -> None:
         parts.routes[client] = joined(run.config, run.framework.route(client, parts.layouts))
     given = {client: await _told(run, client, cut) for client, cut in cuts.items()}
     for slot, users in _trunks(run).items():
-        layouts = [parts.layouts[client] for client in users]
-        _refit(slot, slot_ranks(parts.peft, parts.base, list(slot.params), layouts))
+        if not given.keys() & set(users):
+            continue
+        fit_slot(slot, ranks_at_trunk(run, slot, users))
         _take_over(slot, [given[client] for client in users if given.get(client)], own=len(users) == 1)
     for client in cuts:
         gained = parts.clients[client].names("own") - before[client]
         (slot,) = run.slots_of([client])
         state = _fitting(_of(slot.get(optimizer=True), gained), parts.clients[client].slot.get())
+        own = _trunks(run)[slot] == [client]
         if state:
             await run.ends[client].put(dict(state))
-            run.federated.before = {**run.federated.before, **{n: t.clone() for n, t in state.items() if n in gained}}
-        if _trunks(run)[slot] == [client]:
+            # At the slot's ranks: the client's may be lower than those of others who catch up later.
+            newest = {
+                n: t.clone() for n, t in slot.get().items() if n in gained and not (own and n in run.federated.before)
+            }
+            run.federated.before = {**run.federated.before, **newest}
+        if own:
             slot.forget(gained)
     run.federated.aggregator.begin(own_trunks(parts))
 
@@ -146,14 +153,8 @@ async def _told(run: Run, client: str, cut: int) -> Tensors:
     parts, party = run.parts, run.parts.clients[client]
     head = parts.base.segment("head", parts.layouts[client].head, bottom=True)
     names = [n for n in party.slot.params if n in {*head.names, *(party.tail.names if party.tail else [])}]
-    ranks = slot_ranks(parts.peft, parts.base, names, [parts.layouts[client]])
-    more = {"ranks": torch.tensor([ranks[a] for a in pairs(names)], dtype=torch.int32)} if ranks else {}
-    return (await run.ends[client].ask("move", {"head_blocks": cut}, **more)).tensors
-
-
-def _refit(slot: Slot, ranks: Mapping[str, int]) -> None:
-    held = slot.get()
-    slot.reshape({n: t for n, t in refit(held, ranks).items() if t.shape != held[n].shape})
+    ranks = ranks_at_client(run, client, names)
+    return (await run.ends[client].ask("move", {"head_blocks": cut}, **told_ranks(names, ranks))).tensors
 
 
 def _take_over(slot: Slot, given: Sequence[Tensors], *, own: bool) -> None:

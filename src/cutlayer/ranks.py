@@ -37,8 +37,11 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         down: [R, d_in]; R may be larger than both sizes.
 
     Returns:
-        U S^1/2 [d_out, k] and S^1/2 V^T [k, d_in], for the k singular values that are not numerically zero (or 1).
+        U S^1/2 [d_out, k] and S^1/2 V^T [k, d_in], for the k singular values that are not numerically zero (or 1; or
+        0, where R is 0).
     """
+    if not up.shape[1]:
+        return up, down  # rank 0
     left, upper = torch.linalg.qr(up)  # [d_out, m], [m, R]
     right, lower = torch.linalg.qr(down.T)  # [d_in, n], [n, R]
     u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
@@ -46,6 +49,12 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     kept = max(1, int((s > nought).sum()))
     root = s[:kept].sqrt()
     return left @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ right.T)
+
+
+def product_norm(up: Tensor, down: Tensor) -> float:
+    """The Frobenius norm of up @ down, from the Gram matrices of the thin factors."""
+    up, down = up.double(), down.double()
+    return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
 
 
 def fresh_rows(name: str, rank: int, down: Tensor) -> Tensor:

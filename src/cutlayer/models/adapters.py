@@ -68,6 +68,7 @@ def save_adapter(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_
                 f"The trained tensor '{name}' has values that are not finite, so nothing was saved in {folder.parent}. "
                 "Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
             )
+    state = _at_least_one(state)
     base.install(None)
     with torch.no_grad():
         held = {n: torch.nn.Parameter(state[n].to(base.device), requires_grad=True) for n in base.initial}
@@ -81,6 +82,12 @@ def save_adapter(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_
             _save_full(base, state, folder)
     finally:
         base.bind(base.initial)
+
+
+def _at_least_one(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT has no rank 0: an adapter without any is written as zeros of rank 1."""
+    empty = {name: state[name] for ab in pairs(state).items() for name in ab if not state[name].numel()}
+    return {**state, **{name: t.new_zeros([size or 1 for size in t.shape]) for name, t in empty.items()}}
 
 
 @contextmanager

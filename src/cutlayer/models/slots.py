@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cutlayer.models.arena import Arena
+from cutlayer.models.importance import Importance
 
 Key = tuple[str, int, int]  # client, step, micro-batch
 MakeOptimizer = Callable[[list[Parameter]], torch.optim.Optimizer]
@@ -51,6 +52,7 @@ class Slot:
         self._homes: dict[tuple[int, str], Tensor] = {}  # by parameter and key: where its optimizer state stays
         self._pending: dict[Key, dict[str, Tensor]] = {}
         self.penalty: Callable[[], Mapping[str, Tensor]] | None = None  # of a loss on the weights: gradients, by name
+        self.importance: Importance | None = None  # sees each step's gradient, where a method wants it
         self.optimizer: torch.optim.Optimizer | None = None
         self.reset_optimizer()
         if arena is not None:
@@ -140,9 +142,11 @@ class Slot:
         """
         total = self._total(weights)
         self._pending.clear()
+        if self.importance is not None:
+            self.importance.see(total)
         if self.optimizer is not None:
             for name, parameter in self._unique.items():
-                grad = total.get(name)
+                grad = total.get(name) if parameter.numel() else None  # of rank 0: nothing to train, and no state
                 parameter.grad = grad if grad is None or scale == 1.0 else grad * scale
             for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = base * self._rate(self.version) * rate

@@ -306,6 +306,7 @@ VERB_STEPS = {
     "grad_norm": "head_backward",
     "update": "head_backward",
     "move": "partition",
+    "importance": "partition",
     "begin_stage": "aggregate",
     "end_stage": "aggregate",
     "get_state": "aggregate",

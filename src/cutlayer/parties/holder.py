@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from cutlayer.models.importance import UNKNOWN
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties.marking import Marker
@@ -62,6 +64,12 @@ class Holder:
             fitted = refit(held, ranks)
             self.slot.reshape({n: t for n, t in fitted.items() if t.shape != held[n].shape})
         return self._reply(header, "partition", "state", {}, state)
+
+    def on_importance(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 1 again: one number for each adapted matrix of its own part, how much it matters; -1: unknown."""
+        own, scores = self.names("own"), self.slot.importance.scores if self.slot.importance else {}
+        found = [scores.get(a, UNKNOWN) for a in pairs(own)]
+        return self._reply(header, "partition", "state", {}, {"importance": torch.tensor(found, dtype=torch.float64)})
 
     def on_get_state(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 11: the client's trainable tensors (``part``: see ``names``), with the optimizer's state where asked."""

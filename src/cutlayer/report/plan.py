@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from cutlayer.allotting import first_parameters
 from cutlayer.assembly import routes_of, segments_of
 from cutlayer.build import layouts_of, memory_of, task_of, training_of
 from cutlayer.config import RunConfig
-from cutlayer.contracts import SERVER, How, Layout, Stop
+from cutlayer.contracts import SERVER, How, Layout, Peft, Stop
 from cutlayer.costs import Memory, Training, shape_of
 from cutlayer.models.loading import DTYPES
 from cutlayer.models.segment import Base, Segment
@@ -41,7 +42,8 @@ def plan(config: RunConfig) -> DryRun:
     shape = shape_of(model_config, task=task)
     layouts = layouts_of(config, anatomy_of.num_blocks)
     routes = routes_of(config, layouts)
-    base: Base = config.build("peft").prepare(model, anatomy_of, task=task, seed=config.seed)
+    peft: Peft = config.build("peft")
+    base: Base = peft.prepare(model, anatomy_of, task=task, seed=config.seed)
     length = min(config.data.max_length, getattr(model_config, "max_position_embeddings", config.data.max_length))
     tokens = config.batch_size * length
 
@@ -71,16 +73,17 @@ def plan(config: RunConfig) -> DryRun:
             length=length, embedding=part.bottom, lm_head=part.top, backward=not still,
         )  # fmt: skip
 
-    def trained(parts: Iterable[Segment]) -> int:
-        names = {n: base.initial[n] for part in parts if not (frozen and part.bottom) for n in part.names}
-        return sum({id(p): p.numel() for p in names.values()}.values())
+    def trained(parts: Iterable[Segment], client: str | None, trunks: int = 1) -> int:
+        names = dict.fromkeys(n for part in parts if not (frozen and part.bottom) for n in part.names)
+        return first_parameters(base, peft, names, client, trunks=trunks)
 
     parties: dict[str, Any] = {}
     for name, parts in held.items():
         found = holdings(list(parts))
         widest = [max(parts, key=lambda part: len(part.blocks))] if name not in layouts else list(parts)
         copies = len(slots[name]) if name not in layouts else 1
-        count = sum(trained(mine) for mine in slots[name].values()) if name not in layouts else trained(parts)
+        of_slots = (trained(mine, None, copies) for mine in slots.get(name, {}).values())
+        count = trained(parts, name) if name in layouts else sum(of_slots)
         needed = [needs(part) for part in widest]
         parties[name] = {
             "blocks": found.words,

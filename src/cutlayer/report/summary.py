@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cutlayer import allotting
+from cutlayer.allotment import Allotter
 from cutlayer.assembly import segments_of
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot, parameter_of
@@ -81,6 +83,8 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
             name: {"head_blocks": len(run.parts.layouts[name].head), "moves": counters.cuts.get(name, [])}
             for name in run.clients
         }
+    if isinstance(run.parts.peft, Allotter):
+        summary["ranks"] = allotting.summary(run)
     if run.paces.profiles:
         summary |= {
             "virtual_by_step": {name: counters.virtual.get(name, 0.0) for name in STEP_NAMES},

@@ -178,6 +178,21 @@ def test_a_pair_is_averaged_over_its_holders_in_any_order() -> None:
     assert equal(dict(merged), dict(aggregator.merge({}, dict(reversed(states.items())), WEIGHTS)))
 
 
+def test_rank_0_is_no_update() -> None:
+    """Among the holders, at a receiver, and everywhere."""
+    none = {A: torch.zeros(0, IN, dtype=torch.float64), B: torch.zeros(OUT, 0, dtype=torch.float64)}
+    aggregator = create("aggregator", "lora-products")
+    merged = aggregator.merge({}, {"a": STATES["a"], "b": none}, {"a": 0.25, "b": 0.75})
+    assert torch.allclose(product(merged), 0.25 * product(STATES["a"]), atol=1e-12)
+    assert {n: tuple(t.shape) for n, t in aggregator.fit(merged, shapes(0)).items()} == shapes(0)
+    assert aggregator.discarded == pytest.approx(1.0)
+    nothing = aggregator.merge({}, {"a": none, "b": none}, {"a": 0.25, "b": 0.75})
+    fitted = aggregator.fit(nothing, shapes(4))
+    assert aggregator.discarded == 0.0
+    assert fitted[B].eq(0).all()
+    assert torch.linalg.matrix_rank(fitted[A]) == 4
+
+
 @PARTITIONS
 def test_a_run_gives_all_the_mean_of_the_clients_products(
     partition: dict[str, Any], tmp_path: Path, caught: list[Run], monkeypatch: pytest.MonkeyPatch
@@ -186,11 +201,11 @@ def test_a_run_gives_all_the_mean_of_the_clients_products(
     seen: list[tuple[dict[str, State], dict[str, float]]] = []
     original = FederatedServer.merge
 
-    def merge(self: FederatedServer, states: Any, weights: Any = None) -> Any:
+    def merge(self: FederatedServer, states: Any, weights: Any = None, cluster: str = "") -> Any:
         copied = {c: {n: t.clone() for n, t in s.items()} for c, s in states.items()}
         total = sum(self.sizes[c] for c in states)
         seen.append((copied, {c: self.sizes[c] / total for c in states}))
-        return original(self, states, weights)
+        return original(self, states, weights, cluster)
 
     monkeypatch.setattr(FederatedServer, "merge", merge)
     train(

@@ -11,17 +11,15 @@ and the best that a receiver of rank r can get of it are its r largest singular 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from cutlayer.contracts import Aggregator, State
 from cutlayer.methods.aggregator._mean import holders_of, shares_of, weighted_mean
-from cutlayer.ranks import balanced, fresh_rows, pairs, widened
+from cutlayer.ranks import balanced, fresh_rows, pairs, product_norm, widened
 from cutlayer.registry import method
 
 MOMENTS = "optimizer/"
@@ -44,6 +42,8 @@ class LoraProducts(Aggregator):
     no factor is averaged as by ``fedavg``. A factor's directions after a merge are not those before, so optimizer state
     of factors is not merged.
     """
+
+    reconciles: ClassVar[bool] = True
 
     weight_by: Literal["examples", "tokens", "uniform"] = "examples"
     how: Literal["svd", "pad"] = "svd"  # pad: average the factors, padded with zeros (biased; to compare with)
@@ -78,7 +78,7 @@ class LoraProducts(Aggregator):
         for a, b in pairs(fitted).items():
             rank = shapes[a][0]
             down, up = merged[a], merged[b]
-            lost.append(_norm(up[:, rank:], down[rank:]) / (_norm(up, down) or 1.0))
+            lost.append(product_norm(up[:, rank:], down[rank:]) / (product_norm(up, down) or 1.0))
             live = int(up[:, :rank].ne(0).any(dim=0).sum()) if self.how == "svd" else min(rank, len(down))
             down = down[:live]
             if live < rank:
@@ -90,9 +90,3 @@ class LoraProducts(Aggregator):
 
 def _is_moment_of(name: str, factors: set[str]) -> bool:
     return name.startswith(MOMENTS) and name.removeprefix(MOMENTS).rpartition("/")[0] in factors
-
-
-def _norm(up: Tensor, down: Tensor) -> float:
-    """The Frobenius norm of up @ down, from the Gram matrices of the thin factors."""
-    up, down = up.double(), down.double()
-    return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))

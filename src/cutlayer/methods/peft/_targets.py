@@ -48,7 +48,7 @@ def target_problems(
         output = model.get_output_embeddings()
         chosen = [n for n in known if isinstance(modules[n], LINEAR) and modules[n] is not output]
     else:
-        entries = [(targets, _whole_path(targets))] if isinstance(targets, str) else [(t, named(t)) for t in targets]
+        entries = [(targets, whole_path(targets))] if isinstance(targets, str) else [(t, named(t)) for t in targets]
         for entry, means in entries:
             found = [name for name in modules if means(name)]
             unfit = [name for name in found if name not in known]
@@ -64,7 +64,8 @@ def target_problems(
         yield from _rank_problems(modules, chosen, rank, rank_pattern)
 
 
-def _whole_path(pattern: str) -> Callable[[str], bool]:
+def whole_path(pattern: str) -> Callable[[str], bool]:
+    """Whether a layer is meant by targets that are one pattern."""
     return lambda name: re.fullmatch(pattern, name) is not None
 
 
