@@ -170,7 +170,7 @@ def test_ranks_follow_the_cut(framework: str, tmp_path: Path, caught: list[Run])
 
 def test_unequal_ranks_under_fedavg_are_refused(tmp_path: Path) -> None:
     """By a planner before anything is loaded, by given cuts at the merge."""
-    with pytest.raises(CutlayerError, match="cannot merge unequal ranks. Take aggregator: lora-products"):
+    with pytest.raises(CutlayerError, match="cannot merge unequal ranks"):
         train(model(), tmp_path / "out", CLIENTS, framework="sfl-v1", peft=cut_rank(2), planner="splitft-adaptive-cut")
     with pytest.raises(CutlayerError, match="lora-products"):
         train(
