@@ -216,8 +216,8 @@ def _moves(config: RunConfig) -> Iterator[str]:
     if ranked and aggregator.exchanges and not aggregator.reconciles:
         yield (
             f"peft '{config.peft.name}' has ranks that follow the cut, and planner '{config.planner.name}' gives "
-            f"clients unequal cuts, but aggregator '{config.aggregator.name}' cannot merge unequal ranks. Take aggregator: "
-            "lora-products."
+            f"clients unequal cuts, but aggregator '{config.aggregator.name}' cannot merge unequal ranks. Take "
+            "aggregator: lora-products."
         )
     for which in unequal:
         yield (
