@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cutlayer.allotment import Allotter
 from cutlayer.arrangement import Arrangement
 from cutlayer.arranging import Arranging
 from cutlayer.assembly import Parts, places_of
@@ -349,6 +350,11 @@ class Run(Arranging):
             slot = self.parts.slot(stop)
             found |= {name: slot.params[name].detach() for name in place.segment.names}
         return found
+
+    def adapted(self, client: str) -> int:
+        """How many parameters a client's model is trained in, where holders have ranks of their own; else 0."""
+        unequal = isinstance(self.parts.peft, Allotter)
+        return sum(tensor.numel() for tensor in self.state(client).values()) if unequal else 0
 
     async def set_up(self) -> None:
         """Step 1: tell every client the cut and the length of the run, and learn its sizes."""
