@@ -22,6 +22,7 @@ LONGEST = 400  # lines
 ALLOWED = {"contracts", "errors", "registry", "seeds"}
 FAMILY_NEEDS = {
     "framework": {"clock", "cohorts", "joint", "watermark"},
+    "exchange": {"step", "zeroth"},
     "planner": {"planning"},
     "peft": {"allotment", "models"},
     "selection": {"arrangement", "sketches"},

@@ -311,6 +311,19 @@ class Exchange(Protocol):
     frozen_head: ClassVar[bool] = False  # the client's head is never trained, and runs without dropout
 
     @property
+    def probes(self) -> int:
+        """Directions in which both sides look around in place of backpropagation (``zeroth.py``); 0: they do not."""
+        return 0
+
+    @property
+    def merged_share(self) -> float:
+        """How much of the change that the clients' copies have made on average a merge takes."""
+        return 1.0
+
+    def begin(self, run: Run) -> None:
+        """A round begins."""
+
+    @property
     def caches(self) -> bool:
         """Whether clients name the samples of a batch, and send only their numbers from the second epoch on."""
         return False

@@ -219,6 +219,8 @@ class Run(Arranging):
     def begin_round(self) -> None:
         """Who is there, and who will be lost."""
         number, presence = self.counters.rounds, self.presence
+        self.exchange.begin(self)
+        self.federated.share = self.exchange.merged_share
         self._kept.clear()
         self._givers.clear()
         clients = presence.able(self.framework.eligible(number, self.clients), number)

@@ -169,8 +169,9 @@ class StepEleven:
             blocks: which owners (a block's number, ``bottom``, ``top``) are merged.
         """
         clients = [client for client in clients if not self.presence.out(client)]
-        if not clients or not self.federated.aggregator.exchanges or (len(self.clients) == 1):
-            return  # nobody to average with
+        alone = len(self.clients) == 1 and self.federated.share == 1  # nobody to average with
+        if not clients or not self.federated.aggregator.exchanges or alone:
+            return
         trunks = trunks and not self.joined
         if self.exchange.frozen_head:
             heads = heads and any(self.parts.clients[name].names("own") for name in clients)

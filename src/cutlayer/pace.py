@@ -57,7 +57,7 @@ class Paces:
             # Looked up each time: a planner may have moved the cut.
             head, _, tail = segments_of(self._parts.base, self._parts.layouts[name], self._parts.routes[name])
             cost = self._work(length)
-            if verb in ("head_forward", "features"):
+            if verb in ("head_forward", "features", "probe"):
                 return cost.forward(head.blocks)
             if verb == "head_backward":
                 return 0.0 if self._frozen_head else cost.backward(head.blocks, input_gradient=False)
@@ -76,7 +76,7 @@ class Paces:
 
         def flop(verb: str, length: int, graph: bool) -> float:
             cost, total = self._work(length), 0.0
-            if verb in ("forward", "tail_step"):
+            if verb in ("forward", "tail_step", "improve", "judge"):
                 total += cost.forward(segment.blocks, lm_head=segment.top)
             if verb in ("backward", "tail_step") and graph:
                 total += cost.backward(segment.blocks, lm_head=segment.top, input_gradient=below)

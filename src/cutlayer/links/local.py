@@ -5,7 +5,8 @@ copy, answered, and the reply comes back in the same way. Without a profile time
 pass is made only when somebody looks at its parcel: a client that waits for its turn then holds no open graph, so a
 further simulated client costs its adapter and no more. The numbers are the same either way.
 
-Requests are pipelined: the request of a ``head_forward`` and the acknowledgement of a ``head_backward`` are under way
+Requests are pipelined: the request of a ``head_forward`` and the acknowledgement of a ``head_backward`` (and those of
+``probe`` and ``probed``, which stand for them without backpropagation) are under way
 while the parties work, so they are counted as bytes, but nobody waits for them.
 """
 
@@ -23,8 +24,11 @@ from cutlayer.parties.client import VERB_STEPS, ClientParty, answer
 from cutlayer.parties.trunk import told_how
 from cutlayer.step import at, current_tally
 from cutlayer.wire import Frame, Header, Meter, Value, decode, encode
+from cutlayer.zeroth import Probe
 
-STEP_VERBS = ("head_forward", "tail_step", "head_backward")
+STEP_VERBS = ("head_forward", "tail_step", "head_backward", "probe", "probed")
+BEGINNINGS, ENDS = ("head_forward", "probe"), ("head_backward", "probed")  # whose request, whose reply is pipelined
+PASSES = {"probe": 0, "improve": 1, "judge": 1}  # verbs that run forward once for each tensor [B,T,H] but so many
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,12 @@ class Pace:
 
     def of(self, verb: str, header: Header, shapes: Sequence[Sequence[int]]) -> float:
         """The seconds of a verb whose request or reply carries tensors of ``shapes``; without a batch, none."""
-        batch = next((shape for shape in shapes if len(shape) == 3), None)
-        if batch is None:
+        batches = [shape for shape in shapes if len(shape) == 3]
+        if not batches:
             return 0.0
-        return self.seconds(verb, batch[0], batch[1], bool(header.values.get("graph", True)))
+        rows, length, _ = batches[0]
+        passes = len(batches) - PASSES[verb] if verb in PASSES else 1
+        return passes * self.seconds(verb, rows, length, bool(header.values.get("graph", True)))
 
 
 class Queues:
@@ -109,7 +115,7 @@ class LocalLink:
         self.turn += 1
         header = header.but(sender=header.sender or SERVER, receiver=name, client=name, turn=self.turn)
         request = self._send(header, tensors)
-        if self.pace is not None and header.verb != "head_forward":
+        if self.pace is not None and header.verb not in BEGINNINGS:
             await self.queues.carry(request)
         if self.pace is None:
             parcel = Parcel(make=lambda: _open(self._answer(request, to)))
@@ -122,7 +128,7 @@ class LocalLink:
             reply = self._answer(request, to)
             seconds = self.pace.of(header.verb, header, [*request.shapes, *reply.shapes])
             await self.queues.spend(VERB_STEPS[header.verb], seconds, name)
-        if header.verb != "head_backward":
+        if header.verb not in ENDS:
             await self.queues.carry(reply)
         with at(reply.header.step_name):
             return Parcel(*decode(reply))
@@ -202,6 +208,18 @@ class ClientEnd:
             self.name, header.step, float(header.value("loss")), int(header.value("tokens")),
             int(header.value("label_tokens")), bool(header.value("last")),
         )  # fmt: skip
+
+    async def probe(self, probe: Probe, *, step: int, micro: int) -> Parcel:
+        """Steps 2 and 3 without backpropagation."""
+        values: dict[str, Value] = {
+            "graph": True, "directions": probe.directions, "mu": probe.mu, "copy": probe.copy
+        }  # fmt: skip
+        header = Header("head_forward", verb="probe", step=step, micro=micro, values=values)
+        return await self.link.call(header, to=self.first)
+
+    async def probed(self, parcel: Parcel) -> None:
+        """Steps 9 and 10 without backpropagation."""
+        await self.link.call(*parcel.open())
 
     async def _pass_on(self, parcel: Parcel, verb: str, how: How, *, to: str = SERVER) -> Parcel:
         header, tensors = parcel.open()

@@ -23,6 +23,7 @@ from cutlayer.seeds import derive, segment_seed
 from cutlayer.sketches import Teller
 from cutlayer.step import at
 from cutlayer.wire import Header, Value
+from cutlayer.zeroth import Probe, estimate, two_points
 
 
 @dataclass
@@ -245,6 +246,43 @@ class ClientParty(Holder):
             self.slot.update()
         return self._reply(header, "head_backward", "ack", self._told(held))
 
+    def on_probe(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 2 without backpropagation: the head as it is, and at two points of each direction (``zeroth.py``).
+
+        Shows hidden states [B,T,H] ``hidden``, ``plus.0``, ``minus.0``, ... and the labels.
+        """
+        assert self.tail is None, "the loss is the server's"
+        batch, weight, last = self._draw(header.step, header.micro)
+        self._open[header.step, header.micro] = _Open(batch, None, weight, last)
+        probe = Probe(int(header.value("directions")), float(header.value("mu")), copy=bool(header.value("copy")))
+        shown = self._shown(batch, self._head(header, batch, training=False), labels=True)
+        for number, seed in enumerate(self._directions(header, probe.directions)):
+            points = two_points(self._own(), seed, probe, lambda: self._head(header, batch, training=False))
+            shown[f"plus.{number}"], shown[f"minus.{number}"] = points
+        values: dict[str, Value] = {
+            "last": last, "weight": weight, "label_tokens": batch.label_tokens, "tokens": batch.tokens
+        }  # fmt: skip
+        return self._reply(header, "send_activations", "activations", values, shown)
+
+    def on_probed(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
+        """Step 10 without backpropagation: the ``slopes`` [directions] of the loss; update by them."""
+        self._held(header)
+        del self._open[header.step, header.micro]
+        slopes = tensors["slopes"].tolist()
+        key, seeds = (self.name, header.step, header.micro), self._directions(header, len(slopes))
+        self.slot.add(estimate(self._own(), seeds, slopes), key=key)
+        self.slot.update()
+        self._drawn = None
+        return self._reply(header, "head_backward", "ack", {})
+
+    def _own(self) -> dict[str, Parameter]:
+        """The head's trained parameters."""
+        return {name: self.slot.params[name] for name in self.head.names}
+
+    def _directions(self, header: Header, count: int) -> list[int]:
+        """The seeds of a step's directions, which nobody else knows."""
+        return [derive(self.secret.hex(), "direction", header.step, header.micro, number) for number in range(count)]
+
     def abort(self) -> None:
         """Forget every open micro-batch and gradient in waiting."""
         self._open.clear()
@@ -303,6 +341,8 @@ VERB_STEPS = {
     "features": "head_forward",
     "tail_step": "tail_step",
     "head_backward": "head_backward",
+    "probe": "head_forward",
+    "probed": "head_backward",
     "grad_norm": "head_backward",
     "update": "head_backward",
     "move": "partition",

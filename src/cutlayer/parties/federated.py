@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cutlayer.contracts import SERVER, Aggregator, State, Upload
 from cutlayer.errors import MethodError, NonFinite
+from cutlayer.models.slots import parameter_of
 
 NOUGHT = 1e-12  # a share of the current model that is only a rounding error
 
@@ -27,6 +28,7 @@ class FederatedServer:
         self.before: State = {}
         self.apart: dict[str, State] = {}  # by cluster with a model of its own: what it merged last
         self._initial: State = {}
+        self.share = 1.0  # of the aggregator's change that a merge takes
 
     def begin(self, initial: State, trunks: Mapping[str, Collection[str]]) -> None:
         """Learn the state before the first round, and what each client has in a trunk of its own (see ``Aggregator``).
@@ -97,11 +99,31 @@ class FederatedServer:
                 f"The aggregator {type(self.aggregator).__name__} gave no tensors by name but {type(merged).__name__}. "
                 "Its merge must give the merged state, a mapping from names to tensors."
             )
+        if self.share != 1:
+            merged = self._partly({**self._initial, **before}, merged)
         if cluster:
             self.apart[cluster] = {**before, **merged}
         else:
             self.before = {**before, **merged}
         return merged
+
+    def _partly(self, before: State, merged: State) -> State:
+        """``before`` with ``share`` of the way to ``merged``; an optimizer's moments are taken as they are.
+
+        Raises:
+            MethodError: the aggregator has changed a shape (rank).
+        """
+        found = dict(merged)
+        for name, tensor in merged.items():
+            if name != parameter_of(name):
+                continue
+            if before[name].shape != tensor.shape:
+                raise MethodError(
+                    f"A merge is to take {self.share:g} of the way, but the aggregator "
+                    f"{type(self.aggregator).__name__} gives '{name}' another shape. Take aggregator: fedavg."
+                )
+            found[name] = _mixed(before[name], [(tensor, 1.0)], self.share)
+        return found
 
     def rejoin(self, clusters: Mapping[str, str]) -> None:
         """One model of all again: what the clusters merged last, weighted by their clients' sizes; it is ``before``.

@@ -25,13 +25,13 @@ class Holder:
         head: the segment with the embedding.
         tail: the segment with the norm, the head and the loss; None in the two-part split.
         slot: the trainable parameters of both, and of what it runs for others.
-        secret: of this client alone; its marks are made from it.
+        secret: of this client alone; its marks and the directions in which it looks around are made from it.
     """
 
     def __init__(self, name: str, *, head: Segment, tail: Segment | None, slot: Slot, secret: bytes) -> None:
         self.name, self.head, self.tail, self.slot = name, head, tail, slot
         self.device = head.base.device
-        self.marker = Marker(secret)
+        self.secret, self.marker = secret, Marker(secret)
 
     def names(self, part: str) -> set[str]:
         """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``."""

@@ -8,6 +8,7 @@ from typing import Any
 from cutlayer.contracts import How, Parcel
 from cutlayer.links.local import Carrier, Pace, Station
 from cutlayer.parties.trunk import Place, TrunkParty
+from cutlayer.zeroth import Probe
 
 
 class TrunkHop:
@@ -83,6 +84,20 @@ class ServerTail:
             "tail_step", parcel, how.graph, lambda: self.party.tail_step(parcel, how, self.place), self.pace
         )
         return out if self.place.before is None or not how.graph else await self.carrier.carry(out)
+
+    async def improve(self, parcel: Parcel, probe: Probe, *, turn: int, rate: float, last: bool) -> Parcel:
+        """Step 4 by forward passes only: one update of the slot (see ``TrunkParty``)."""
+
+        def work() -> Parcel:
+            return self.party.improve(parcel, self.place, probe, turn=turn, rate=rate, last=last)
+
+        return await self.station.work("improve", parcel, False, work, self.pace)
+
+    async def judge(self, parcel: Parcel, probe: Probe) -> Parcel:
+        """Step 4 by forward passes only: the slopes for the client."""
+        return await self.station.work(
+            "judge", parcel, False, lambda: self.party.judge(parcel, self.place, probe), self.pace
+        )
 
     async def leave(self, client: str) -> None:
         """Nothing waits for a client here."""

@@ -14,9 +14,10 @@ from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot
 from cutlayer.parties._tail import TailWork, run_tail
 from cutlayer.parties.memory import Watch
-from cutlayer.seeds import segment_seed
+from cutlayer.seeds import derive, segment_seed
 from cutlayer.step import at
 from cutlayer.wire import Header, Value
+from cutlayer.zeroth import Probe, estimate, slope, two_points
 
 Key = tuple[str, int, int]  # client, step, micro-batch
 
@@ -137,6 +138,63 @@ class TrunkParty:
         wanted = {"hidden": done.gradient} if done.gradient is not None else {}
         wanted |= {"row_losses": done.rows} if done.rows is not None else {}
         return self._back(header, how, place, wanted, values, last=last)
+
+    def improve(self, parcel: Parcel, place: Place, probe: Probe, *, turn: int, rate: float, last: bool) -> Parcel:
+        """Step 4 without backpropagation: update the slot by an estimate from forward passes over ``hidden`` [B,T,H].
+
+        Gives the mean of the losses at its points.
+
+        Args:
+            parcel: what the client sent.
+            place: the blocks and the slot.
+            probe: how to look around.
+            turn: which update on this batch.
+            rate: multiplies the learning rate.
+            last: of this batch. Only then the slot's version grows: schedules count steps of the client.
+        """
+        key, owner = self._key(parcel.header), self.slots[place.slot]
+        with at("trunk_forward"):
+            params = {name: owner.params[name] for name in place.segment.names}
+            seeds = [derive(self.seed, "direction", *key, turn, number) for number in range(probe.directions)]
+            points = [two_points(params, seed, probe, lambda: self._loss(parcel, "hidden", place)) for seed in seeds]
+            owner.add(estimate(params, seeds, [slope(pair, probe) for pair in points]), key=key)
+            version = owner.version
+            owner.update(rate=rate)
+            owner.version = version + last
+        loss = sum(sum(pair) / 2 for pair in points) / len(points)
+        return Parcel(parcel.header.but(step_name="trunk_forward", kind="ack", values={"loss": loss}, names=()))
+
+    def judge(self, parcel: Parcel, place: Place, probe: Probe) -> Parcel:
+        """Step 4 for the client: the ``slopes`` [directions] of the loss along the directions that its head took."""
+        header = parcel.header
+        with at("trunk_forward"):
+            slopes = [
+                slope((self._loss(parcel, f"plus.{n}", place), self._loss(parcel, f"minus.{n}", place)), probe)
+                for n in range(probe.directions)
+            ]
+        told = {"slopes": torch.tensor(slopes, dtype=torch.float32)}
+        back = Header(
+            "return_gradients", "gradient", "probed", self.name, header.client, header.client, header.slot, header.step,
+            header.micro, header.turn, {"graph": True}, tuple(told),
+        )  # fmt: skip
+        return Parcel(back, list(told.values()))
+
+    def _loss(self, parcel: Parcel, name: str, place: Place) -> float:
+        """The loss of a batch whose hidden states are called ``name``, without a graph and without dropout."""
+        header, tensors = parcel.header, parcel.tensors
+        segment, owner = place.segment, self.slots[place.slot]
+        device = segment.base.device
+        work = TailWork(
+            hidden=tensors[name].to(device),
+            attention_mask=_mask(tensors, device),
+            position_ids=_positions(tensors, device),
+            labels=tensors["labels"].to(device, torch.int64),
+            label_tokens=int(header.value("label_tokens")),
+            weight=float(header.value("weight")),
+            client=header.client, step=header.step, micro=header.micro,
+        )  # fmt: skip
+        with torch.no_grad():
+            return run_tail(segment, owner, work, seed=None, slot_weight=1.0, watch=self.watch).loss
 
     def _settle(self, owner: Slot, key: Key, last: bool, how: How) -> None:
         """Fold a finished micro-batch into the one before it, and update at the last one."""

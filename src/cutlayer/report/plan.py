@@ -64,13 +64,14 @@ def plan(config: RunConfig) -> DryRun:
                 held.setdefault(stop.party, {})[segment] = None
                 slots[stop.party][stop.slot] = {segment: None}
 
-    frozen = config.build("exchange").frozen_head
+    exchange = config.build("exchange")
+    frozen = exchange.frozen_head
 
     def needs(part: Segment) -> Memory:
         still = frozen and part.bottom
         return memory_of(config)(
             shape, blocks=part.blocks, training=Training() if still else training_of(config), tokens=tokens,
-            length=length, embedding=part.bottom, lm_head=part.top, backward=not still,
+            length=length, embedding=part.bottom, lm_head=part.top, backward=not still and not exchange.probes,
         )  # fmt: skip
 
     def trained(parts: Iterable[Segment], client: str | None, trunks: int = 1) -> int:
@@ -139,6 +140,16 @@ def step_bytes(
         found["return_activations"] = length("return_activations", "activations", "tail_step", False, told, hidden)
         found["send_gradients"] = length("send_gradients", "gradient", "", True, {"last": True}, hidden)
         found["return_gradients"] = length("return_gradients", back[0], "head_backward", False, told, back[1])
+    elif probes := config.build("exchange").probes:
+        points = {f"{side}.{number}": hidden["hidden"] for number in range(probes) for side in ("plus", "minus")}
+        looking: dict[str, Value] = {"graph": True, "directions": probes, "mu": 0.0, "copy": True}
+        shown = {"last": True, "weight": 1.0, "label_tokens": 0, "tokens": 0}
+        both = {**hidden, **packed, "labels": (labels, torch.int32), **points}
+        found["head_forward"] = length("head_forward", "control", "probe", False, looking, {})
+        found["send_activations"] = length("send_activations", "activations", "", True, shown, both)
+        slopes = {"slopes": ([probes], torch.float32)}
+        found["return_gradients"] = length("return_gradients", "gradient", "probed", False, {"graph": True}, slopes)
+        ack = {}
     else:
         both = {**hidden, **packed, "labels": (labels, torch.int32)}
         shown |= {"weight": 1.0, "label_tokens": 0, "tokens": 0}
