@@ -22,7 +22,7 @@ from cutlayer.costs import (
     two_part_stages,
 )
 from cutlayer.driver import Run
-from cutlayer.errors import WireError
+from cutlayer.errors import CutlayerError, WireError
 from cutlayer.links.local import LocalLink
 from cutlayer.methods.framework.sfl_v2 import SFLV2
 from cutlayer.parties.client import ClientParty
@@ -274,3 +274,36 @@ def test_the_first_error_is_the_one_that_is_told(tmp_path: Path, monkeypatch: py
     for profiles in ({}, PROFILES):
         with pytest.raises(LookupError, match="bob has lost his key"):
             train(model(), tmp_path / f"{len(profiles)}", ROWS, framework="sfl-v2", profiles=profiles)
+
+
+@pytest.mark.parametrize(
+    "framework", ["sfl-v1", "psl", {"name": "psl", "grad_scale": "joint"}], ids=["sfl-v1", "psl", "psl-joint"]
+)
+def test_a_whole_round_of_equal_clients_takes_what_one_of_them_takes(framework: Any, tmp_path: Path) -> None:
+    """Each has a link of its own, so set-up, step and merge take as long for six as for two: I * step + A.
+
+    Nobody waits, and all seconds have a name.
+    """
+    slow = {"flops": 1e12, "up_mbps": 1, "down_mbps": 1, "rtt_ms": 1000}
+    found = {}
+    for count in (2, 6):
+        clients = {f"c{i}": text_rows(3, seed=0) for i in range(count)}
+        server = {"flops": 1e15, "up_mbps": 1e6, "down_mbps": 1e6, "rtt_ms": 0, "workers": 100}
+        found[count] = train(
+            model(), tmp_path / str(count), clients, framework=framework, rounds=2, profile=slow,
+            profiles_of_others={"server": server},
+        ).summary  # fmt: skip
+    two, six = found[2], found[6]
+    assert six["virtual_seconds"] == pytest.approx(two["virtual_seconds"], rel=1e-9)
+    for count, summary in found.items():
+        named = sum(summary["virtual_by_step"].values())
+        assert named == pytest.approx(count * summary["virtual_seconds"], rel=1e-3)  # all are busy all the time
+        assert all(waited <= 1e-3 * summary["virtual_seconds"] for waited in summary["waiting"].values())
+    if framework == "sfl-v1":
+        assert two["virtual_by_step"]["aggregate"] > 0
+    assert two["virtual_by_step"]["partition"] > 0
+
+
+def test_a_profile_of_a_party_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CutlayerError, match=r"profiles.servr: .*Did you mean 'server'"):
+        train(model(), tmp_path / "out", ROWS, profile="laptop", profiles_of_others={"servr": "server"})

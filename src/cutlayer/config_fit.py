@@ -121,8 +121,25 @@ def _merged(config: RunConfig) -> Iterator[str]:
         return  # said by the other rules
     if alone:
         yield (
-            f"framework '{config.framework.name}' evaluates what is merged, but aggregator '{config.aggregator.name}' "
+            f"framework '{config.framework.name}' lives by what is merged, but aggregator '{config.aggregator.name}' "
             "merges nothing. Take aggregator: fedavg."
+        )
+
+
+@rule("clients", "peft", "framework", "aggregator", "partition")
+def _ranked(config: RunConfig) -> Iterator[str]:
+    try:
+        peft, aggregator = config.build("peft"), config.build("aggregator")
+        cuts = {name: _cut(config, name) for name in config.client_names}
+    except CutlayerError:
+        return  # said by the other rules
+    first = next(iter(cuts), "")
+    others = [name for name in cuts if cuts[name] != cuts[first]]
+    follows = type(peft).rank_at is not Peft.rank_at
+    if others and follows and aggregator.exchanges and not aggregator.reconciles:
+        yield (
+            f"{listed(others)} another cut than '{first}', and with peft '{config.peft.name}' other ranks in the same "
+            f"blocks, which aggregator '{config.aggregator.name}' cannot merge. Take aggregator: lora-products."
         )
 
 

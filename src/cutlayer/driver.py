@@ -24,7 +24,7 @@ from cutlayer.config import RunConfig
 from cutlayer.contracts import Exchange, Framework, How, Joint, Mixing, Rate, StepResult
 from cutlayer.errors import NonFinite
 from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
-from cutlayer.merging import Counters
+from cutlayer.merging import Counters, at_once
 from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces, workers
 from cutlayer.parties.federated import FederatedServer
@@ -280,14 +280,30 @@ class Run(Arranging):
         rate = 1.0 if self.rate is None else self.rate.factor(participants or len(weights), slot.version)
         slot.update(scale=scale, weights=shares, rate=rate)
 
+    def book_outside(self) -> None:
+        """Put what was spent outside of steps (set-up, merges, hand-overs) into the counts, and into this round's."""
+        for name, seconds in self._queues.outside.items():
+            self.counters.virtual[name] = self.counters.virtual.get(name, 0.0) + seconds
+        for client, seconds in self._queues.busy.items():
+            if client in self.ends:
+                self.busy[client] += seconds
+        self.forget_outside()
+
+    def forget_outside(self) -> None:
+        """Of what a set-up took that was counted before."""
+        self._queues.book_again(({}, {}))
+
     async def update_heads(self, scales: Mapping[str, float]) -> None:
         """One update of each client's part, with its gradient scaled."""
-        for client, scale in scales.items():
-            end = self.ends[client]
+
+        async def one(client: str) -> None:
+            end, scale = self.ends[client], scales[client]
             if self.clips:
                 found = float((await end.ask("grad_norm")).header.value("squared_norm"))
                 scale *= self._clip(found * scale**2, f"client '{client}'")
             await end.ask("update", {"scale": scale})
+
+        await at_once(one, list(scales))
 
     async def together(self, work: Callable[[str], Awaitable[object]], clients: Sequence[str]) -> None:
         """Do ``work`` for all clients at once, and wait for all. A run's mixing and rate may join their steps."""
@@ -319,7 +335,7 @@ class Run(Arranging):
         if not self.parts.clients[names[0]].evaluation:
             return None
         await self.make_ready(names)
-        time = self.clock.state()
+        time, booked = self.clock.state(), self._queues.booked()
         total, tokens, correct = 0.0, 0, 0
         for name in names:
             end, middle, tail, _ = self.route(name)
@@ -329,6 +345,7 @@ class Run(Arranging):
                 tokens += result.label_tokens
                 correct += result.correct
         self.clock.restore(time)
+        self._queues.book_again(booked)
         loss = total / tokens if tokens else math.nan
         accuracy = correct / tokens if tokens else math.nan
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy}
@@ -361,7 +378,8 @@ class Run(Arranging):
     async def set_up(self) -> None:
         """Step 1: tell every client the cut and the length of the run, and learn its sizes."""
         by = {"examples": "examples", "tokens": "label_tokens"}.get(self.federated.aggregator.weight_by)
-        for name, end in self.ends.items():
+
+        async def one(name: str) -> None:
             layout = self.parts.layouts[name]
             told: dict[str, Value] = {
                 "head_blocks": len(layout.head),
@@ -372,6 +390,10 @@ class Run(Arranging):
                 told["tell_step_tokens"] = True
             if self.exchange.caches:
                 told["cache"] = True
-            header = (await end.ask("set_up", told)).header
+            header = (await self.ends[name].ask("set_up", told)).header
             self.sizes[name] = {key: float(header.value(key)) for key in ("examples", "label_tokens")}
+
+        await at_once(one, self.clients)
+        self.sizes = {name: self.sizes[name] for name in self.clients}  # in their order, whoever answered first
+        for name in self.clients:
             self.federated.sizes[name] = self.sizes[name][by] if by else 1.0

@@ -48,20 +48,23 @@ class Engine:
             every = run.config.eval_every
             if ended:
                 await run.make_ready(run.evaluators())  # theirs is the result
+                run.book_outside()
             if ended or (every and counters.rounds % every == 0):
                 await self._evaluate_and_judge()
             if ended or counters.stopped or counters.rounds % run.config.checkpoint_every == 0:
                 self.save()
             if ended and all(run.presence.over(client, counters.rounds) for client in run.clients):
                 run.progress.note(f"after round {counters.rounds}: nobody is left who could train")
+        if not any(counters.steps.values()):
+            run.progress.note("nobody made a step in any round, so nothing was trained: the result is the start")
         self._flush()
 
     async def _round(self) -> None:
         run, counters = self.run, self.run.counters
-        await run.arrange()
         before, made, began = time.perf_counter(), sum(counters.steps.values()), run.clock.now()
         run.busy.clear()
         run.finished.clear()
+        await run.arrange()
         planner = run.parts.planner
         if planner and planner.every and counters.rounds and counters.rounds % planner.every == 0:
             await moving.replan(run)
@@ -69,6 +72,7 @@ class Engine:
         run.begin_round()
         await run.framework.round(run, counters.rounds)
         run.end_round()
+        run.book_outside()
         self._idle = self._idle + 1 if sum(counters.steps.values()) == made else 0
         changing = run.presence.changing
         if self._idle and changing:
@@ -94,6 +98,8 @@ class Engine:
     async def set_up_and_begin(self) -> None:
         """A run's first moments: set-up and the evaluation before any step."""
         await self.run.set_up()
+        self.run.book_outside()
+        self.run.busy.clear()  # of no round
         await self._evaluate_and_judge()
 
     async def set_up_again(self) -> None:
@@ -105,6 +111,7 @@ class Engine:
         run.meter.folder = folder
         run.meter.restore(before)
         run.clock.restore(time_before)
+        run.forget_outside()
         for name, link in run.links.items():
             link.turn = run.counters.turns[name]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from cutlayer.presence import Presence
 from cutlayer.report.progress import Reporter
 from cutlayer.wire import Header
 
+T = TypeVar("T")
 Moments = Literal["keep", "average", "reset"]  # what becomes of the optimizer's state of slots that are merged
 
 
@@ -101,11 +103,12 @@ class StepEleven:
 
     def end_round(self) -> None:
         """Set back whoever has not been yet; the round is over."""
-        for client in self.clients:
-            if self.presence.out(client):
-                self.abort(client)
-                if client in self._kept:
-                    self.set_back(client)
+        out = [client for client in self.clients if self.presence.out(client)]
+        for client in out:  # all before the first is set back: their gradients may wait on each other's devices
+            self.abort(client)
+        for client in out:
+            if client in self._kept:
+                self.set_back(client)
         self.presence.end()
 
     def keep(self, clients: Sequence[str]) -> None:
@@ -204,23 +207,29 @@ class StepEleven:
         owner = self.parts.base.owner
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in clients}
         if heads:
-            for name in clients:
+
+            async def ask(name: str) -> None:
                 parts[name] = await self._asked(name, "own")
+
+            await at_once(ask, clients)
         shared = {n for part in parts.values() for n in part}
         copies: dict[str, State] = {}
-        sent: dict[tuple[str, str], dict[str, Tensor]] = {}  # what each slot gave, once
+        sent: dict[Stop, dict[str, Tensor]] = {}  # what each slot gave, once
+
+        async def fetch(stop: Stop) -> None:
+            if self.parts.own(stop):
+                sent[stop] = await self._asked(stop.party, "hosted") if trunks else {}
+                return
+            found = self.parts.slot(stop).get(optimizer=moments == "average")
+            wanted = {n for n in found if (trunks or n in shared) and blocks(owner(parameter_of(n)))}
+            sent[stop] = await self._sent(stop.party, SERVER, {n: t for n, t in found.items() if n in wanted})
+
+        every = {(stop.party, stop.slot): stop for stop in self._stops(clients)}
+        await at_once(fetch, list(every.values()))
         for name in clients:
             rest: dict[str, Tensor] = {}
             for stop in self._stops([name]):
-                if (stop.party, stop.slot) not in sent:
-                    if self.parts.own(stop):
-                        found = await self._asked(stop.party, "hosted") if trunks else {}
-                    else:
-                        found = self.parts.slot(stop).get(optimizer=moments == "average")
-                        wanted = {n for n in found if (trunks or n in shared) and blocks(owner(parameter_of(n)))}
-                        found = await self._sent(stop.party, SERVER, {n: t for n, t in found.items() if n in wanted})
-                    sent[stop.party, stop.slot] = found
-                rest |= sent[stop.party, stop.slot]
+                rest |= sent[every[stop.party, stop.slot]]
             own = {n: t for n, t in parts[name].items() if blocks(owner(n))}
             copies[name] = {**rest, **own}
         return copies
@@ -229,20 +238,25 @@ class StepEleven:
         self, clients: Sequence[str], merged: State, *, trunks: bool, heads: bool, moments: Moments
     ) -> None:
         """To each client, and to the slots on its route, what is theirs of a merged state."""
-        for name in clients:
+
+        async def give(name: str) -> None:
             if heads:
                 await self._give(name, merged)
             self.counters.merged[name] = self.counters.merges
-        for stop in self._stops(clients):
+
+        async def put(stop: Stop) -> None:
             if self.parts.own(stop):
                 await self._give(stop.party, merged, part="hosted")
                 self.counters.merged[f"{stop.party}/hosted"] = self.counters.merges
-                continue
+                return
             slot = self.parts.slot(stop)
             if moments == "reset" and trunks:
                 slot.reset_optimizer()
             state = self._fitting(merged, slot.get(optimizer=moments == "average"))
             slot.put(await self._sent(SERVER, stop.party, state))
+
+        await at_once(give, clients)
+        await at_once(put, self._stops(clients))
         if heads and not trunks:
             self._note_shared_trunk(merged)
 
@@ -301,7 +315,12 @@ class StepEleven:
             NonFinite: a client sent a tensor that is not finite; nothing is changed.
         """
         before = self.federated.before or {n: p.detach() for n, p in self.parts.base.initial.items()}
-        states = {name: await self._asked(name, "all") for name in clients}
+        states: dict[str, dict[str, Tensor]] = {}
+
+        async def ask(name: str) -> None:
+            states[name] = await self._asked(name, "all")
+
+        await at_once(ask, clients)
         self.federated.refuse_wrong(states)
         merged = {}
         for name, start in before.items():
@@ -309,29 +328,35 @@ class StepEleven:
             merged[name] = (start.double() + sum(changes)).to(start.dtype)
         self.federated.before = {n: t.clone() for n, t in merged.items()}
         self.counters.merges += 1
-        for name in clients:
+
+        async def give(name: str) -> None:
             await self._give(name, merged, part="all")
             self.counters.merged[name] = self.counters.merges
+
+        await at_once(give, clients)
 
     async def catch_up(self, clients: Sequence[str], *, trunks: bool = False) -> None:
         """Give the last merge to those that were not in it; with ``trunks`` to the slots on their routes too."""
         merged = self.counters.merged
-        for name in clients:
+
+        async def one(name: str) -> None:
             cluster = self.cluster(name)
             latest = self.counters.latest.get(cluster, 0) if cluster else self.counters.merges
             before = self.federated.last(cluster)
             late = merged.get(name, 0) < latest
             if late:
-                await self._give(name, before)
                 merged[name] = latest
+                await self._give(name, before)
             for stop in self.parts.routes[name] if trunks and not self.joined else ():
                 if self.parts.own(stop):
                     if merged.get(f"{stop.party}/hosted", 0) < latest:
-                        await self._give(stop.party, before, part="hosted")
                         merged[f"{stop.party}/hosted"] = latest
+                        await self._give(stop.party, before, part="hosted")
                 elif late:
                     slot = self.parts.slot(stop)
                     slot.put(await self._sent(SERVER, stop.party, self._fitting(before, slot.get())))
+
+        await at_once(one, clients)
 
     async def hand_over(self, giver: str, taker: str, *, optimizer: bool, line: str = "") -> None:
         """Step 11 of the sequential kind: ``taker`` goes on with the part of ``giver``, of one of several lines."""
@@ -341,6 +366,17 @@ class StepEleven:
             await self.ends[taker].put(dict(parcel.tensors), version=version, reset=not optimizer)
         self._givers[line] = giver
         self.counters.holders[line] = taker
+
+
+async def at_once(work: Callable[[T], Awaitable[None]], of: Sequence[T]) -> None:
+    """Do ``work`` for all at once, as each has a link of its own, and wait for all (``cost_model``, section 5: A)."""
+    async with asyncio.TaskGroup() as group:
+        for one in of:
+            group.create_task(_awaited(work(one)), name=str(one))
+
+
+async def _awaited(work: Awaitable[None]) -> None:
+    await work
 
 
 def _copy(slot: Slot) -> State:

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cutlayer.assembly import check_somebody_trains, routes_of
 from cutlayer.build import layouts_of, open_model, task_of
 from cutlayer.config import RunConfig
+from cutlayer.contracts import SERVER
 from cutlayer.errors import ConfigError, CutlayerError, ModelError, suggest
 from cutlayer.models.families import Anatomy, anatomy
 from cutlayer.models.loading import class_of, device_named
@@ -73,8 +74,28 @@ def check_model(config: RunConfig) -> tuple[Any, Any, Anatomy]:
         lambda: config.build("peft").check(model, parts, task=task),
         lambda: refuse_unasked(model, parts, when=config.verify),
         lambda: check_somebody_trains(config, routes_of(config, layouts_of(config, parts.num_blocks))),
+        lambda: _check_parties(config, parts.num_blocks),
     ])  # fmt: skip
     return found, model, parts
+
+
+def _check_parties(config: RunConfig, num_blocks: int) -> None:
+    """Refuse profiles of parties that the run does not have."""
+    routes = routes_of(config, layouts_of(config, num_blocks))
+    there = [SERVER, *dict.fromkeys(s.party for stops in routes.values() for s in stops), *config.client_names]
+    if config.mixing is not None:
+        there.append("aggregator")
+    known = [name for name in dict.fromkeys(there) if name not in config.client_names]
+    wrong = [name for name in config.profiles if name not in known]
+    if wrong:
+        raise ConfigError(
+            [
+                f"profiles.{name}: the run has no party '{name}' beside its clients.{suggest(name, known)} It has: "
+                f"{', '.join(known)}."
+                for name in wrong
+            ],
+            "the run",
+        )
 
 
 def _empty(cls: Any, found: Any, **options: Any) -> Any:

@@ -119,9 +119,9 @@ def lost_at(message: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "options"),
     [
         ("sfl-v1", {}), ("psl", {}), ("psl", {"grad_scale": "joint"}), ("hsfl", {"intervals": [1, 1, 1]}),
-        ("gsfl", {"groups": 2, "intra": "psl"}),
+        ("gsfl", {"groups": 2, "intra": "psl"}), ("p-sl", {"form": "parallel", "cache": 0}),
     ],
-    ids=["sfl-v1", "psl", "psl-joint", "hsfl", "gsfl-psl"],
+    ids=["sfl-v1", "psl", "psl-joint", "hsfl", "gsfl-psl", "p-sl"],
 )  # fmt: skip
 def test_a_lost_client_counts_as_if_it_had_not_come(
     name: str, options: dict[str, Any], message: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: list[Run]
@@ -261,3 +261,14 @@ def test_a_run_without_end_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_where_batches_meet_nobody_may_be_lost(changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CutlayerError, match="a step that one of them is lost in cannot be taken apart"):
         train(tmp_path / "out", {"dan": {"fails": [1]}}, **changes)
+
+
+@pytest.mark.parametrize("message", [3, 6, 8])
+def test_a_ring_is_set_back_wherever_one_is_lost(
+    message: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: list[Run]
+) -> None:
+    """Gradients of steps that had ended wait on the others' devices."""
+    lost_at(message, monkeypatch)
+    train(tmp_path / "out", {"dan": {"fails": [0]}}, **framework_of("ringsfl"), rounds=2)
+    nothing_is_left(caught[0])
+    assert caught[0].counters.lost == {"dan": 1}

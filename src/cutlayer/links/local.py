@@ -56,6 +56,16 @@ class Queues:
     def __init__(self, clock: VirtualClock, profiles: Mapping[str, Profile | None]) -> None:
         self.clock, self.profiles = clock, dict(profiles)
         self._queues: dict[str, Fifo] = {}
+        self.outside: dict[str, float] = {}  # seconds by step name that no step of a client was charged with
+        self.busy: dict[str, float] = {}  # of these, by client: its own work and link
+
+    def booked(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What was spent outside of steps so far, for ``book_again``."""
+        return dict(self.outside), dict(self.busy)
+
+    def book_again(self, booked: tuple[dict[str, float], dict[str, float]]) -> None:
+        """Forget what was spent since: an evaluation takes no time."""
+        self.outside, self.busy = booked
 
     def of(self, party: str, what: str, *, workers: int = 1) -> Fifo:
         """The queue ``what`` of a party."""
@@ -90,6 +100,10 @@ class Queues:
         if tally is not None:
             tally.virtual[step_name] += seconds
             tally.own += seconds if own else 0.0
+        else:
+            self.outside[step_name] = self.outside.get(step_name, 0.0) + seconds
+            if own:
+                self.busy[party] = self.busy.get(party, 0.0) + seconds
         await self.clock.sleep(seconds, key=party)
 
 

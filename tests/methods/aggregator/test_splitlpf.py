@@ -161,9 +161,9 @@ def test_in_a_run_the_first_merge_knows_the_start(
     seen: list[Any] = []
     original = FederatedServer.merge
 
-    def merge(self: FederatedServer, states: Any, weights: Any = None) -> Any:
+    def merge(self: FederatedServer, states: Any, weights: Any = None, cluster: str = "") -> Any:
         seen.append({c: {n: t.clone() for n, t in s.items()} for c, s in states.items()})
-        return original(self, states, weights)
+        return original(self, states, weights, cluster)
 
     monkeypatch.setattr(FederatedServer, "merge", merge)
     rows = {name: text_rows(3 + i, seed=i) for i, name in enumerate(NAMES)}
@@ -272,8 +272,8 @@ def toy(
     shares: list[dict[str, float]] = []
     original = FederatedServer.merge
 
-    def merge(self: FederatedServer, states: Any, weights: Any = None) -> Any:
-        merged = original(self, states, weights)
+    def merge(self: FederatedServer, states: Any, weights: Any = None, cluster: str = "") -> Any:
+        merged = original(self, states, weights, cluster)
         shares.append(dict(getattr(self.aggregator, "shares", {})))
         return merged
 

@@ -96,3 +96,11 @@ def test_more_clients_than_blocks_are_refused(tmp_path: Path) -> None:
     rows = {f"c{i}": text_rows(3) for i in range(5)}
     with pytest.raises(CutlayerError, match="5 clients, but the model has 3 blocks"):
         train(model(), tmp_path / "out", rows, framework="ringsfl")
+
+
+def test_it_has_a_rule_of_its_own_for_merges(tmp_path: Path) -> None:
+    """Another aggregator would be ignored, so it is refused."""
+    rows = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob"))}
+    for aggregator in ("mhsl", "lora-products"):
+        with pytest.raises(CutlayerError, match=r"ringsfl' adds the changes of all devices|lives by what is merged"):
+            train(model(num_hidden_layers=4), tmp_path / "out", rows, framework="ringsfl", aggregator=aggregator)

@@ -72,6 +72,11 @@ class GSFL(Framework):
         """A trunk at a member where each group has one of its own."""
         return (*self.needs, "hosts") if self.needs and self.outer == "parallel" else self.needs
 
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        """Groups with a trunk each do."""
+        return self.outer == "parallel"
+
     def following(self, arrangement: Arrangement) -> GSFL:
         """With the selection's groups."""
         return replace(self, groups=[list(group.members) for group in arrangement.groups])

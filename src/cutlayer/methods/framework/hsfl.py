@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cutlayer.contracts import SERVER, Framework, Layout, Stop
 from cutlayer.errors import MethodError
@@ -32,6 +32,8 @@ class HSFL(Framework):
     intervals: tuple[int, int, int] = (4, 2, 1)  # steps between two averages, of device, edge and cloud
     participation: float = 1.0  # the share of the clients that a round takes
     moments: Literal["keep", "average", "reset"] = "keep"  # of the edge's and the cloud's optimizers
+
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)

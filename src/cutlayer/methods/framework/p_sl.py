@@ -66,6 +66,11 @@ class PrivateHeads(Framework):
             raise ValueError(f"cache_weight is {self.cache_weight}; it must be at least 0 and at most 1")
         object.__setattr__(self, "_cache", Cache(self.cache))
 
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        """Of several trunks."""
+        return self.form == "parallel"
+
     def slots(self, clients: Sequence[str]) -> Mapping[str, str]:
         """One for all, or one for each."""
         return dict.fromkeys(clients, SHARED) if self.form == "sequential" else {client: client for client in clients}
@@ -96,7 +101,7 @@ class PrivateHeads(Framework):
             await run.together(lambda client: self._train(run, client, clients), clients)
             await run.merge(clients, heads=False, trunks=True, moments=self.moments)
             for client in run.clients:  # those that sat out go on from there too; all trunks are at the server
-                if client not in clients:
+                if client not in clients or run.presence.out(client):
                     slot = run.parts.server.slots[client]
                     shapes = {name: tuple(tensor.shape) for name, tensor in slot.get().items()}
                     slot.put(run.federated.aggregator.fit(run.federated.before, shapes))

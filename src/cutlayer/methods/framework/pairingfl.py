@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cutlayer.contracts import Framework, Layout, Stop
 from cutlayer.errors import MethodError, suggest
@@ -37,6 +37,8 @@ class PairingFL(Framework):
     roles: Literal["alternate", "fixed"] = "alternate"  # whether the two swap who brings the data, each round
     local_steps: int = 1  # optimizer steps of a client in a round
     participation: float = 1.0  # of the pairs
+
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)

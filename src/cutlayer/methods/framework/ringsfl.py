@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from cutlayer.contracts import Framework, Layout, Stop
 from cutlayer.errors import MethodError
@@ -12,6 +12,7 @@ from cutlayer.methods.framework._cohort import check_options, cohort
 from cutlayer.registry import method
 
 if TYPE_CHECKING:
+    from cutlayer.config import RunConfig
     from cutlayer.driver import Run
 
 
@@ -33,6 +34,8 @@ class RingSFL(Framework):
 
     lengths: list[int] | None = None  # blocks that each client runs, in the order of the clients; their sum is all
     local_steps: int = 1  # optimizer steps of a client in a round
+
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, 1.0)
@@ -72,6 +75,14 @@ class RingSFL(Framework):
             for name, length in zip(names, lengths, strict=True)
         }
 
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """A ring adds what each device has changed; no rule for means applies."""
+        if config.aggregator.name != "fedavg":
+            yield (
+                f"adds the changes of all devices, which aggregator '{config.aggregator.name}' cannot do otherwise. "
+                "Take aggregator: fedavg; its weight_by weighs the owners."
+            )
+
     def route(self, client: str, layouts: Mapping[str, Layout]) -> Sequence[Stop]:
         """The other clients in ring order, each with the next of the blocks."""
         ring = list(layouts)
@@ -87,7 +98,7 @@ class RingSFL(Framework):
         owners = cohort(run, number, self.participation)
         if not owners:
             return
-        sizes = {client: run.sizes[client]["examples"] for client in owners}
+        sizes = {client: run.federated.sizes[client] for client in owners}
         total = sum(sizes.values())
         for _ in range(self.local_steps):
             able = [client for client in owners if run.steps_left(client)]

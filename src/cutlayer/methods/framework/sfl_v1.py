@@ -25,6 +25,7 @@ class SFLV1(Framework):
     """
 
     replans: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     local_steps: int = 1  # optimizer steps of a client in a round
     participation: float = 1.0  # the share of the clients that a round takes
