@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,25 @@ from torch import Tensor
 
 from cutlayer.allotment import Allotter
 from cutlayer.arrangement import Arrangement
-from cutlayer.arranging import Arranging
 from cutlayer.assembly import Parts, places_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig
 from cutlayer.contracts import Exchange, Framework, How, Joint, Mixing, Rate, StepResult
-from cutlayer.errors import NonFinite
 from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
 from cutlayer.merging import Counters, at_once
-from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces, workers
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.parties.hops import Hosted, ServerTail, TrunkHop
 from cutlayer.presence import Lost, Presence
 from cutlayer.report.progress import Reporter
 from cutlayer.step import Tally, split_evaluate, split_step, tallied
+from cutlayer.updating import Updating
 from cutlayer.wire import Meter, Value
 
 Wrap = Callable[[Any], Any]
 
 
-class Run(Arranging):
+class Run(Updating):
     """What a framework sees and drives."""
 
     def __init__(
@@ -76,11 +74,6 @@ class Run(Arranging):
         self.sizes: dict[str, dict[str, float]] = {}  # by client: its examples and label_tokens
         self.federated = FederatedServer(config.build("aggregator"), {})
         self._kept, self._givers = {}, {}
-
-    @property
-    def clips(self) -> bool:
-        """Whether gradients are clipped, so that the update is a verb of its own."""
-        return self.config.max_grad_norm is not None
 
     @property
     def personal(self) -> bool:
@@ -240,46 +233,6 @@ class Run(Arranging):
         for party in self.parts.parties.values():
             party.abort(name)
 
-    async def _clipped_update(self, client: str, *, heads: bool, slots: bool) -> None:
-        """Scale the gradients of client and trunk by one factor, as ``clip_grad_norm_`` does, and update them.
-
-        What is not updated here (a pool's trunk) is clipped by itself when it is.
-        """
-        end, theirs = self.ends[client], self.slots_of([client]) if slots else []
-        squared = sum(slot.squared_norm() for slot in theirs)
-        if heads:
-            squared += float((await end.ask("grad_norm")).header.value("squared_norm"))
-        scale = self._clip(squared, f"client '{client}'")
-        for slot in theirs:
-            slot.update(scale=scale)
-        if heads:
-            await end.ask("update", {"scale": scale})
-
-    def _clip(self, squared: float, whose: str) -> float:
-        norm = math.sqrt(squared) if squared >= 0 else math.nan
-        if not math.isfinite(norm):
-            raise NonFinite(f"The gradient of {whose} is not finite. Lower optimizer.lr or check the data.")
-        return 1.0 if self.config.max_grad_norm is None else min(1.0, self.config.max_grad_norm / (norm + 1e-6))
-
-    def update_slots(self, weights: Mapping[str, float]) -> None:
-        """One update of each slot that these clients' steps passed, with their gradients weighted.
-
-        ``weights`` are in any unit; those of the clients of one slot are scaled to sum to 1.
-        """
-        for slot in self.slots_of(weights):
-            self.update_slot(slot, {c: w for c, w in weights.items() if slot in self.slots_of([c])})
-
-    def update_slot(self, slot: Slot, weights: Mapping[str, float], *, participants: int | None = None) -> None:
-        """One update of a slot with what these have added to it; ``weights`` are scaled to sum to 1.
-
-        ``participants``: how many clients that is, where they are not the names.
-        """
-        total = sum(weights.values())
-        shares = {client: weight / total for client, weight in weights.items()}
-        scale = self._clip(slot.squared_norm(shares), f"slot '{slot.name}'") if self.clips else 1.0
-        rate = 1.0 if self.rate is None else self.rate.factor(participants or len(weights), slot.version)
-        slot.update(scale=scale, weights=shares, rate=rate)
-
     def book_outside(self) -> None:
         """Put what was spent outside of steps (set-up, merges, hand-overs) into the counts, and into this round's."""
         for name, seconds in self._queues.outside.items():
@@ -292,18 +245,6 @@ class Run(Arranging):
     def forget_outside(self) -> None:
         """Of what a set-up took that was counted before."""
         self._queues.book_again(({}, {}))
-
-    async def update_heads(self, scales: Mapping[str, float]) -> None:
-        """One update of each client's part, with its gradient scaled."""
-
-        async def one(client: str) -> None:
-            end, scale = self.ends[client], scales[client]
-            if self.clips:
-                found = float((await end.ask("grad_norm")).header.value("squared_norm"))
-                scale *= self._clip(found * scale**2, f"client '{client}'")
-            await end.ask("update", {"scale": scale})
-
-        await at_once(one, list(scales))
 
     async def together(self, work: Callable[[str], Awaitable[object]], clients: Sequence[str]) -> None:
         """Do ``work`` for all clients at once, and wait for all. A run's mixing and rate may join their steps."""

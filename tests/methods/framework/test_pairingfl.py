@@ -105,3 +105,13 @@ def test_who_has_no_partner_is_refused(tmp_path: Path) -> None:
         train(model(), tmp_path / "out", three, framework="pairingfl")
     with pytest.raises(CutlayerError, match="'dan' is in 0 pairs"):
         train(model(), tmp_path / "out", ROWS, framework=pairing(pairs=[["ann", "bob"], ["cid", "ann"]]))
+
+
+def test_clipping_asks_the_partners_device(tmp_path: Path) -> None:
+    """Norm and update of what the partner runs are messages to it: four frames a step more, to each of the two."""
+    rows = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob"))}
+    frames = {}
+    for clip in (None, 0.5):
+        out = tmp_path / str(clip)
+        frames[clip] = train(model(), out, rows, framework="pairingfl", rounds=1, max_grad_norm=clip).summary["frames"]
+    assert frames[0.5] - frames[None] == 8

@@ -1,0 +1,87 @@
+"""Optimizer steps of a run's parts: clipped by one norm, of trunks with weights, of heads with scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from cutlayer.arranging import Arranging
+from cutlayer.contracts import Rate
+from cutlayer.errors import NonFinite
+from cutlayer.links.local import ClientEnd
+from cutlayer.merging import at_once
+from cutlayer.models.slots import Slot
+
+
+class Updating(Arranging):
+    """The part of a run that updates slots and clients' parts. ``Run`` sets these."""
+
+    rate: Rate | None
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped, so that the update is a verb of its own."""
+        return self.config.max_grad_norm is not None
+
+    async def _clipped_update(self, client: str, *, heads: bool, slots: bool) -> None:
+        """Scale the gradients of client and trunk by one factor, as ``clip_grad_norm_`` does, and update them.
+
+        What is not updated here (a pool's trunk) is clipped by itself when it is.
+        """
+        # A slot at the server is at hand; of one on a client's device the norm is asked for, as of the client's own.
+        stops = self._stops([client]) if slots else []
+        devices = {stop: self.ends[stop.party] for stop in stops if self.parts.own(stop)}
+
+        async def norm(end: ClientEnd) -> float:
+            return float((await end.ask("grad_norm")).header.value("squared_norm"))
+
+        squared = 0.0
+        for stop in stops:
+            squared += await norm(devices[stop]) if stop in devices else self.parts.slot(stop).squared_norm()
+        if heads:
+            squared += await norm(self.ends[client])
+        scale = self._clip(squared, f"client '{client}'")
+        for stop in stops:
+            if stop in devices:
+                await devices[stop].ask("update", {"scale": scale})
+            else:
+                self.parts.slot(stop).update(scale=scale)
+        if heads:
+            await self.ends[client].ask("update", {"scale": scale})
+
+    def _clip(self, squared: float, whose: str) -> float:
+        norm = math.sqrt(squared) if squared >= 0 else math.nan
+        if not math.isfinite(norm):
+            raise NonFinite(f"The gradient of {whose} is not finite. Lower optimizer.lr or check the data.")
+        return 1.0 if self.config.max_grad_norm is None else min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+
+    def update_slots(self, weights: Mapping[str, float]) -> None:
+        """One update of each slot that these clients' steps passed, with their gradients weighted.
+
+        ``weights`` are in any unit; those of the clients of one slot are scaled to sum to 1.
+        """
+        for slot in self.slots_of(weights):
+            self.update_slot(slot, {c: w for c, w in weights.items() if slot in self.slots_of([c])})
+
+    def update_slot(self, slot: Slot, weights: Mapping[str, float], *, participants: int | None = None) -> None:
+        """One update of a slot with what these have added to it; ``weights`` are scaled to sum to 1.
+
+        ``participants``: how many clients that is, where they are not the names.
+        """
+        total = sum(weights.values())
+        shares = {client: weight / total for client, weight in weights.items()}
+        scale = self._clip(slot.squared_norm(shares), f"slot '{slot.name}'") if self.clips else 1.0
+        rate = 1.0 if self.rate is None else self.rate.factor(participants or len(weights), slot.version)
+        slot.update(scale=scale, weights=shares, rate=rate)
+
+    async def update_heads(self, scales: Mapping[str, float]) -> None:
+        """One update of each client's part, with its gradient scaled."""
+
+        async def one(client: str) -> None:
+            end, scale = self.ends[client], scales[client]
+            if self.clips:
+                found = float((await end.ask("grad_norm")).header.value("squared_norm"))
+                scale *= self._clip(found * scale**2, f"client '{client}'")
+            await end.ask("update", {"scale": scale})
+
+        await at_once(one, list(scales))
