@@ -44,7 +44,8 @@ def _together(looks: Sequence[Callable[[], Any]]) -> None:
         try:
             look()
         except CutlayerError as error:
-            found.append(error)
+            if str(error) not in map(str, found):  # several looks may meet one mistake
+                found.append(error)
     if len(found) == 1:
         raise found[0]
     if found:

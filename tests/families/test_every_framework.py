@@ -16,7 +16,7 @@ import unsplit
 from cutlayer import registry
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
-from spine import PARTITIONS, adamw, adapter, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, lines, losses, model, train  # noqa: F401
 from tiny import text_rows
 
 EVERY = registry.names("framework")
@@ -27,6 +27,8 @@ ALONE: dict[str, dict[str, Any]] = {  # options that a single client needs
 }
 NOT_ALONE = {"ringsfl", "pairingfl", "clicooper"}  # they need a peer, and say so
 U_ONLY = {"ringsfl"}
+BOTH = {"psl", "sfl-v2", "ringsfl", "gsfl"}  # whose two-part case is in the default suite
+slow = pytest.mark.slow
 RUN_ON = {name for name in EVERY if registry.load("framework", name).asynchronous}
 
 
@@ -52,8 +54,14 @@ def test_one_client_equals_unsplit(name: str, partition: dict[str, Any], tmp_pat
     assert equal(adapter(out), reference.state)
 
 
-@PARTITIONS
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    ("name", "partition"),
+    [
+        pytest.param(name, partition, id=f"{name}-{kind}", marks=() if kind == "u-shape" or name in BOTH else slow)
+        for name in EVERY
+        for partition, kind in ((TWO, "two-part"), (U, "u-shape"))
+    ],
+)
 def test_four_clients_and_eight_blocks_by_default(
     name: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -59,6 +60,7 @@ def test_the_evaluation_is_the_mean_over_the_clients_own_models(tmp_path: Path, 
     assert abs(result.summary["eval"]["after"]["loss"] - sum(losses) / 3) < 1e-6
 
 
+@pytest.mark.slow
 def test_alike_data_lose_little_against_averaged_heads(tmp_path: Path) -> None:
     """One block of six at the client, the same kind of text for all: within 5 percent of SFL-V2."""
     from tiny import write_rows

@@ -20,7 +20,7 @@ from cutlayer.errors import CutlayerError
 from cutlayer.methods.framework.p_sl import PrivateHeads
 from cutlayer.models.segment import Segment
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, often, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(3 + 3 * (i % 2), seed=i) for i, name in enumerate(("ann", "bob", "cid"))}
@@ -165,7 +165,7 @@ def rise(
     return seen[steps - 1], seen[-1] - seen[steps - 1]
 
 
-@PARTITIONS
+@pytest.mark.parametrize("partition", [TWO, pytest.param(U, marks=pytest.mark.slow)], ids=["two-part", "u-shape"])
 def test_the_cache_keeps_a_late_joiner_from_erasing_the_early(
     partition: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +181,7 @@ def test_the_cache_keeps_a_late_joiner_from_erasing_the_early(
 
 
 @PARTITIONS
-@FORMS
+@pytest.mark.parametrize("form", often(["sequential", "parallel"], "parallel"))
 def test_the_cache_is_bounded_dropped_and_in_checkpoints(
     form: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]
 ) -> None:

@@ -20,7 +20,7 @@ from cutlayer.config import load_config
 from cutlayer.driver import Run
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adapter, caught, equal, lines, losses, model, often, train  # noqa: F401
 from tiny import text_rows
 
 MIXING = "three-tier-sl"
@@ -125,7 +125,7 @@ def test_a_client_gets_its_share_of_the_gradient_at_the_average(partition: dict[
 
 
 @PARTITIONS
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("side", often(["right", "left"], "right"))
 def test_unequal_batches_on_a_clock_and_a_resumed_run(side: str, partition: dict[str, Any], tmp_path: Path) -> None:
     """Five clients of unequal rows and lengths in groups of two and three; resumed, the same weights."""
     profiles = dict(zip(UNEVEN, ("laptop+dsl", "phone+4g", "workstation+lan", "laptop+5g", "laptop+lan"), strict=True))

@@ -14,7 +14,7 @@ from cutlayer.errors import CutlayerError, MethodError
 from cutlayer.methods.planner.splitft_adaptive_cut import SplitFTAdaptiveCut
 from cutlayer.planning import Situation, at_cut
 from cutlayer.profiles import Profile
-from spine import PARTITIONS, adapter, equal, lines, losses, model, train
+from spine import PARTITIONS, TWO, U, adapter, equal, lines, losses, model, often, train
 from tiny import text_rows
 
 BLOCKS = 8
@@ -131,7 +131,7 @@ def templates(share: float, seed: int) -> list[dict[str, str]]:
     return [{"text": " ".join([*WORDS[:fixed], *draw.choices(WORDS, k=8 - fixed)])} for _ in range(24)]
 
 
-@PARTITIONS
+@pytest.mark.parametrize("partition", [TWO, pytest.param(U, marks=pytest.mark.slow)], ids=["two-part", "u-shape"])
 def test_in_a_run_the_client_with_easy_text_grows(partition: dict[str, Any], tmp_path: Path) -> None:
     """P = 1: one client has one sentence over and over, another words at random, two have half of each."""
     clients = {"ann": templates(1, 0), "bob": templates(0.5, 1), "cid": templates(0.5, 2), "dan": templates(0, 3)}
@@ -149,7 +149,7 @@ def test_in_a_run_the_client_with_easy_text_grows(partition: dict[str, Any], tmp
 
 
 @PARTITIONS
-@pytest.mark.parametrize("framework", ["sfl-v1", "sfl-v2"])
+@pytest.mark.parametrize("framework", often(["sfl-v1", "sfl-v2"], "sfl-v2"))
 def test_gamma_nought_is_a_run_with_fixed_cuts(framework: str, partition: dict[str, Any], tmp_path: Path) -> None:
     """Bit for bit, and no accuracy is asked for."""
     clients = {name: text_rows(6, seed=i) for i, name in enumerate(NAMES)}
