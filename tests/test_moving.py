@@ -19,7 +19,7 @@ from cutlayer.errors import CutlayerError
 from cutlayer.ranks import pairs, refit
 from cutlayer.step import split_evaluate
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, adamw, adapter, block_of, caught, equal, losses, model, train  # noqa: F401
+from spine import PARTITIONS, adamw, adapter, block_of, caught, equal, losses, model, often, train  # noqa: F401
 from tiny import text_rows
 
 # A planner that gives each client the cuts that are written here, one after the other.
@@ -136,7 +136,7 @@ def test_a_move_leaves_the_logits_as_they_are(
         assert before == pytest.approx(after, abs=1e-6)
 
 
-@FRAMEWORKS
+@pytest.mark.parametrize("framework", often(["sfl-v1", "sfl-v2"], "sfl-v1"))
 def test_a_killed_run_goes_on_with_the_cuts_it_had(framework: str, listed: Any, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "framework": framework, "rounds": 4, "checkpoint_every": 1,
