@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import cutlayer
 from cutlayer.arrangement import Speed, Told
 from cutlayer.driver import Run
 from cutlayer.models.segment import Segment
-from spine import adapter, equal, losses, train
+from spine import adapter, equal, losses, resumed, train
 
 DOMAINS = ((3, 50), (50, 97))  # words of each
 
@@ -70,12 +68,7 @@ def kill_and_resume(folder: Path, out: Path, clients: Mapping[str, Any], **run: 
     for name in ("whole", "part"):
         train(folder, out / name, clients, rounds=3, checkpoint_every=1, **run)
     part = out / "part"
-    for last in ("round-000003",):
-        shutil.rmtree(part / "checkpoints" / last)
-    for made in ("adapter", "adapters"):
-        shutil.rmtree(part / made, ignore_errors=True)
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     assert losses(part) == losses(out / "whole")
     assert equal(adapter(part), adapter(out / "whole"))
     for made in sorted((out / "whole" / "adapters").glob("*")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -100,6 +101,17 @@ def adapter(out: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
 def equal(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
     """The same names with the same bits."""
     return left.keys() == right.keys() and len(left) > 0 and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def resumed(out: Path) -> Any:
+    """Go on with a run that ended as if it had been killed in its last round; what that gives."""
+    kept = sorted((out / "checkpoints").iterdir())
+    assert len(kept) > 1, "without an older checkpoint it would begin anew, and prove nothing"
+    shutil.rmtree(kept[-1])
+    for made in ("adapter", "adapters", "model", "models"):
+        shutil.rmtree(out / made, ignore_errors=True)
+    (out / "summary.json").unlink()
+    return cutlayer.train(resume=out)
 
 
 def block_of(name: str) -> int:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from cutlayer.config import load_config
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
 from cutlayer.presence import Presence
-from spine import TWO, U, adapter, caught, equal, lines, losses, model, often  # noqa: F401
+from spine import TWO, U, adapter, caught, equal, lines, losses, model, often, resumed  # noqa: F401
 from tiny import text_rows, write_rows
 
 EVERY = registry.names("framework")
@@ -80,11 +79,7 @@ def test_one_comes_late_one_leaves_one_is_lost(
     whole, part = tmp_path / "whole", tmp_path / "part"
     train(whole, GOINGS, **changes)
     train(part, GOINGS, **changes)
-    last = max((part / "checkpoints").iterdir())
-    for gone in (last, part / "adapter", part / "adapters"):
-        shutil.rmtree(gone, ignore_errors=True)
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     for run in caught:
         nothing_is_left(run)
     assert losses(part) == losses(whole)

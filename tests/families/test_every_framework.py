@@ -4,19 +4,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import cutlayer
 import unsplit
 from cutlayer import registry
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
-from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, lines, losses, model, resumed, train  # noqa: F401
 from tiny import text_rows
 
 EVERY = registry.names("framework")
@@ -114,9 +112,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> 
         changes = {"framework": framework, "rounds": 3, "checkpoint_every": 1, **with_its_aggregator(name)}
         train(model(num_hidden_layers=5), tmp_path / out, FOUR, **changes)
     part = tmp_path / "part"
-    shutil.rmtree(part / "checkpoints" / "round-000003")
-    shutil.rmtree(part / "adapter")
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))

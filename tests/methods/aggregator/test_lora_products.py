@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import cutlayer
 from cutlayer.driver import Run
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.registry import create
-from spine import PARTITIONS, U, adapter, caught, equal, losses, model, train  # noqa: F401
+from spine import PARTITIONS, U, adapter, caught, equal, losses, model, resumed, train  # noqa: F401
 from tiny import text_rows
 
 A, B = "layers.0.q_proj.lora_A.default.weight", "layers.0.q_proj.lora_B.default.weight"
@@ -241,10 +239,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
             aggregator="lora-products", rounds=4, checkpoint_every=1,
         )  # fmt: skip
     part = tmp_path / "part"
-    shutil.rmtree(part / "checkpoints" / "round-000004")
-    assert (part / "checkpoints" / "round-000003").is_dir()
-    shutil.rmtree(part / "adapter")
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))

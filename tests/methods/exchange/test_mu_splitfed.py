@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from cutlayer.report.plan import plan
 from cutlayer.seeds import derive
 from cutlayer.wire import read_frames
 from cutlayer.zeroth import Probe, directions, estimate, slope, two_points
-from spine import TWO, U, adapter, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import TWO, U, adapter, caught, equal, lines, losses, model, resumed, train  # noqa: F401
 from tiny import text_rows, write_rows
 
 NAMES = ("ann", "bob", "cid")
@@ -230,11 +229,7 @@ def test_a_killed_run_goes_on_and_the_same_run_is_the_same(tau: int | str, tmp_p
         run(tmp_path / out, **changes)
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
     part = tmp_path / "part"
-    for number in (3, 4, 5):
-        shutil.rmtree(part / "checkpoints" / f"round-{number:06}", ignore_errors=True)
-    shutil.rmtree(part / "adapter")
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert [line["virtual_time"] for line in lines(part)] == [
         line["virtual_time"] for line in lines(tmp_path / "whole")

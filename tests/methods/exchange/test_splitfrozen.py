@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import cutlayer
 from cutlayer.config import load_config
 from cutlayer.driver import Run
 from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, block_of, caught, equal, lines, losses, model, often, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adapter, block_of, caught, equal, lines, losses, model, often, resumed, train  # noqa: F401
 from tiny import text_rows
 
 NAMES = ("ann", "bob", "cid")
@@ -127,10 +125,7 @@ def test_a_killed_run_remembers_what_it_was_sent(tmp_path: Path) -> None:
     for out in ("whole", "part"):
         train(model(), tmp_path / out, ROWS, **changes)
     part = tmp_path / "part"
-    shutil.rmtree(part / "checkpoints" / "round-000006")
-    shutil.rmtree(part / "adapter")
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))
 

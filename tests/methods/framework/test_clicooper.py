@@ -14,14 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cutlayer
 import unsplit
 from cutlayer import watermark
 from cutlayer.driver import Run
 from cutlayer.errors import CheckpointError, CutlayerError
 from cutlayer.parties.client import secret_of
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, losses, model, resumed, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(6, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
@@ -210,10 +209,7 @@ def test_a_marked_run_goes_on_exactly_after_an_end(partition: dict[str, Any], tm
     for name in ("whole", "part"):
         train(model(**DEEP), tmp_path / name, ROWS, **changes)
     part = tmp_path / "part"
-    shutil.rmtree(part / "checkpoints" / "round-000004")
-    shutil.rmtree(part / "adapter")
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))
     assert stages(part / "watermark") == stages(tmp_path / "whole" / "watermark")

@@ -5,14 +5,12 @@
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import cutlayer
 import joint
 import unsplit
 from cutlayer.driver import Run
@@ -22,7 +20,7 @@ from cutlayer.methods.framework.multisfl import MultiSFL
 from cutlayer.models.segment import Segment
 from cutlayer.run import dry_run
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, resumed, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(3 + 3 * (i % 2), seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
@@ -278,11 +276,7 @@ def test_replay_goes_on_exactly_after_an_end(tmp_path: Path) -> None:
     for name in ("whole", "part"):
         train(model(), tmp_path / name, LENGTHS, **changes)
     part = tmp_path / "part"
-    for number in (5,):
-        shutil.rmtree(part / "checkpoints" / f"round-{number:06d}")
-    shutil.rmtree(part / "adapter")
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import cutlayer
 import joint
 import unsplit
 from cutlayer.config import load_config
 from cutlayer.driver import Run
 from cutlayer.errors import ConfigError
-from spine import PARTITIONS, TWO, adapter, block_of, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, adapter, block_of, caught, equal, lines, losses, model, resumed, train  # noqa: F401
 from tiny import BLOCKS, text_rows, write_rows
 
 MIXING = "minibatch-sfl"
@@ -142,10 +140,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     train(model(), tmp_path / "whole", UNEVEN, **changes)
     train(model(), tmp_path / "part", UNEVEN, **changes)
     part = tmp_path / "part"
-    shutil.rmtree(part / "checkpoints" / "round-000003")
-    shutil.rmtree(part / "adapter")
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import cutlayer
 import joint
 import unsplit
 from cutlayer.config import load_config
 from cutlayer.driver import Run
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, caught, equal, lines, losses, model, often, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adapter, caught, equal, lines, losses, model, often, resumed, train  # noqa: F401
 from tiny import text_rows
 
 MIXING = "three-tier-sl"
@@ -136,10 +134,7 @@ def test_unequal_batches_on_a_clock_and_a_resumed_run(side: str, partition: dict
     train(model(), tmp_path / "whole", UNEVEN, **changes, profiles=profiles)
     train(model(), tmp_path / "part", UNEVEN, **changes, profiles=profiles)
     part = tmp_path / "part"
-    shutil.rmtree(part / "checkpoints" / "round-000003")
-    shutil.rmtree(part / "adapter")
-    (part / "summary.json").unlink()
-    cutlayer.train(resume=part)
+    resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))
     assert len(losses(part)) == 30
