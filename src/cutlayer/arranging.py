@@ -14,6 +14,7 @@ from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, Framework, Selection, Stop
 from cutlayer.costs import BYTES, leg_seconds, shape_of
 from cutlayer.errors import MethodError
+from cutlayer.links.local import Pace
 from cutlayer.merging import StepEleven
 from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces
@@ -93,9 +94,9 @@ class Arranging(StepEleven):
         if not paces.profiles:
             return 1.0, {client: Speed() for client in self.clients}, step_bytes
 
-        def seconds(pace: object, verbs: Sequence[str]) -> float:
-            assert pace is not None
-            return sum(pace.seconds(verb, rows, length, True) for verb in verbs)  # type: ignore[attr-defined]
+        def seconds(pace: Pace | None, verbs: Sequence[str]) -> float:
+            assert pace is not None  # as there are profiles
+            return sum(pace.seconds(verb, rows, length, True) for verb in verbs)
 
         speeds, server = {}, 0.0
         for client in self.clients:

@@ -185,6 +185,12 @@ def joined(config: RunConfig, stops: Sequence[Stop]) -> tuple[Stop, ...]:
     return tuple(stops) if config.mixing is None else tuple(replace(stop, slot=SHARED) for stop in stops)
 
 
+def party_between(config: RunConfig) -> list[str]:
+    """The party that a mixing puts between clients and server, if any."""
+    mixing = config.build("mixing")
+    return [mixing.between] if mixing is not None and mixing.between else []
+
+
 def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     """Cut the base, make the slots and the parties.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -174,7 +174,7 @@ class RunConfig(Tree):
     def client_list(self) -> list[ClientConfig]:
         """The clients one by one, also where the run only counts them."""
         if isinstance(self.clients, int):
-            return [ClientConfig(name=name) for name in numbered(self.clients)]
+            return list(_anonymous(self.clients))
         return self.clients
 
     @property
@@ -243,6 +243,12 @@ class RunConfig(Tree):
         """
         if found := problems(self):
             raise ConfigError(found, "the run")
+
+
+@lru_cache
+def _anonymous(count: int) -> tuple[ClientConfig, ...]:
+    """Clients that are only counted; made once, for they are asked for by every client's name."""
+    return tuple(ClientConfig(name=name) for name in numbered(count))
 
 
 FAMILY_KEYS = family_keys(RunConfig)

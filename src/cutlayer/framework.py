@@ -21,20 +21,54 @@ class Framework(Protocol):
     Subclass it: what has a body here is the default.
     """
 
-    local_steps: int  # optimizer steps of a client in a round
-    participation: float  # the share of the selected clients that a round takes
+    # Kinds of frameworks: set them in the class.
     travels: ClassVar[bool] = False  # the clients' parts are handed on, rather than each client keeping its own
-    pooled: ClassVar[bool] = False  # a slot makes one update for all clients of a step, not one for each
     replans: ClassVar[bool] = False  # each round ends in a merge of heads (and of trunk copies), so cuts may move then
     joinable: ClassVar[bool] = False  # all train at once, each with a trunk of its own, which a mixing may make one
-    needs_step_tokens: ClassVar[bool] = False  # clients tell the label tokens of a step before the trunk's backward
     personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
     asynchronous: ClassVar[bool] = False  # nobody waits: as many steps in a round as a client has time for
-    merges: ClassVar[bool] = False  # the model is a merge, so it needs an aggregator that makes one
-    takes: ClassVar[Collection[str]] = ()  # what it can follow of a selection's arrangement (``Arranger.gives``)
-    needs: ClassVar[Collection[str]] = ()  # what of it a selection must give
-    cohort_size: int | None = None  # how many of the selected clients a round takes, where it is no share of them
     branches: int = 1  # models that are trained side by side, each by its part of all steps
+
+    # What may depend on a framework's options: an attribute or a property.
+    @property
+    @abstractmethod
+    def local_steps(self) -> int:
+        """Optimizer steps of a client in a round."""
+
+    @property
+    @abstractmethod
+    def participation(self) -> float:
+        """The share of the selected clients that a round takes."""
+
+    @property
+    def cohort_size(self) -> int | None:
+        """How many of the selected clients a round takes, where it is no share of them."""
+        return None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a slot makes one update for all clients of a step, not one for each."""
+        return False
+
+    @property
+    def needs_step_tokens(self) -> bool:
+        """Whether clients tell the label tokens of a step before the trunk's backward."""
+        return False
+
+    @property
+    def merges(self) -> bool:
+        """Whether the model is a merge, so that it needs an aggregator that makes one."""
+        return False
+
+    @property
+    def takes(self) -> Collection[str]:
+        """What it can follow of a selection's arrangement (``Arranger.gives``)."""
+        return ()
+
+    @property
+    def needs(self) -> Collection[str]:
+        """What of an arrangement a selection must give."""
+        return ()
 
     @property
     def round_steps(self) -> int:

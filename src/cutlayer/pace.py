@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from cutlayer.assembly import Parts, check_profiles, segments_of
+from cutlayer.assembly import Parts, check_profiles, party_between, segments_of
 from cutlayer.build import task_of, training_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
@@ -35,7 +35,7 @@ class Paces:
             return
         others = {
             name: profile_from(config.profiles.get(name, "server" if name == SERVER else EDGE))
-            for name in (*parts.parties, *_between(config))
+            for name in (*parts.parties, *party_between(config))
             if name not in clients
         }
         self.profiles = {**clients, **others}
@@ -93,12 +93,6 @@ class Paces:
         profile = self.profiles[party]
         assert profile is not None
         return Pace(lambda verb, rows, length, graph: seconds(flop(verb, length, graph) * rows * length, profile))
-
-
-def _between(config: RunConfig) -> list[str]:
-    """The party that a mixing puts between clients and server, if any."""
-    mixing = config.build("mixing")
-    return [mixing.between] if mixing is not None and mixing.between else []
 
 
 def workers(profiles: Mapping[str, Profile | None], party: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cutlayer.assembly import check_somebody_trains, routes_of
+from cutlayer.assembly import check_somebody_trains, party_between, routes_of
 from cutlayer.build import layouts_of, open_model, task_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
@@ -19,6 +19,7 @@ from cutlayer.models.families import Anatomy, anatomy
 from cutlayer.models.loading import class_of, device_named
 from cutlayer.models.verify import refuse_unasked
 from cutlayer.outputs import check_places
+from cutlayer.presence import Routes
 
 
 def preflight(config: RunConfig, out: Path | None = None) -> None:
@@ -44,8 +45,7 @@ def _together(looks: Sequence[Callable[[], Any]]) -> None:
         try:
             look()
         except CutlayerError as error:
-            if str(error) not in map(str, found):  # several looks may meet one mistake
-                found.append(error)
+            found.append(error)
     if len(found) == 1:
         raise found[0]
     if found:
@@ -74,18 +74,20 @@ def check_model(config: RunConfig) -> tuple[Any, Any, Anatomy]:
         lambda: _check_attention(config.attn_implementation, model, found),
         lambda: config.build("peft").check(model, parts, task=task),
         lambda: refuse_unasked(model, parts, when=config.verify),
-        lambda: check_somebody_trains(config, routes_of(config, layouts_of(config, parts.num_blocks))),
-        lambda: _check_parties(config, parts.num_blocks),
+        lambda: _check_routes(config, parts.num_blocks),
     ])  # fmt: skip
     return found, model, parts
 
 
-def _check_parties(config: RunConfig, num_blocks: int) -> None:
-    """Refuse profiles of parties that the run does not have."""
+def _check_routes(config: RunConfig, num_blocks: int) -> None:
+    """Refuse routes that cannot be, that nobody is ever there for, and profiles of parties that are on none."""
     routes = routes_of(config, layouts_of(config, num_blocks))
-    there = [SERVER, *dict.fromkeys(s.party for stops in routes.values() for s in stops), *config.client_names]
-    if config.mixing is not None:
-        there.append("aggregator")
+    _together([lambda: check_somebody_trains(config, routes), lambda: _check_parties(config, routes)])
+
+
+def _check_parties(config: RunConfig, routes: Routes) -> None:
+    """Refuse profiles of parties that the run does not have."""
+    there = [SERVER, *dict.fromkeys(s.party for stops in routes.values() for s in stops), *party_between(config)]
     known = [name for name in dict.fromkeys(there) if name not in config.client_names]
     wrong = [name for name in config.profiles if name not in known]
     if wrong:

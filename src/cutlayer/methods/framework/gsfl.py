@@ -50,7 +50,7 @@ class GSFL(Framework):
             raise ValueError("outer and intra are both sequential: that is framework 'sequential-sl'")
 
     @property
-    def pooled(self) -> bool:  # type: ignore[override]
+    def pooled(self) -> bool:
         """Whether a group's trunk makes one update for all its members."""
         return self.intra == "psl"
 
@@ -63,17 +63,17 @@ class GSFL(Framework):
         return dealt(clients, 1 if self.groups == "selection" else self.groups, "gsfl")
 
     @property
-    def needs(self) -> Collection[str]:  # type: ignore[override]
+    def needs(self) -> Collection[str]:
         """Groups, where they are left to the selection."""
         return ("groups",) if self.groups == "selection" else ()
 
     @property
-    def takes(self) -> Collection[str]:  # type: ignore[override]
+    def takes(self) -> Collection[str]:
         """A trunk at a member where each group has one of its own."""
         return (*self.needs, "hosts") if self.needs and self.outer == "parallel" else self.needs
 
     @property
-    def merges(self) -> bool:  # type: ignore[override]
+    def merges(self) -> bool:
         """Groups with a trunk each do."""
         return self.outer == "parallel"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cutlayer.contracts import SERVER, Framework, Layout, Stop
 from cutlayer.errors import MethodError
@@ -33,7 +33,7 @@ class HSFL(Framework):
     participation: float = 1.0  # the share of the clients that a round takes
     moments: Literal["keep", "average", "reset"] = "keep"  # of the edge's and the cloud's optimizers
 
-    merges: ClassVar[bool] = True
+    merges = True
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
@@ -46,7 +46,7 @@ class HSFL(Framework):
             raise ValueError(f"edge_blocks is {self.edge_blocks}; it must be 0 or more")
 
     @property
-    def local_steps(self) -> int:  # type: ignore[override]
+    def local_steps(self) -> int:
         """A round lasts until all tiers have been averaged."""
         return self.intervals[0]
 

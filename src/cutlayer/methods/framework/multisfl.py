@@ -65,7 +65,7 @@ class MultiSFL(Framework):
     _kept: _Kept = field(init=False, repr=False, compare=False)
 
     travels: ClassVar[bool] = True
-    merges: ClassVar[bool] = True
+    merges = True
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, 1.0)
@@ -81,12 +81,12 @@ class MultiSFL(Framework):
         object.__setattr__(self, "_kept", _Kept(Memory(self.p0)))
 
     @property
-    def participation(self) -> float:  # type: ignore[override]
+    def participation(self) -> float:
         """Not a share: one client for each branch."""
         return 1.0
 
     @property
-    def cohort_size(self) -> int:  # type: ignore[override]
+    def cohort_size(self) -> int:
         """One client for each branch."""
         return self.branches
 

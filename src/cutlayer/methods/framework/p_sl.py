@@ -67,7 +67,7 @@ class PrivateHeads(Framework):
         object.__setattr__(self, "_cache", Cache(self.cache))
 
     @property
-    def merges(self) -> bool:  # type: ignore[override]
+    def merges(self) -> bool:
         """Of several trunks."""
         return self.form == "parallel"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cutlayer.contracts import Framework, Layout, Stop
 from cutlayer.errors import MethodError, suggest
@@ -38,18 +38,18 @@ class PairingFL(Framework):
     local_steps: int = 1  # optimizer steps of a client in a round
     participation: float = 1.0  # of the pairs
 
-    merges: ClassVar[bool] = True
+    merges = True
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
 
     @property
-    def needs(self) -> Collection[str]:  # type: ignore[override]
+    def needs(self) -> Collection[str]:
         """Pairs, where they are left to the selection."""
         return ("pairs",) if self.pairs == "selection" else ()
 
     @property
-    def takes(self) -> Collection[str]:  # type: ignore[override]
+    def takes(self) -> Collection[str]:
         """What it needs, and nothing else."""
         return self.needs
 

@@ -36,14 +36,14 @@ class PSL(Framework):
     grad_scale: Literal["local", "joint"] = "local"  # a client's part: its own mean loss, or its part of the joint one
     joint: Literal["accumulate", "concatenate"] = "accumulate"  # the joint batch: client after client, or as one batch
 
-    pooled: ClassVar[bool] = True
+    pooled = True
     personal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
 
     @property
-    def needs_step_tokens(self) -> bool:  # type: ignore[override]
+    def needs_step_tokens(self) -> bool:
         """The weights of a real joint batch must be known before its backward."""
         return self.joint == "concatenate"
 

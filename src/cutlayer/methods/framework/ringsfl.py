@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from cutlayer.contracts import Framework, Layout, Stop
 from cutlayer.errors import MethodError
@@ -35,7 +35,7 @@ class RingSFL(Framework):
     lengths: list[int] | None = None  # blocks that each client runs, in the order of the clients; their sum is all
     local_steps: int = 1  # optimizer steps of a client in a round
 
-    merges: ClassVar[bool] = True
+    merges = True
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, 1.0)
@@ -43,7 +43,7 @@ class RingSFL(Framework):
             raise ValueError(f"lengths is {self.lengths}; each client runs at least one block")
 
     @property
-    def participation(self) -> float:  # type: ignore[override]
+    def participation(self) -> float:
         """All: a ring without a member would have no path."""
         return 1.0
 

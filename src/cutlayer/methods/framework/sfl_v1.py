@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -25,14 +25,14 @@ class SFLV1(Framework):
     """
 
     replans: ClassVar[bool] = True
-    merges: ClassVar[bool] = True
+    merges = True
 
     local_steps: int = 1  # optimizer steps of a client in a round
     participation: float = 1.0  # the share of the clients that a round takes
     moments: Literal["keep", "average", "reset"] = "average"  # of the trunks' optimizers, when they are merged
 
     joinable: ClassVar[bool] = True
-    takes: ClassVar[Collection[str]] = ("clusters",)
+    takes = ("clusters",)
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)

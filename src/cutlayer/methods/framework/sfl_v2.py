@@ -11,7 +11,7 @@ everybody to the end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -41,7 +41,7 @@ class SFLV2(Framework):
     order: Literal["random", "listed"] = "random"  # random: a new permutation, from the seed, each time
     interleave: Literal["step", "client"] = "step"  # client: all local steps of a client in one turn
 
-    takes: ClassVar[Collection[str]] = ("clusters",)
+    takes = ("clusters",)
 
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
