@@ -14,6 +14,7 @@ import joint
 import unsplit
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
+from cutlayer.methods.framework.hsfl import HSFL
 from cutlayer.wire import read_frames
 from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, train  # noqa: F401
 from tiny import text_rows
@@ -121,6 +122,24 @@ def test_c_short_intervals_keep_the_tier_together_and_cost_bytes(
     one = (traffic["often"] - traffic["rarely"]) / 3  # what one average of the edge tier moves
     assert one > 0
     assert traffic["rarely"] > one
+
+
+def test_no_client_has_the_name_of_an_edge(tmp_path: Path) -> None:
+    """It would be the edge. Where there are no edges, it is a name like any other."""
+    rows = dict.fromkeys(("ann", "Edge-1", "edge-2"), ROWS["ann"])
+    said = r"clients.1.name is 'Edge-1', which is the name of a party of framework 'hsfl'\. Choose another\."
+    for edges in (2, [["ann", "edge-2"], ["Edge-1"]]):
+        with pytest.raises(CutlayerError, match=said) as raised:
+            train(tmp_path / "no model", tmp_path / "out", rows, framework=hsfl(edges=edges))
+        assert "edge-2" not in str(raised.value)
+    assert HSFL(edge_blocks=0).parties(list(rows)) == []
+
+
+def test_a_route_over_a_party_that_the_framework_does_not_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its name is kept from clients, each has to be named."""
+    monkeypatch.setattr(HSFL, "parties", lambda self, clients: ["edge-0"])
+    with pytest.raises(CutlayerError, match="routes client 'bob' over 'edge-1', which is no client"):
+        train(model(num_hidden_layers=4), tmp_path / "out", ROWS, framework="hsfl")
 
 
 def test_cuts_that_leave_nothing_are_refused(tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ class HSFL(Framework):
         """A copy for each path."""
         return {client: client for client in clients}
 
+    def parties(self, clients: Sequence[str]) -> Sequence[str]:
+        """The edges."""
+        number = self.edges if isinstance(self.edges, int) else len(self.edges)
+        return [edge_named(edge) for edge in range(number)] if self.edge_blocks else []
+
     def route(self, client: str, layouts: Mapping[str, Layout]) -> Sequence[Stop]:
         """Over the client's edge to the server.
 
@@ -73,7 +78,7 @@ class HSFL(Framework):
         groups = dealt(clients, self.edges, "hsfl")
         edge = next(number for number, group in enumerate(groups) if client in group)
         return [
-            Stop(f"edge-{edge}", client, range(middle.start, split)),
+            Stop(edge_named(edge), client, range(middle.start, split)),
             Stop(SERVER, client, range(split, middle.stop)),
         ]
 
@@ -102,3 +107,8 @@ class HSFL(Framework):
     def evaluators(self, run: Run) -> Sequence[str]:
         """Any one client of the last merge."""
         return [newest(run)]
+
+
+def edge_named(number: int) -> str:
+    """The name of an edge, from 0."""
+    return f"edge-{number}"
