@@ -159,7 +159,7 @@ def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tup
             f"framework '{config.framework.name}' hands the client's part on, but '{first}' and '{other}' have "
             "different cuts (head_blocks, tail_blocks). Give all clients the same cut, or take a framework that merges."
         )
-    routes = {}
+    routes, parties = {}, {SERVER, *names, *framework.parties(names)}
     if config.mixing is not None:
         config.build("mixing").check(layouts)
     for name in names:
@@ -169,6 +169,11 @@ def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tup
             raise MethodError(
                 f"framework '{config.framework.name}' routes client '{name}' over the blocks {covered}, but those "
                 f"between its head and its tail are {list(layouts[name].middle)}."
+            )
+        if strange := [stop.party for stop in route if stop.party not in parties]:
+            raise MethodError(
+                f"framework '{config.framework.name}' routes client '{name}' over '{strange[0]}', which is no client, "
+                "and which it does not name in its parties."
             )
         peer = next((stop.party for stop in route if stop.party in names), None)
         if peer is not None and config.build("exchange").frozen_head:

@@ -14,6 +14,21 @@ if TYPE_CHECKING:
     from cutlayer.config import RunConfig
 
 
+@rule("clients", "framework", "mixing")
+def _named_apart(config: RunConfig) -> Iterator[str]:
+    names = config.client_names
+    try:
+        taken = dict.fromkeys(config.build("framework").parties(names), f"framework '{config.framework.name}'")
+        if config.mixing is not None and (between := config.build("mixing").between):
+            taken[between] = f"mixing '{config.mixing.name}'"
+    except CutlayerError:
+        return  # said by the other rules
+    for number, name in enumerate(names):
+        for party, whose in taken.items():
+            if name.lower() == party.lower():
+                yield f"clients.{number}.name is '{name}', which is the name of a party of {whose}. Choose another."
+
+
 @rule("mixing", "framework")
 def _joinable(config: RunConfig) -> Iterator[str]:
     try:

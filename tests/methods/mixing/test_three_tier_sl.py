@@ -189,7 +189,10 @@ def test_classifiers_have_soft_labels_too(tmp_path: Path) -> None:
         ({"epochs": 1}, "with epochs one may be left alone"),
         ({"gradient_accumulation": 2}, "needs steps of one micro-batch"),
         ({"data": {"train": "x", "packing": True}}, "cannot average packed rows"),
-        ({"clients": [{"name": "aggregator"}, {"name": "ann"}]}, "no client can be called so"),
+        (
+            {"clients": [{"name": "aggregator"}, {"name": "ann"}]},
+            "clients.0.name is 'aggregator', which is the name of a party of mixing 'three-tier-sl'",
+        ),
         ({"mixing": {"name": MIXING, "weights": [1.0, 2.0]}}, "a round has 3 clients, which is no multiple"),
         ({"mixing": {"name": MIXING, "weights": [1.0]}}, "it must be 2 numbers above 0"),
         ({"framework": "psl"}, "they take turns or share one already"),
