@@ -174,6 +174,9 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
         for layout in dict.fromkeys(parts.layouts.values()):
             check_unknown_family(base, layout, when=config.verify)
         progress.note(f"output folder: {out}")
+        if config.planner:
+            cuts = ", ".join(f"{client} {len(layout.head)}" for client, layout in parts.layouts.items())
+            progress.note(f"head blocks, as planner '{config.planner.name}' begins: {cuts}")
         two_part = not next(iter(parts.layouts.values())).tail_at_client
         if base.peft_model is None and base.tied and two_part:
             progress.note(

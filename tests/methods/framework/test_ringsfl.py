@@ -83,6 +83,11 @@ def test_labels_stay_home_and_peers_talk_to_each_other(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"partition": TWO}, "computes the loss at the owner"),
+        (
+            {"cuts": {"ann": 4}},
+            "client 'ann' has head_blocks, but framework 'ringsfl' sets the cuts itself: this client's head would have "
+            "2 of 6 blocks. Leave that out; options of the framework: lengths",
+        ),
         ({"framework": {"name": "ringsfl", "lengths": [3, 3]}}, r"lengths \[3, 3\] do not fit 3 clients"),
         ({"framework": {"name": "ringsfl", "lengths": [4, 4, 0]}}, "each client runs at least one block"),
     ],
