@@ -18,7 +18,7 @@ from cutlayer.data.classes import classes_of
 from cutlayer.data.formats import pack, token_lengths, tokenize
 from cutlayer.data.sources import load_rows
 from cutlayer.errors import DataError, MethodError, ModelError
-from cutlayer.models.heads import head_of
+from cutlayer.models.heads import Head, head_of
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.loading import load_model, load_tokenizer
 from cutlayer.models.segment import Base
@@ -71,8 +71,8 @@ def layouts_of(config: RunConfig, num_blocks: int) -> dict[str, Layout]:
     return layouts
 
 
-def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
-    """Read, split, divide and tokenise.
+def prepare_data(config: RunConfig, tokenizer: Any, *, head: Callable[[str], Head | None] = head_of) -> Data:
+    """Read, split, divide and tokenise; ``head`` says what head a classifier's checkpoint has.
 
     Raises:
         DataError: something about the data is wrong, or a client has no example.
@@ -99,7 +99,7 @@ def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
     classes = None
     if task == "classification":
         everything = [row for part in (*divided.values(), held_out) for row in part]
-        classes = classes_of(everything, head_of(config.model), model=config.model)
+        classes = classes_of(everything, head(config.model), model=config.model)
     made = partial(tokenize, tokenizer=tokenizer, task=task, classes=classes.numbers if classes else None)
     train = {name: made(divided[name], config.data_of(name), where=f"client '{name}'") for name in names}
     evaluation = made(held_out, data, where="the evaluation data") if held_out else []

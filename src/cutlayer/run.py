@@ -1,7 +1,7 @@
 """A run, top to bottom: configuration, parts, rounds, result.
 
 ``Run`` is what a framework drives. ``train`` makes one from a run file, drives it round by round, and writes the
-result; ``dry_run`` tells what it would be without reading a weight.
+result; ``dry_run`` and ``plan`` tell what it would be without reading a weight.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def _finished(folder: Path) -> Result:
     return Result(folder, folder / name, summary)
 
 
-__all__ = ["Result", "Run", "dry_run", "train"]
+__all__ = ["Result", "Run", "dry_run", "plan", "train"]
 
 
 def dry_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Any:
@@ -289,3 +289,10 @@ def dry_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | M
     from cutlayer.report.plan import plan
 
     return plan(resolved(load_config(source, overrides), _base_of(source)))
+
+
+def plan(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Any:
+    """``dry_run``, and the cuts that the run's planner would begin with; for these the data are read, but no weight."""
+    from cutlayer.report.plan import plan_with_data
+
+    return plan_with_data(resolved(load_config(source, overrides), _base_of(source)))
