@@ -69,6 +69,13 @@ def test_heads_start_apart_and_stay_apart(form: str, tmp_path: Path, caught: lis
         assert all(torch.equal(states[0][name], s[name]) for s in states[1:]) == (name not in own), name
 
 
+def test_the_cache_is_for_late_joiners_only(tmp_path: Path) -> None:
+    """Where all were there from the start, who sits out a round is not mixed in."""
+    for cache in (0, 4):
+        train(model(), tmp_path / str(cache), ROWS, framework=psl(cache=cache, participation=0.5), rounds=3)
+    assert losses(tmp_path / "4") == losses(tmp_path / "0")
+
+
 def test_one_client_is_sequential_sl(tmp_path: Path) -> None:
     """Alone, without a cache, it is sequential SL."""
     train(model(), tmp_path / "p", {"ann": ROWS["ann"]}, framework=psl(cache=0), rounds=4)

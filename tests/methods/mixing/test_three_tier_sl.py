@@ -140,6 +140,23 @@ def test_unequal_batches_on_a_clock_and_a_resumed_run(side: str, partition: dict
     assert len(losses(part)) == 30
 
 
+def test_groups_weigh_by_their_clients_in_the_trunks_update(
+    tmp_path: Path, caught: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five clients the second group has three: its gradient counts three fifths."""
+    seen: list[dict[str, float]] = []
+    original = Run.update_slot
+
+    def noted(self: Run, slot: Any, weights: Any, **more: Any) -> None:
+        seen.append(dict(weights))
+        original(self, slot, weights, **more)
+
+    monkeypatch.setattr(Run, "update_slot", noted)
+    rows = {name: even(i, 3) for i, name in enumerate(NAMES)}
+    train(model(), tmp_path / "out", rows, partition=TWO, framework="sfl-v1", mixing=MIXING, rounds=1)
+    assert seen == [{"group 0": 2.0, "group 1": 3.0}]
+
+
 def test_labels_are_sorted_and_each_position_has_masses(tmp_path: Path) -> None:
     """What the server has of the labels: by position the ids that occur, with shares that sum to 1 over the batch."""
     wire = tmp_path / "wire"
