@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 from cutlayer.allotting import begin
 from cutlayer.arrangement import Arranger
-from cutlayer.build import Data, check_fit, layouts_of, task_of
+from cutlayer.build import Data, check_fit, task_of
 from cutlayer.cohorts import foreseen, runs_on
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED, Example, Framework, Layout, Peft, Planner, Stop
@@ -25,7 +25,7 @@ from cutlayer.models.slots import Slot, new_params
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.planning import Costs, at_cut
-from cutlayer.plans import at_ranks, costs_of, keep_back, situation, slot_ranks
+from cutlayer.plans import at_ranks, outset, slot_ranks
 from cutlayer.presence import Presence, Routes
 from cutlayer.sketches import Teller, simulated_secrets
 
@@ -204,16 +204,10 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
         MethodError: the framework does not fit the cuts.
     """
     check_fit(config, base, data)
-    layouts = layouts_of(config, base.anatomy.num_blocks)
+    begun = outset(config, base.model.config, base.anatomy.num_blocks, data)
+    layouts, data, kept, bounds = begun.layouts, begun.data, begun.kept, begun.bounds
     framework: Framework = config.build("framework")
     peft: Peft = config.build("peft")
-    planner: Planner | None = config.build("planner")
-    data, kept = keep_back(config, data, planner.validation if planner else 0.0)
-    costs, bounds = costs_of(config, base, data), None
-    if planner:
-        now = situation(costs, base, layouts, {name: len(rows) for name, rows in data.train.items()})
-        bounds, cuts = planner.bounds(now), planner.start(now)
-        layouts = {name: at_cut(layout, cuts[name]) for name, layout in layouts.items()}
     routes = routes_of(config, layouts)
     planned = planned_steps(config, data)
     steps = foreseen_steps(config, planned, Presence(config, routes))
@@ -281,7 +275,20 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
             if party == name:
                 slots.setdefault(party, {})[of] = clients[name].slot
     parties = {name: TrunkParty(name, theirs, seed=config.seed) for name, theirs in slots.items()}
-    parts = Parts(base, dict(layouts), clients, parties, routes, planned, steps, slot, peft, costs, planner, bounds)
+    parts = Parts(
+        base,
+        dict(layouts),
+        clients,
+        parties,
+        routes,
+        planned,
+        steps,
+        slot,
+        peft,
+        begun.costs,
+        begun.planner,
+        bounds,
+    )
     begin(parts)
     return parts
 
