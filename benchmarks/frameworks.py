@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import shutil
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,10 @@ def keep(folder: Path, called: str, summary: Any) -> None:
     """Put a comparison's table, and its numbers without the curves, into ``docs/results``."""
     results = ROOT / "docs" / "results"
     results.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "comparison.md", results / f"{called}.md")
+    text = (folder / "comparison.md").read_text(encoding="utf-8")
+    command = f"python benchmarks/frameworks.py --models MODELS --data DATA --only {called}"
+    text = re.sub(r"^Command: `.*`$", lambda _: f"Command: `{command}`", text, flags=re.MULTILINE)
+    (results / f"{called}.md").write_text(text, encoding="utf-8")
     numbers = {name: found["over_seeds"] for name, found in summary["results"].items()}
     (results / f"{called}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
