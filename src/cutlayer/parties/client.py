@@ -18,7 +18,6 @@ from cutlayer.models.slots import Slot
 from cutlayer.parties._tail import TailWork, run_tail
 from cutlayer.parties.helping import chosen, histogram, wanted
 from cutlayer.parties.holder import Answer, Holder
-from cutlayer.parties.memory import Watch
 from cutlayer.seeds import derive, segment_seed
 from cutlayer.sketches import Teller
 from cutlayer.step import at
@@ -77,7 +76,6 @@ class ClientParty(Holder):
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
         self._tells_step_tokens = self._cached = False
-        self.watch = Watch(slot.params.values())
 
     def handle(self, header: Header, tensors: Sequence[Tensor]) -> Answer:
         """Answer a request.
@@ -285,8 +283,8 @@ class ClientParty(Holder):
 
     def abort(self) -> None:
         """Forget every open micro-batch and gradient in waiting."""
+        super().abort()
         self._open.clear()
-        self.slot.drop(self.name)
 
     def _draw(self, step: int, micro: int) -> tuple[Batch, float, bool]:
         if self._drawn is None or self._drawn[0] != step:
