@@ -8,6 +8,8 @@
     │   └── NotExact         a cut model that does not equal the uncut one
     ├── WireError            a frame that is malformed, too large, or of another version
     ├── NonFinite            a loss or tensor that is NaN or infinite
+    ├── KeysError            certificates, keys and tokens: missing, expired, revoked, in the wrong hands
+    ├── PolicyRefused        what the data owner's policy does not let a client do
     ├── CheckpointError      a checkpoint that is missing, corrupt, or of another run
     ├── OutputError          the output folder cannot be written (full disk, rights, already in use)
     ├── NetworkError         an address, a certificate or a session between two parties
@@ -66,6 +68,18 @@ class WireError(CutlayerError):
 
 class NonFinite(CutlayerError):
     """A loss or a tensor is NaN or infinite."""
+
+
+class KeysError(CutlayerError):
+    """A certificate, key or token is missing, does not fit, has expired or was revoked."""
+
+
+class PolicyRefused(CutlayerError):
+    """The data owner's policy does not allow it; ``rule`` is the policy's key that says so."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(f"The policy's rule {rule} refuses: {message}")
+        self.rule = rule
 
 
 class CheckpointError(CutlayerError):

@@ -9,6 +9,7 @@ import typer
 
 from cutlayer.cli.compare import compare
 from cutlayer.cli.generate import generate
+from cutlayer.cli.keys import keys
 from cutlayer.cli.methods import methods
 from cutlayer.cli.profile import profile
 from cutlayer.cli.train import train
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and plain usage errors: no boxes that break in a log
 )
-for command in (train, compare, profile, verify, methods, generate):
+for command in (train, compare, profile, verify, methods, generate, keys):
     app.command()(command)
 
 
