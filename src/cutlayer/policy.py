@@ -205,6 +205,8 @@ class Policy(Tree):
             needed["evaluation"] = "the run is evaluated"
         if getattr(config.build("selection"), "asks", None) is not None:
             needed["sketches"] = f"the selection '{config.selection.name}' asks for them"
+        if config.build("exchange").caches:
+            needed["sample_numbers"] = f"the exchange '{config.exchange.name}' tells them for its cache"
         if config.build("framework").merges:
             needed["head_adapter"] = f"the framework '{config.framework.name}' merges them"
         if config.max_grad_norm is not None:
