@@ -386,6 +386,9 @@ def test_nothing_leaves_that_cannot_be_counted_or_logged(tmp_path: Path, monkeyp
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    (tmp_path / "sent.jsonl").rmdir()
+    client.whole()  # the same again: nothing had left
+    assert client.guard.counts.repeats == 1
     monkeypatch.setattr("cutlayer.released.write_text", full)
     with pytest.raises(OutputError, match=r"counts of what leaves cannot be written .*Nothing was sent"):
         client.forward(1)

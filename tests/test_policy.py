@@ -268,6 +268,7 @@ OFFERS: dict[str, tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]] = 
     "a client's own head": (
         {"head_blocks": 2}, {"clients": [{"name": "client-0", "head_blocks": 0}]}, "0 blocks; allowed: at least 2", {},
     ),
+    "no such client": ({}, {"clients": [{"name": "bob"}]}, "the run has no client 'client-0'; it has: bob", {}),
     "model": ({"models": "m"}, {"model": "other"}, "models: the run's model is 'other'; allowed: m", {}),
     "labels": ({"may_leave": {"labels": False}}, {"partition": TWO}, "may_leave.labels is false", {"partition": U}),
     "losses": ({"may_leave": {"losses": False}}, {"partition": U}, "may_leave.losses is false", {"partition": TWO}),

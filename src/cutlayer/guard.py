@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from cutlayer.errors import PolicyRefused
+from cutlayer.errors import OutputError, PolicyRefused
 from cutlayer.leaving import ANSWERS, BEGINNINGS, Held, held_by, is_training, kinds_of
 from cutlayer.models.slots import parameter_of
 from cutlayer.parties.client import ClientParty
@@ -112,10 +112,15 @@ class Guard:
                 self._refuse(f"may_leave.{kind}", f"the answer to {self._named(asked)} holds such.")
         length = self._length(header, tensors)
         self._commit(asked, header, tensors)
-        self._leave(asked, header, tensors, length, kinds, again=False)
+        try:
+            self._leave(asked, header, tensors, length, kinds, again=False)
+        except OutputError:
+            self.aborted()  # it was counted, but not shown: with room on the disk it may be asked for again
+            raise
         if asked.turn:
             self._turns[asked.turn] = (asked.verb, asked.step, asked.micro)
-            self._turns.pop(asked.turn - KEPT_TURNS, None)
+            if len(self._turns) > KEPT_TURNS:
+                del self._turns[next(iter(self._turns))]
             self._newest = asked.turn
 
     def again(self, asked: Header, header: Header, tensors: Sequence[Tensor]) -> None:

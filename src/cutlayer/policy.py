@@ -167,6 +167,8 @@ class Policy(Tree):
             client: its name there.
             files: the SHA-256 of the model's files, by name; by default of those on this machine.
         """
+        if client not in config.client_names:
+            return [f"clients: the run has no client '{client}'; it has: {', '.join(config.client_names)}."]
         return [
             *self._wrong_model(config.model, files),
             *self._wrong_cut(config, client),
