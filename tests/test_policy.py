@@ -19,7 +19,7 @@ from cutlayer.parties.client import ClientParty
 from cutlayer.policy import Policy, load_policy
 from cutlayer.released import Counts, Log
 from cutlayer.wire import Header, read_frames
-from spine import TWO, U, model, often, train
+from spine import TWO, U, model, often, resumed, train
 from tiny import text_rows, write_rows
 
 FOUR = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
@@ -173,6 +173,24 @@ def test_other_runs_pass_once_what_they_send_is_allowed(case: str, tmp_path: Pat
     assert verb in {line["verb"] for client in made for line in logged(tmp_path, client)}
     for kind in allowed:
         assert any(kind in guard.counts.kinds for guard in made.values())
+
+
+def test_a_resumed_run_goes_on_counting_and_repeats_are_told(tmp_path: Path, guards: Any) -> None:
+    """The last round is made again from an older checkpoint: its batches left twice, and are counted twice."""
+    two = {"ann": FOUR["ann"], "bob": FOUR["bob"]}
+    first = guards()
+    train(model(), tmp_path / "out", two, rounds=3, framework="sfl-v1", checkpoint_every=1)
+    before = {client: (guard.counts.bytes, guard.counts.micros) for client, guard in first.items()}
+    second = guards()
+    resumed(tmp_path / "out")
+    for client, (size, micros) in before.items():
+        counts = second[client].counts
+        assert (counts.micros, counts.repeats, counts.furthest) == (micros + 1, 1, (2, 0))
+        assert counts.bytes > size
+        assert "(1 of them again)" in second[client].told()
+    guards(load_policy({"most": {"repeats": 1}}))
+    with pytest.raises(PolicyRefused, match=r"most\.repeats"):
+        resumed(tmp_path / "out")
 
 
 def test_a_policy_without_labels_refuses_the_two_part_split(tmp_path: Path, guards: Any) -> None:
