@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import socket
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -162,6 +164,34 @@ def client_keys(folder: str | Path) -> ClientKeys:
     if not token:
         raise KeysError(f"{found.folder / TOKEN} is empty. Ask the server's owner for the folder again.")
     return ClientKeys(**vars(found), token=token)
+
+
+def server_fingerprint(host: str, port: int, keys: ClientKeys, *, seconds: float = 30.0) -> str:
+    """The fingerprint of the certificate that a server shows, after a handshake in which both sides were verified.
+
+    For a policy that names the server's: gRPC tells its clients the server's certificate nowhere.
+
+    Raises:
+        KeysError: nobody answers, or one side does not trust the other.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(cadata=keys.ca.decode("ascii"))
+    context.load_cert_chain(keys.folder / CERTIFICATE, keys.folder / KEY)
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((host, port), timeout=seconds) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secure,
+        ):
+            shown = secure.getpeercert(binary_form=True)
+    except (OSError, ssl.SSLError) as error:
+        raise KeysError(
+            f"The server at {host}:{port} did not show a certificate that {keys.folder / CA} vouches for: {error}. "
+            "Check the address, and that your folder is from the same cutlayer keys as the server's."
+        ) from error
+    assert shown is not None, "a handshake that verifies the server has its certificate"
+    return fingerprint_of(shown)
 
 
 def fingerprint_of(certificate: bytes) -> str:
