@@ -173,6 +173,35 @@ def assemble_server(config: RunConfig, base: Base, told: Mapping[str, Told]) -> 
     return replace(_assemble(config, base, told, shadow, None), apart=True)
 
 
+def assemble_client(config: RunConfig, base: Base, data: Data, name: str, *, updates: int) -> ClientParty:
+    """A client that is alone in its process.
+
+    Args:
+        config: the run.
+        base: the client's own blocks, or more of the model.
+        data: its own.
+        name: its name.
+        updates: how many its part will have in the run, for the learning rate.
+
+    Raises:
+        DataError: the data does not fit the model.
+    """
+    check_fit(config, base, data)
+    layouts = layouts_of(config, base.anatomy.num_blocks)
+    framework: Framework = config.build("framework")
+    head, _, tail = segments_of(base, layouts[name], routes_of(config, layouts)[name])
+    names, frozen = own_names(config, head, tail)
+    ranks = slot_ranks(config.build("peft"), base, names, [layouts[name]])
+    start = {**base.initial, **at_ranks(base, ranks)} if ranks else base.initial
+    arena = Arena()
+    params = new_params(start, names, arena)
+    slot = Slot(name, params, make_optimizer(config), learning_rate(config, updates), arena)
+    party = client_party(config, base, data, {}, name, head=head, tail=tail, slot=slot, frozen=frozen)
+    first = {n: base.initial[n].detach() for n in names}
+    party.slot.put(framework.start(name, config.client_names, first, config.seed))
+    return party
+
+
 def _assemble(
     config: RunConfig, base: Base, told: Mapping[str, Told], seat: Callable[..., Holder],
     costs: Costs | None,

@@ -86,7 +86,34 @@ def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
             )
         rows, held_out = split_eval(rows, data.eval_fraction, config.seed, data.shuffle)
     divided = _divide(config, tokenizer, rows, shared) | own
-    classes = None
+    return _tokenised(config, tokenizer, {name: divided[name] for name in names}, held_out)
+
+
+def prepare_own(config: RunConfig, tokenizer: Any, name: str, *, train: str, held_out: str | None) -> Data:
+    """Read and tokenise one client's own files, in the form that the run says.
+
+    Args:
+        config: the run.
+        tokenizer: the model's.
+        name: the client's.
+        train: its file, glob or Hub data set.
+        held_out: what it evaluates on, if anything.
+
+    Raises:
+        DataError: something about the data is wrong.
+    """
+    form = config.data_of(name)
+    rows = load_rows(train, columns=form.columns, format=form.format)
+    kept = load_rows(held_out, columns=form.columns, format=form.format, split="eval") if held_out else []
+    return _tokenised(config, tokenizer, {name: rows}, list(kept))
+
+
+def _tokenised(
+    config: RunConfig, tokenizer: Any, divided: Mapping[str, Sequence[Mapping[str, Any]]],
+    held_out: Sequence[Mapping[str, Any]],
+) -> Data:  # fmt: skip
+    """The examples of rows by client."""
+    data, names, task, classes = config.data, list(divided), task_of(config), None
     if task == "classification":
         everything = [row for part in (*divided.values(), held_out) for row in part]
         classes = classes_of(everything, head_of(config.model), model=config.model)
