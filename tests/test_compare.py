@@ -383,6 +383,40 @@ def test_a_failed_run_is_a_result_too(place: Place, tmp_path: Path, capsys: pyte
     assert rows(lone.summary, MEASURES)[1] == [["bad", *["-"] * 9]]
 
 
+def test_a_method_that_fails_in_its_run_stops_no_other(place: Place, tmp_path: Path) -> None:
+    """At the second merge, which no look before the run can see."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from dataclasses import dataclass\n"
+        "from cutlayer.contracts import Aggregator\n"
+        "from cutlayer.errors import MethodError\n"
+        "from cutlayer.registry import method\n"
+        '@method("aggregator", paper="mine")\n'
+        "@dataclass\n"
+        "class Own(Aggregator):\n"
+        '    """Mine."""\n'
+        "    merges: int = 0\n"
+        "    def merge(self, before, states, weights):\n"
+        "        self.merges += 1\n"
+        "        if self.merges > 1:\n"
+        '            raise MethodError("it cannot go on")\n'
+        "        return next(iter(states.values()))\n"
+    )
+    bad = place.file("bad", aggregator=str(own), framework="sfl-v1", rounds=2)
+    good = place.file("good", framework="sfl-v1", rounds=2)
+    made = compare([bad, good], out=tmp_path / "out", progress=False)
+    assert list(made.summary["failed"]) == ["bad, seed 0"]
+    assert made.summary["results"]["good"]["over_seeds"]["loss"]["count"] == 1
+
+
+def test_runs_without_a_server_have_no_memory_of_one(place: Place, tmp_path: Path) -> None:
+    ring = place.file("ring", framework="ringsfl")
+    made = compare([ring, place.file("sfl", framework="sfl-v1")], out=tmp_path / "out", progress=False)
+    found = {name: one["over_seeds"]["server_memory"]["mean"] for name, one in made.summary["results"].items()}
+    assert found["ring"] is None
+    assert found["sfl"] > 0
+
+
 def test_without_profiles_there_is_no_virtual_time(place: Place, tmp_path: Path) -> None:
     without = place.file("without", profile=None)
     made = compare({"with": place.file("one"), "without": without}, out=tmp_path / "out")

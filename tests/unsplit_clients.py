@@ -99,3 +99,44 @@ def sfl_v2(
 
 def _mean(tensors: list[Tensor], weights: list[float]) -> Tensor:
     return torch.stack([t.double() * w for t, w in zip(tensors, weights, strict=True)]).sum(0).to(tensors[0].dtype)
+
+
+def groups_that_hand_on(
+    folder: Path,
+    initial: Path,
+    groups: Sequence[Sequence[str]],
+    *,
+    rounds: int,
+    local_steps: int,
+    batches: Mapping[str, Sequence[Batch]],
+    sizes: Mapping[str, int],
+    make_optimizer: MakeOptimizer,
+) -> Reference:
+    """A model and an optimizer a group, which its members train in turn; then the mean of the groups, each round.
+
+    The optimizers' states are the groups' own. All groups end with the same adapter, given under the first client.
+    """
+    models = []
+    for _ in groups:
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        base.config.use_cache = False
+        models.append(PeftModel.from_pretrained(base, initial, is_trainable=True).train())
+    held = [{n: p for n, p in m.named_parameters() if p.requires_grad} for m in models]
+    optimizers = [make_optimizer(list(params.values())) for params in held]
+    done, losses = dict.fromkeys(batches, 0), []
+    weights = [float(sum(sizes[client] for client in group)) for group in groups]
+    for _ in range(rounds):
+        for model, optimizer, group in zip(models, optimizers, groups, strict=True):
+            for client in [client for client in group for _ in range(local_steps)]:
+                loss = model(**batches[client][done[client] % len(batches[client])]).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append((client, loss.item()))
+                done[client] += 1
+        for name in held[0]:
+            mean = _mean([params[name].detach() for params in held], [w / sum(weights) for w in weights])
+            for params in held:
+                params[name].data.copy_(mean)
+    state = {n: t.clone() for n, t in get_peft_model_state_dict(models[0]).items()}
+    return Reference(losses, {groups[0][0]: state}, sum(done.values()))

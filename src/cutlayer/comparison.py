@@ -27,7 +27,7 @@ from cutlayer.config import RunConfig, load_config, resolved
 from cutlayer.config_types import NAME
 from cutlayer.config_words import show
 from cutlayer.config_write import tree_of
-from cutlayer.errors import CheckpointError, ConfigError, CutlayerError, NonFinite, OutputError
+from cutlayer.errors import CheckpointError, ConfigError, CutlayerError, MethodError, NonFinite, OutputError
 from cutlayer.identity import identity_of
 from cutlayer.outputs import alone, is_empty
 from cutlayer.preflight import preflight
@@ -273,16 +273,19 @@ def _carry_out(configs: Mapping[str, RunConfig], seeds: int, folder: Path, progr
 
 
 def _made(trial: Trial, config: RunConfig, state: str, progress: Reporter) -> Trial:
-    """The trial with its summary. One whose numbers are no longer finite has failed, which is a result too."""
-    try:
-        with _told(f"{trial.name}, seed {trial.seed}"):
+    """The trial with its summary.
+
+    One whose numbers are no longer finite, or whose methods fail, has failed: a result too, and the others go on.
+    """
+    with _told(f"{trial.name}, seed {trial.seed}"):
+        try:
             if state == "new":
                 result = train(config, out=trial.folder, progress=progress)
             else:
                 result = train(resume=trial.folder, progress=False if state == "complete" else progress)
-    except NonFinite as error:
-        progress.note(f"{trial.name}, seed {trial.seed} failed: {error}")
-        return dataclasses.replace(trial, failed=str(error))
+        except (NonFinite, MethodError) as error:
+            progress.note(f"{trial.name}, seed {trial.seed} failed: {error}")
+            return dataclasses.replace(trial, failed=str(error))
     return dataclasses.replace(trial, summary=result.summary)
 
 
@@ -291,8 +294,6 @@ def _told(which: str) -> Iterator[None]:
     """Say in an error which run it is of."""
     try:
         yield
-    except NonFinite:
-        raise
     except CutlayerError as error:
         raise CutlayerError(f"{which}: {error}") from error
 

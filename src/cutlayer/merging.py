@@ -364,6 +364,7 @@ class StepEleven:
             parcel = await self.ends[giver].ask("get_state", {"optimizer": optimizer, "part": "own"})
             version = int(parcel.header.value("version"))
             await self.ends[taker].put(dict(parcel.tensors), version=version, reset=not optimizer)
+            self.counters.merged[taker] = self.counters.merged.get(giver, 0)  # it has what the giver had
         self._givers[line] = giver
         self.counters.holders[line] = taker
 

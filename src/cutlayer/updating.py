@@ -55,24 +55,31 @@ class Updating(Arranging):
             raise NonFinite(f"The gradient of {whose} is not finite. Lower optimizer.lr or check the data.")
         return 1.0 if self.config.max_grad_norm is None else min(1.0, self.config.max_grad_norm / (norm + 1e-6))
 
-    def update_slots(self, weights: Mapping[str, float]) -> None:
+    def update_slots(self, weights: Mapping[str, float], *, merged: bool = False) -> None:
         """One update of each slot that these clients' steps passed, with their gradients weighted.
 
-        ``weights`` are in any unit; those of the clients of one slot are scaled to sum to 1.
+        Args:
+            weights: in any unit; those of the clients of one slot are scaled to sum to 1.
+            merged: what the slot trains is merged, block by block, with what others hold in their heads. Then each
+                block's weights are scaled over those who pass it here: with unequal cuts the merge weighs the others.
         """
         for slot in self.slots_of(weights):
-            self.update_slot(slot, {c: w for c, w in weights.items() if slot in self.slots_of([c])})
+            of_slot = {c: w for c, w in weights.items() if slot in self.slots_of([c])}
+            self.update_slot(slot, of_slot, merged=merged)
 
-    def update_slot(self, slot: Slot, weights: Mapping[str, float], *, participants: int | None = None) -> None:
+    def update_slot(
+        self, slot: Slot, weights: Mapping[str, float], *, participants: int | None = None, merged: bool = False
+    ) -> None:
         """One update of a slot with what these have added to it; ``weights`` are scaled to sum to 1.
 
-        ``participants``: how many clients that is, where they are not the names.
+        ``participants``: how many clients that is, where they are not the names. ``merged``: see ``update_slots``.
         """
         total = sum(weights.values())
         shares = {client: weight / total for client, weight in weights.items()}
-        scale = self._clip(slot.squared_norm(shares), f"slot '{slot.name}'") if self.clips else 1.0
+        squared = slot.squared_norm(shares, by_tensor=merged) if self.clips else 0.0
+        scale = self._clip(squared, f"slot '{slot.name}'") if self.clips else 1.0
         rate = 1.0 if self.rate is None else self.rate.factor(participants or len(weights), slot.version)
-        slot.update(scale=scale, weights=shares, rate=rate)
+        slot.update(scale=scale, weights=shares, rate=rate, by_tensor=merged)
 
     async def update_heads(self, scales: Mapping[str, float]) -> None:
         """One update of each client's part, with its gradient scaled."""

@@ -50,7 +50,8 @@ class Base:
         self._stand_ins = {p: stand_in(k) for p, k in {**anatomy.below, **anatomy.above}.items()}
         self._installed: Segment | None = None
         self._segments: dict[tuple[str, range, bool, bool], Segment] = {}
-        self._training = False
+        self._training = True  # as PEFT leaves its dropout
+        self.train(False)
 
     @property
     def tied(self) -> bool:

@@ -109,38 +109,49 @@ class Slot:
         for key in [k for k in self._pending if k[0] == client]:
             del self._pending[key]
 
-    def _total(self, weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    def _total(self, weights: Mapping[str, float] | None = None, *, by_tensor: bool = False) -> dict[str, Tensor]:
         """The summed gradient, by the unique names; each client's part times its weight, where given.
 
         With a ``penalty`` its gradient is in it, unweighted.
         """
         total: dict[str, Tensor] = {}
+        whole = self._passed(weights) if weights is not None and by_tensor else {}
         for key in sorted(self._pending):
             weight = 1.0 if weights is None else weights[key[0]]
             for name, grad in self._pending[key].items():
-                scaled = grad if weight == 1.0 else grad * weight
+                part = weight / whole[name] if name in whole else weight
+                scaled = grad if part == 1.0 else grad * part
                 total[name] = total[name] + scaled if name in total else scaled
         for name, grad in (self.penalty() if self.penalty is not None else {}).items():
             total[name] = total[name] + grad if name in total else grad
         return total
 
-    def squared_norm(self, weights: Mapping[str, float] | None = None) -> float:
+    def _passed(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The weight of those who have contributed to a tensor, where that is not everybody."""
+        passed: dict[str, set[str]] = {}
+        for (client, _, _), grads in self._pending.items():
+            for name in grads:
+                passed.setdefault(name, set()).add(client)
+        return {name: sum(weights[c] for c in sorted(by)) for name, by in passed.items() if by != set(weights)}
+
+    def squared_norm(self, weights: Mapping[str, float] | None = None, *, by_tensor: bool = False) -> float:
         """The squared L2 norm of the gradient in waiting, summed in float64."""
-        norms = [torch.linalg.vector_norm(g).item() for g in self._total(weights).values()]
+        norms = [torch.linalg.vector_norm(g).item() for g in self._total(weights, by_tensor=by_tensor).values()]
         return float(sum(n * n for n in norms))
 
     def update(
-        self, *, scale: float = 1.0, weights: Mapping[str, float] | None = None, rate: float = 1.0
+        self, *, scale: float = 1.0, weights: Mapping[str, float] | None = None, rate: float = 1.0,
+        by_tensor: bool = False,
     ) -> int:  # fmt: skip
         """Make one optimizer step with ``scale`` times the summed contributions, and forget them.
 
-        ``weights``, by client, weigh the contributions of several clients against each other. ``rate`` multiplies the
-        learning rate of this step.
+        ``weights``, by client, weigh the contributions of several clients against each other; with ``by_tensor`` those
+        who have contributed to a tensor share its whole weight. ``rate`` multiplies the learning rate of this step.
 
         Returns:
             the slot's version: how many updates it has had.
         """
-        total = self._total(weights)
+        total = self._total(weights, by_tensor=by_tensor)
         self._pending.clear()
         if self.importance is not None:
             self.importance.see(total)

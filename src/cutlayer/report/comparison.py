@@ -156,8 +156,8 @@ def measured(summary: Mapping[str, Any], points: Sequence[Point], target: float 
         "virtual_seconds": summary.get("virtual_seconds"),
         "bytes_up": summary["bytes_up"],
         "bytes_down": summary["bytes_down"],
-        "client_memory": max(party["peak_memory_bytes"] for party in clients),
-        "server_memory": max(party["peak_memory_bytes"] for party in servers),
+        "client_memory": max((party["peak_memory_bytes"] for party in clients), default=None),
+        "server_memory": max((party["peak_memory_bytes"] for party in servers), default=None),
         "waiting_mean": statistics.fmean(waiting) if waiting else None,
         "waiting_worst": max(waiting) if waiting else None,
     }

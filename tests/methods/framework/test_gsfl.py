@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+import unsplit
+import unsplit_clients
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
-from spine import PARTITIONS, TWO, adapter, caught, equal, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, adamw, adapter, caught, equal, losses, model, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(3 + 3 * i, seed=i) for i, name in enumerate(("ann", "bob", "cid"))}
@@ -35,6 +37,22 @@ def test_groups_of_one_are_sfl_v1(intra: str, partition: dict[str, Any], tmp_pat
     train(model(), tmp_path / "two", ROWS, framework=framework, **common)
     assert sorted(losses(tmp_path / "one")) == sorted(losses(tmp_path / "two"))
     assert equal(adapter(tmp_path / "one"), adapter(tmp_path / "two"))
+
+
+@PARTITIONS
+def test_groups_of_two_and_three_equal_plain_ones(partition: dict[str, Any], tmp_path: Path) -> None:
+    """Three rounds, so that members go on who were no group's last, and with more than one step each."""
+    sizes = {"ann": 3, "bob": 6, "cid": 4, "dan": 9, "eve": 2}
+    rows = {name: text_rows(size, seed=i) for i, (name, size) in enumerate(sizes.items())}
+    groups, out = [["ann", "cid"], ["bob", "dan", "eve"]], tmp_path / "out"
+    framework = {"name": "gsfl", "groups": groups, "local_steps": 2, "moments": "keep"}
+    train(model(), out, rows, partition=partition, framework=framework, rounds=3)
+    reference = unsplit_clients.groups_that_hand_on(
+        model(), out / "adapter_initial", groups, rounds=3, local_steps=2, sizes=sizes, make_optimizer=adamw,
+        batches={name: unsplit.text_batches(model(), texts, size=3) for name, texts in rows.items()},
+    )  # fmt: skip
+    assert sorted(losses(out)) == sorted(reference.losses)
+    assert equal(adapter(out), reference.states["ann"])
 
 
 def round_time(out: Path, run: list[Run], groups: list[list[str]], intra: str, outer: str) -> tuple[float, float]:

@@ -270,9 +270,12 @@ def test_replay_on_the_virtual_clock(tmp_path: Path, caught: list[Run]) -> None:
 
 
 def test_replay_goes_on_exactly_after_an_end(tmp_path: Path) -> None:
-    """Histories, the ratio, its norm and the branches' parts are in the checkpoint."""
-    framework = multi(replay=True, p0=0.5, p_max=0.75)
-    changes = {"partition": TWO, "framework": framework, "rounds": 5, "checkpoint_every": 1, "max_grad_norm": 1.0}
+    """Histories, the ratio, its norm and the branches' parts are in the checkpoint; features never have dropout."""
+    framework, peft = multi(replay=True, p0=0.5, p_max=0.75), {"name": "lora", "rank": 2, "alpha": 4, "dropout": 0.2}
+    changes = {
+        "partition": TWO, "framework": framework, "rounds": 5, "checkpoint_every": 1, "max_grad_norm": 1.0,
+        "peft": peft,
+    }  # fmt: skip
     for name in ("whole", "part"):
         train(model(), tmp_path / name, LENGTHS, **changes)
     part = tmp_path / "part"

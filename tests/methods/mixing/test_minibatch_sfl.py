@@ -55,6 +55,19 @@ def test_one_local_step_is_unsplit_sgd_on_the_joint_batch(
         assert torch.allclose(tensor, reference.state[name], rtol=0, atol=1e-6), name
 
 
+@pytest.mark.parametrize("framework", ["sfl-v1", {"name": "gsfl", "groups": 1, "intra": "psl"}], ids=["sfl-v1", "gsfl"])
+def test_with_unequal_cuts_too(framework: Any, tmp_path: Path) -> None:
+    """A block that some hold in their heads and others pass in the joint trunk is merged over all, each once."""
+    out, deep = tmp_path / "out", model(num_hidden_layers=4)
+    mixing = {"mixing": MIXING} if framework == "sfl-v1" else {}
+    cuts = dict(zip(NAMES, (1, 2, 3, 2), strict=True))
+    train(deep, out, ROWS, partition=TWO, cuts=cuts, framework=framework, optimizer=SGD, rounds=3, **mixing)
+    batches = [batch for rows in ROWS.values() for batch in unsplit.text_batches(deep, rows, size=3)]
+    reference = unsplit.train(deep, [batches] * 3, adapter=out / "adapter_initial", make_optimizer=joint.sgd)
+    for name, tensor in adapter(out).items():
+        assert torch.allclose(tensor, reference.state[name], rtol=0, atol=1e-6), name
+
+
 def trunk_of(state: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if block_of(name) >= 1])
 

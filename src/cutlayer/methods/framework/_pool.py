@@ -14,12 +14,19 @@ if TYPE_CHECKING:
 
 
 async def joint_step(
-    run: Run, clients: Sequence[str], by: Weighing, *, joint_heads: bool = False, concatenate: bool = False
+    run: Run,
+    clients: Sequence[str],
+    by: Weighing,
+    *,
+    joint_heads: bool = False,
+    concatenate: bool = False,
+    merged: bool = False,
 ) -> None:
     """One step of all ``clients`` and one update of their trunk.
 
     A client's part is updated with the gradient of its own mean loss; with ``joint_heads`` with that times its share,
     which is its part of the joint loss's gradient. With ``concatenate`` the trunk works on one batch of them all.
+    ``merged``: the trunk is merged by block afterwards (see ``Run.update_slots``).
     """
     results: list[StepResult] = []
     batch = Concatenation(run, clients, by) if concatenate and len(clients) > 1 else None
@@ -37,7 +44,7 @@ async def joint_step(
     results.sort(key=lambda result: clients.index(result.client))
     weights = shares(run, results, by)
     if batch is None:
-        run.update_slots(weights)
+        run.update_slots(weights, merged=merged)
     else:
         run.update_slot(run.slots_of(clients)[0], {JOINT: 1.0}, participants=len(clients))
     if joint_heads:

@@ -138,7 +138,7 @@ class GSFL(Framework):
         for number in range(max(map(run.local_steps, group))):
             able = [client for client in group if run.steps_left(client) and number < run.local_steps(client)]
             if self.intra == "psl" and able:
-                await joint_step(run, able, self.weight_by)
+                await joint_step(run, able, self.weight_by, merged=True)
             elif self.intra == "sfl-v2":
                 for client in able:
                     await run.step(client)
