@@ -23,7 +23,9 @@ class Authority:
         self.certificate = self._made(name, name, self.key, 30, x509.BasicConstraints(ca=True, path_length=0))
         self.pem = self.certificate.public_bytes(serialization.Encoding.PEM)
 
-    def issue(self, name: str, host: str | None = None, *, days: int = 5, trusts: Authority | None = None) -> Credentials:
+    def issue(
+        self, name: str, host: str | None = None, *, days: int = 5, trusts: Authority | None = None
+    ) -> Credentials:
         """A client's credentials, or with ``host`` a server's; ``days`` below 0: expired."""
         key = ec.generate_private_key(ec.SECP256R1())
         usage = ExtendedKeyUsageOID.SERVER_AUTH if host else ExtendedKeyUsageOID.CLIENT_AUTH

@@ -139,6 +139,8 @@ class Listener:
         peer = Peer()
         try:
             peer = self._peer(context)
+            if peer.serial is not None and self.revoked(peer.serial):
+                raise Refused("Your certificate has been revoked. Ask the operator for a new one.")
             session = await self._greeted(pipe, peer, context)
         except (Refused, WireError) as error:
             self.refusals[peer.name] += 1
@@ -157,10 +159,7 @@ class Listener:
         found: Sequence[bytes] = context.auth_context().get("x509_pem_cert", [])
         if len(found) != 1:
             raise Refused("No certificate came with this connection.")
-        peer = peer_of(found[0])
-        if peer.serial is not None and self.revoked(peer.serial):
-            raise Refused("Your certificate has been revoked. Ask the operator for a new one.")
-        return peer
+        return peer_of(found[0])
 
     async def _greeted(self, pipe: GrpcPipe, peer: Peer, context: Any) -> Session:
         """Exchange greetings."""
@@ -225,6 +224,8 @@ class Listener:
         words = ""
         try:
             await self.on_session(session)
+        except Refused as error:
+            await session.refuse(str(error))
         except (NetworkError, WireError) as error:
             LOG.info("The session with '%s' is over: %s", session.peer, error)
             words = str(error)

@@ -59,12 +59,12 @@ class Heartbeat:
     """How a dead or frozen other end is noticed.
 
     ``every``: after so many seconds in which nothing was heard or nothing was said, it is asked whether it is there.
-    ``silence``: seconds without a word after which it counts as lost; a link must be able to carry one chunk (256 KiB)
+    ``silence``: seconds without a word after which it counts as lost; a link must be able to carry one chunk (1 MiB)
     in that time. The same time is given for the next chunk of a frame that has begun.
     """
 
-    every: float = 15.0
-    silence: float = 45.0
+    every: float = 20.0
+    silence: float = 60.0
 
 
 class Session:
