@@ -99,16 +99,16 @@ class Raw:
                 return  # the server has had enough
 
     async def last_words(self) -> tuple[Type | None, str]:
-        """What the server ends the stream with."""
-        last: tuple[Type | None, str] = (None, "")
+        """What the server ends the session with; the client then ends the stream."""
         try:
             while (data := await self.call.read()) is not grpc.aio.EOF:
                 message = read(data)
                 if message.type in (Type.REFUSED, Type.BYE):
-                    last = (message.type, message.text)
+                    self.call.cancel()
+                    return message.type, message.text
         except grpc.RpcError as error:
             return None, str(error.code())
-        return last
+        return None, "nothing"
 
     async def close(self) -> None:
         self.call.cancel()

@@ -72,6 +72,7 @@ def over(handle: Handle, do: Callable[[Ends], Any], *, patience: float = 60.0, a
                 await remote.attached()
                 await remote.close("All done.")
                 assert await client == "All done."
+                await remote.heard.wait()
                 return found
             finally:
                 client.cancel()
@@ -164,46 +165,31 @@ def test_a_connection_that_breaks_in_the_middle_of_either_frame() -> None:
     assert whole == 4
     replies: list[bytes] = []
 
-    class Cut:
-        """A client's pipe that breaks after so many frame messages, in one direction."""
+    def cut_after(session: Session, messages: int) -> None:
+        """Break the connection when this end has written so many messages of frames."""
+        write, left = session._pipe.write, [messages]
 
-        def __init__(self, session: Session, up: bool, after: int) -> None:
-            self.pipe, self.session, self.up, self.left = session._pipe, session, up, after
-            session._pipe = self
-
-        def count(self, data: bytes | None, up: bool) -> None:
-            if up is self.up and data is not None and read(data).type in (Type.FRAME_HEAD, Type.CHUNK):
-                if not self.left:
-                    self.pipe.cut()
+        async def counted(data: bytes) -> None:
+            if read(data).type in (Type.FRAME_HEAD, Type.CHUNK):
+                if not left[0]:
+                    session._pipe.cut()
                     raise Disconnected("cut by the test")
-                self.left -= 1
+                left[0] -= 1
+            await write(data)
 
-        async def read(self) -> bytes | None:
-            data = await self.pipe.read()
-            self.count(data, up=False)
-            return data
+        session._pipe.write = counted  # type: ignore[method-assign]
 
-        async def write(self, data: bytes) -> None:
-            self.count(data, up=True)
-            await self.pipe.write(data)
-
-        async def end(self) -> None:
-            await self.pipe.end()
-
-        def cut(self) -> None:
-            self.pipe.cut()
-
-    for up in (False, True):
+    for who in ("server", "client"):
         for after in range(whole):
-            work, cuts = Doubler(), []
+            work = Doubler()
 
-            async def ask(ends: Ends, up: bool = up, after: int = after, cuts: list[Cut] = cuts) -> None:
+            async def ask(ends: Ends, who: str = who, after: int = after) -> None:
+                session = await ends.remote.attached()
                 while not ends.sessions:
                     await asyncio.sleep(0.01)
-                cuts.append(Cut(ends.sessions[0], up, after))
+                cut_after(session if who == "server" else ends.sessions[0], after)
                 replies.append(bytes_of(await ends.remote.call(small(1, size))))
-                assert ends.remote.retries == 1
-                assert ends.remote.reconnects == 1
+                assert (ends.remote.retries, ends.remote.reconnects) == (1, 1)
 
             over(work, ask)
             assert work.turns == [1]

@@ -20,7 +20,6 @@ import torch
 from certificates import Authority, certificate_of
 from cutlayer.errors import Disconnected, Dismissed, NetworkError, Refused, RequestFailed, WireError
 from cutlayer.links.net.connecting import connect, versions
-from cutlayer.links.net.listener import GREETERS
 from cutlayer.links.net.messages import (
     CHUNK,
     GREETING,
@@ -522,12 +521,14 @@ def test_what_breaks_the_protocol_ends_that_session_and_no_other() -> None:
 
     async def misbehave() -> None:
         async with serving(on=looks_at_nothing, limits=Limits(body_bytes=20 << 20)) as served:
-            for name, (messages, words) in MISDEEDS.items():
+            for number, (name, (messages, words)) in enumerate(MISDEEDS.items()):
                 raw = Raw(served.port)
                 await raw.greet()
                 await raw.write(*messages)
                 kind, told = await raw.last_words()
                 assert (kind, words in told) == (Type.REFUSED, True), (name, told)
+                while len(ends) <= number:
+                    await asyncio.sleep(0.01)
                 assert type(ends[-1]) is WireError, name
                 assert words in str(ends[-1])
                 await raw.close()
@@ -619,7 +620,7 @@ def test_those_who_wait_are_bounded() -> None:
 def test_one_certificate_cannot_fill_the_waiting_room() -> None:
     async def crowd() -> None:
         async with serving(SERVER) as served:
-            served.listener._waiting["clinic"] = GREETERS
+            served.listener._waiting["clinic"] = 64
             with pytest.raises(Disconnected, match="busy"):
                 await served.join(own=CLIENT)
             assert await served.works(CA.issue("bank"))
@@ -676,7 +677,7 @@ def test_a_server_that_stops_says_so() -> None:
 def test_64_sessions_at_once() -> None:
     async def many() -> None:
         async with serving(SERVER) as served:
-            sessions = await asyncio.gather(*(served.join(f"c{n}", CLIENT) for n in range(64)))
+            sessions = await asyncio.gather(*(served.join(f"c{n}", CA.issue(f"c{n}")) for n in range(64)))
             assert len(served.listener.sessions) == 64
 
             async def talk(number: int, session: Session) -> None:
@@ -732,7 +733,8 @@ def fuzz(cases: int) -> tuple[int, int]:
         try:
             incoming = Incoming(damaged(draw, whole.head, head=True), limits)
             assert incoming.missing <= limits.body_bytes
-            body = draw.randbytes(draw.choice((incoming.missing, draw.randrange(64))))
+            size = incoming.missing if draw.random() < 0.8 else draw.randrange(64)
+            body = draw.randbytes(size) if draw.random() < 0.5 else bytes(size)  # truth values are rarely sound
             while body:
                 size = draw.randint(1, len(body))
                 incoming.fill(body[:size])
@@ -784,7 +786,7 @@ def test_random_messages_end_a_session_with_words_and_nothing_else() -> None:
                 for _ in range(10):
                     await raw.write(damaged(draw, draw.choice(samples), head=False) or b"x")
                 kind, words = await raw.last_words()
-                assert kind is Type.REFUSED
+                assert kind is Type.REFUSED, words
                 assert "protocol" in words
                 await raw.close()
             assert await served.works()

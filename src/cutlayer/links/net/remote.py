@@ -64,6 +64,8 @@ class Remote:
         self._places = asyncio.Semaphore(window)
         self._new, self._here = asyncio.Event(), asyncio.Event()
         self._gone: Gone | None = None
+        self._farewell: tuple[str, bool] | None = None
+        self.heard = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -90,7 +92,7 @@ class Remote:
             Refused: the hello says what cannot be.
         """
         self.attach(session)
-        await session.ended.wait()
+        await session.finished.wait()
         self.detach(session)
 
     def attach(self, session: Session) -> None:
@@ -114,8 +116,12 @@ class Remote:
         self.reconnects += bool(self._sessions)
         self._sessions += 1
         self._away += time.monotonic() - self._left
-        self._session, self._instance, self._gone = session, instance, None
+        self._session, self._instance = session, instance
         self._here.set()
+        if self._farewell is not None:
+            self._tasks = [asyncio.ensure_future(self._part(session))]
+            return
+        self._gone = None
         self._tasks = [asyncio.ensure_future(work) for work in (self._send(session), self._receive(session))]
 
     def detach(self, session: Session) -> None:
@@ -157,11 +163,22 @@ class Remote:
                 del self._requests[turn]
 
     async def close(self, reason: str = "", *, done: bool = True) -> None:
-        """The end: ``done`` tells the client that the run is over. Requests in flight end with ``Gone``."""
+        """The end: ``done`` tells the client that the run is over. Requests in flight end with ``Gone``.
+
+        A client that is away, or does not hear it, is told when it comes back; ``heard`` is set when it has heard it.
+        """
+        self._farewell = reason, done
         self._gone = Gone(self.name, reason or "the run is over.")
         self._fail(self._gone)
         if self._session is not None:
-            await self._session.close(reason, done=done)
+            await self._part(self._session)
+
+    async def _part(self, session: Session) -> None:
+        assert self._farewell is not None
+        reason, done = self._farewell
+        await session.close(reason, done=done)
+        if session.heard:
+            self.heard.set()
 
     def _wait(self) -> None:
         """Have the requests in flight given up when patience is over."""
