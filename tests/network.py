@@ -58,6 +58,12 @@ class Served:
         hello = {"client": name, **more.pop("hello", {})}
         return await connect(self.address, own, more.pop("token", "t"), hello, **more)
 
+    async def held(self, count: int) -> list[Session]:
+        """The server's sessions, once there are so many; a client may have its welcome a moment earlier."""
+        while len(self.listener.sessions) != count:
+            await asyncio.sleep(0.01)
+        return list(self.listener.sessions.values())
+
     async def works(self, own: Credentials | None = None) -> bool:
         """Whether a well-behaved client is served."""
         session = await self.join("well-behaved", own)

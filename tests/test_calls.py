@@ -459,7 +459,7 @@ def test_replies_that_are_wrong() -> None:
             session = await served.join("c")  # a reply that breaks the protocol of the stream
             call = asyncio.ensure_future(remote.call(small(3)))
             await session.receive()
-            await session._pipe.write(b"junk!!")
+            await session._write(b"junk!!")
             with pytest.raises(CutlayerError, match="announces"):
                 await call
 

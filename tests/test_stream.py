@@ -170,8 +170,7 @@ def test_a_client_that_leaves_is_heard() -> None:
             for close in (lambda s: s.close(done=True), lambda s: s.close("Later."), lambda s: s.refuse("No.")):
                 session = await served.join()
                 await close(session)
-                while served.listener.sessions:
-                    await asyncio.sleep(0.01)
+                await served.held(0)
 
     run(leave())
     assert [type(end) for end in ends] == [Dismissed, Disconnected, Refused]
@@ -222,7 +221,7 @@ def test_a_peer_that_never_answers_is_dropped_and_one_that_is_idle_is_not() -> N
             raw = Raw(served.port)
             await raw.greet()
             session = await served.join(heartbeat=beat)
-            frozen = next(s for s in served.listener.sessions.values() if s.hello["client"] == "raw")
+            frozen = next(s for s in await served.held(2) if s.hello["client"] == "raw")
             await frozen.ended.wait()
             with pytest.raises(Disconnected, match=r"not been heard for 1\.5 seconds"):
                 await frozen.receive()
@@ -242,7 +241,7 @@ def test_a_frame_that_does_not_get_on_ends_the_session_although_pings_come() -> 
             raw = Raw(served.port)
             await raw.greet()
             await raw.write(head, chunks[0])
-            session = next(iter(served.listener.sessions.values()))
+            (session,) = await served.held(1)
             while not session.ended.is_set():
                 await raw.write(pack(Type.PING))
                 await asyncio.sleep(0.05)
@@ -274,7 +273,7 @@ def test_a_process_that_is_stopped_is_dropped() -> None:
             try:
                 assert child.stdout is not None
                 assert await child.stdout.readline() == b"here\n"
-                session = next(iter(served.listener.sessions.values()))
+                (session,) = await served.held(1)
                 await asyncio.sleep(6)
                 assert not session.ended.is_set()  # heartbeats keep it
                 child.send_signal(signal.SIGSTOP)
@@ -538,8 +537,7 @@ def test_what_breaks_the_protocol_ends_that_session_and_no_other() -> None:
             assert (await raw.last_words())[0] is not Type.WELCOME
             await raw.close()
             assert await served.works()
-            while served.listener.sessions:
-                await asyncio.sleep(0.01)
+            await served.held(0)
 
     run(misbehave())
     assert len(ends) == len(MISDEEDS) + 1
@@ -547,7 +545,7 @@ def test_what_breaks_the_protocol_ends_that_session_and_no_other() -> None:
 
 def test_a_server_that_misbehaves_ends_the_clients_session() -> None:
     async def lies(session: Session) -> None:
-        await session._pipe.write(pack(Type.CHUNK, b"x"))
+        await session._write(pack(Type.CHUNK, b"x"))
         await session.ended.wait()
 
     async def listen() -> None:
@@ -607,6 +605,7 @@ def test_those_who_wait_are_bounded() -> None:
             while served.listener._waiting.total():
                 await asyncio.sleep(0.01)
             sessions = [await served.join(name) for name in "ab"]
+            await served.held(2)
             with pytest.raises(Disconnected, match="has its 2 sessions"):
                 await served.join("c")
             again = await served.join("a", hello={"instance": 2})  # takes the place of the first
@@ -632,6 +631,7 @@ def test_a_client_that_is_back_replaces_itself() -> None:
     async def back() -> None:
         async with serving() as served:
             first = await served.join("c", hello={"instance": "one", "run": "r"})
+            await served.held(1)
             second = await served.join("c", hello={"instance": "one", "run": "r"})
             other_run = await served.join("c", hello={"instance": "two", "run": "q"})
             with pytest.raises(Disconnected, match="come back on a new connection"):
@@ -642,7 +642,7 @@ def test_a_client_that_is_back_replaces_itself() -> None:
             for session in (third, other_run):
                 await session.send(small(8))
                 assert (await session.receive())[0].turn == 8
-            assert len(served.listener.sessions) == 2
+            await served.held(2)
 
     run(back())
 
@@ -653,6 +653,7 @@ def test_a_certificate_revoked_later_ends_its_session() -> None:
     async def revoke() -> None:
         async with serving(SERVER, revoked=revoked.__contains__) as served:
             session, other = await served.join(own=CLIENT), await served.join(own=CA.issue("bank"))
+            await served.held(2)
             revoked.add(certificate_of(CLIENT).serial_number)
             await served.listener.recheck()
             with pytest.raises(Refused, match="revoked"):
@@ -667,6 +668,7 @@ def test_a_server_that_stops_says_so() -> None:
     async def stop() -> None:
         async with serving() as served:
             session = await served.join()
+            await served.held(1)
             await served.listener.stop(2.0)
             with pytest.raises(Disconnected, match="going down"):
                 await session.receive()
@@ -678,7 +680,7 @@ def test_64_sessions_at_once() -> None:
     async def many() -> None:
         async with serving(SERVER) as served:
             sessions = await asyncio.gather(*(served.join(f"c{n}", CA.issue(f"c{n}")) for n in range(64)))
-            assert len(served.listener.sessions) == 64
+            await served.held(64)
 
             async def talk(number: int, session: Session) -> None:
                 for turn in range(5):

@@ -161,17 +161,19 @@ class Session:
 
     async def _part(self, last: bytes, end: CutlayerError) -> None:
         if self._end is not None:
+            await self.finished.wait()
             return
+        self._over(end, gently=True)
         try:
             async with asyncio.timeout(FAREWELL):
-                await self._write(last)
-                self._over(end, gently=True)
+                async with self._one_message:
+                    await self._pipe.write(last)
                 await self._pipe.end()
                 # The other end may be writing. A stream that ended now would fail its write, and gRPC would then give
                 # it that failure in place of our last words; so it is left to the other end, which knows when.
                 await asyncio.wait({self._tasks[0]})
-        except (TimeoutError, NetworkError):
-            self._over(end)  # the other end will see the stream cut
+        except (TimeoutError, NetworkError) as error:
+            LOG.debug("The last words to '%s' were not heard: %s", self.peer, error)
         finally:
             self._stop()
 
