@@ -89,17 +89,13 @@ async def connect(
         server = host
     call = channel.stream_stream(PATH)(metadata=(("authorization", f"Bearer {token}"),))
 
-    async def finish() -> None:
-        await call.done_writing()
-        await call.code()
-
     def cut() -> None:
         call.cancel()
         closing = asyncio.ensure_future(channel.close())
         _CLOSING.add(closing)
         closing.add_done_callback(_CLOSING.discard)
 
-    pipe = GrpcPipe(call.read, call.write, finish, cut)
+    pipe = GrpcPipe(call.read, call.write, call.done_writing, cut)
     try:
         welcome = await _greet(pipe, {**hello, "versions": versions()}, address, credentials, patience)
     except BaseException:

@@ -18,7 +18,7 @@ Options = list[tuple[str, Any]]
 
 
 class GrpcPipe:
-    """One gRPC stream; ``finish`` is what an orderly end needs beside the last message."""
+    """One gRPC stream."""
 
     def __init__(
         self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]],
@@ -42,7 +42,7 @@ class GrpcPipe:
             raise lost(error) from error
 
     async def end(self) -> None:
-        """End the stream when all that was written has arrived."""
+        """Say that no more will be written."""
         try:
             await self._finish()
         except Exception as error:

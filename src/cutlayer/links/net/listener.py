@@ -20,7 +20,6 @@ from cutlayer.links.net.tls import Credentials, Peer, is_loopback, peer_of, spli
 from cutlayer.wire import Limits
 
 LOG = getLogger("cutlayer.net")
-GREETERS = 4  # streams of one certificate that may wait for their welcome at once
 NAME = 200  # characters of a client's name
 
 Admit = Callable[[str, str, dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -60,7 +59,7 @@ class Listener:
         hello_timeout: float = 20.0,
         revoked: Callable[[int], bool] = lambda serial: False,
         max_sessions: int = 256,
-        max_waiting: int = 64,
+        max_waiting: int = 128,
     ) -> None:
         self.bind, self.credentials, self.admit, self.on_session = bind, credentials, admit, on_session
         self.limits, self.heartbeat = limits or Limits(), heartbeat or Heartbeat()
@@ -111,7 +110,6 @@ class Listener:
             ("grpc.so_reuseport", 0),  # two servers on one port would share its clients without a word
             ("grpc.server_handshake_timeout_ms", int(self.hello_timeout * 1000)),
             ("grpc.max_connection_idle_ms", int(max(self.hello_timeout, 1.0) * 1000)),
-            ("grpc.max_concurrent_streams", 2 * GREETERS),
         ]
 
     async def stop(self, grace: float = FAREWELL) -> None:
@@ -133,12 +131,14 @@ class Listener:
         """One stream, from its hello to its end."""
 
         async def nothing() -> None:
-            """The stream ends in order when this handler returns."""
+            """A server says that by returning from this handler."""
 
         pipe = GrpcPipe(context.read, context.write, nothing, lambda: None)
         peer = Peer()
         try:
             peer = self._peer(context)
+            if peer.serial is not None and self.revoked(peer.serial):
+                raise Refused("Your certificate has been revoked. Ask the operator for a new one.")
             session = await self._greeted(pipe, peer, context)
         except (Refused, WireError) as error:
             self.refusals[peer.name] += 1
@@ -157,14 +157,11 @@ class Listener:
         found: Sequence[bytes] = context.auth_context().get("x509_pem_cert", [])
         if len(found) != 1:
             raise Refused("No certificate came with this connection.")
-        peer = peer_of(found[0])
-        if peer.serial is not None and self.revoked(peer.serial):
-            raise Refused("Your certificate has been revoked. Ask the operator for a new one.")
-        return peer
+        return peer_of(found[0])
 
     async def _greeted(self, pipe: GrpcPipe, peer: Peer, context: Any) -> Session:
         """Exchange greetings."""
-        most = GREETERS if peer.name else self.max_waiting
+        most = max(self.max_waiting // 2, 1) if peer.name else self.max_waiting  # half the room for one certificate
         if self._stopping or self._waiting.total() >= self.max_waiting or self._waiting[peer.name] >= most:
             raise Disconnected("The server is busy or going down. Try again in a while.")
         self._waiting[peer.name] += 1
@@ -212,19 +209,25 @@ class Listener:
         serving = asyncio.ensure_future(self._served(session))
         try:
             await session.ended.wait()
+            self._forget(session)
+            await session.finished.wait()
+            await asyncio.shield(serving)
         except asyncio.CancelledError:  # gRPC's way to say that the client is gone
             session.drop("The connection broke.")
         finally:
-            for key in [key for key, held in self.sessions.items() if held is session]:
-                del self.sessions[key]
-            self._serials.pop(session, None)
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(serving)
+            self._forget(session)
+
+    def _forget(self, session: Session) -> None:
+        for key in [key for key, held in self.sessions.items() if held is session]:
+            del self.sessions[key]
+        self._serials.pop(session, None)
 
     async def _served(self, session: Session) -> None:
         words = ""
         try:
             await self.on_session(session)
+        except Refused as error:
+            await session.refuse(str(error))
         except (NetworkError, WireError) as error:
             LOG.info("The session with '%s' is over: %s", session.peer, error)
             words = str(error)
@@ -234,9 +237,11 @@ class Listener:
         await session.close(words)
 
     async def _last_word(self, pipe: GrpcPipe, message: bytes) -> None:
-        with contextlib.suppress(TimeoutError, NetworkError):  # who does not listen is not waited for
+        with contextlib.suppress(TimeoutError, NetworkError):  # who does not listen is not waited for long
             async with asyncio.timeout(FAREWELL):
                 await pipe.write(message)
+                while await pipe.read() is not None:  # see ``Session._part``
+                    continue
 
 
 def _token(context: Any) -> str:

@@ -28,7 +28,7 @@ from cutlayer.errors import WireError
 from cutlayer.wire import Frame, Limits
 
 PROTOCOL = 1  # changes with anything in this module
-CHUNK = 256 << 10  # bytes of a body in one message; a slow link must carry one well within the silence allowed
+CHUNK = 1 << 20  # bytes of a body in one message; a slow link must carry one well within the silence allowed
 GREETING = 16 << 10  # bytes of a HELLO or WELCOME
 TEXT = 4 << 10
 WINDOW = 4  # frames that a receiver takes before it has looked at them, and requests in flight to one client

@@ -48,7 +48,7 @@ class Pipe(Protocol):
         """Write a message; returns when the transport has taken it."""
 
     async def end(self) -> None:
-        """End the stream when all that was written has arrived."""
+        """Say that no more will be written."""
 
     def cut(self) -> None:
         """End the stream at once."""
@@ -59,19 +59,21 @@ class Heartbeat:
     """How a dead or frozen other end is noticed.
 
     ``every``: after so many seconds in which nothing was heard or nothing was said, it is asked whether it is there.
-    ``silence``: seconds without a word after which it counts as lost; a link must be able to carry one chunk (256 KiB)
+    ``silence``: seconds without a word after which it counts as lost; a link must be able to carry one chunk (1 MiB)
     in that time. The same time is given for the next chunk of a frame that has begun.
     """
 
-    every: float = 15.0
-    silence: float = 45.0
+    every: float = 20.0
+    silence: float = 60.0
 
 
 class Session:
     """A stream that both ends have agreed on.
 
     ``peer`` is the common name in the other end's certificate ("" where there is none), ``hello`` and ``welcome`` what
-    the two told each other. ``sent`` and ``received`` count bytes of frames, ``ended`` is set when it is over.
+    the two told each other. ``sent`` and ``received`` count bytes of frames. ``ended`` is set when it is over, and
+    ``finished`` when the stream need not be kept for last words any more. ``heard``: the other end has answered a
+    goodbye that said that the run is done.
 
     Args:
         pipe: the stream.
@@ -89,7 +91,8 @@ class Session:
     ) -> None:  # fmt: skip
         self.peer, self.hello, self.welcome = peer, hello, welcome
         self.sent = self.received = 0
-        self.ended = asyncio.Event()
+        self.heard = False
+        self.ended, self.finished = asyncio.Event(), asyncio.Event()
         self._pipe, self._limits, self._heartbeat = pipe, limits or Limits(), heartbeat or Heartbeat()
         self._inbox: asyncio.Queue[Received | CutlayerError] = asyncio.Queue()
         self._incoming: Incoming | None = None
@@ -158,14 +161,19 @@ class Session:
 
     async def _part(self, last: bytes, end: CutlayerError) -> None:
         if self._end is not None:
+            await self.finished.wait()
             return
+        self._over(end, gently=True)
         try:
             async with asyncio.timeout(FAREWELL):
-                await self._write(last)
-                self._over(end, gently=True)
+                async with self._one_message:
+                    await self._pipe.write(last)
                 await self._pipe.end()
-        except (TimeoutError, NetworkError):
-            self._over(end)  # the other end will see the stream cut
+                # The other end may be writing. A stream that ended now would fail its write, and gRPC would then give
+                # it that failure in place of our last words; so it is left to the other end, which knows when.
+                await asyncio.wait({self._tasks[0]})
+        except (TimeoutError, NetworkError) as error:
+            LOG.debug("The last words to '%s' were not heard: %s", self.peer, error)
         finally:
             self._stop()
 
@@ -215,6 +223,7 @@ class Session:
             if task is not asyncio.current_task():
                 task.cancel()
         self._pipe.cut()
+        self.finished.set()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         """A task of the session's own: that the session ends is told to its owner, not to the task's."""
@@ -232,19 +241,23 @@ class Session:
         self._tasks.append(task)
 
     async def _read(self) -> None:
-        while True:
-            data = await self._pipe.read()
+        wanted = True
+        while (data := await self._pipe.read()) is not None:
             self._heard = time.monotonic()
-            if self._end is not None and data is not None:
-                continue  # an end that was begun gently: what still comes is not wanted
-            if data is None:
-                raise Disconnected("The other end closed the connection without a word.")
             try:
-                self._take(read(data))
+                if wanted and self._end is None:
+                    self._take(read(data))
+                else:  # what comes after our last words is not wanted, but that they were heard is noted
+                    self.heard = self.heard or data[:1] == bytes([Type.BYE])
+            except Dismissed as end:
+                wanted = False
+                self._start(self._part(pack_bye("", done=True), end))
             except WireError as error:
+                wanted, self._incoming = False, None
                 # By another task: a reader that waits to write could wait for an end that waits likewise.
                 self._start(self._part(pack(Type.REFUSED, cut(f"The protocol was broken. {error}")), error))
-                return
+        if wanted:  # else our last words are on their way, and say why it is over
+            raise Disconnected("The other end closed the connection without a word.")
 
     def _take(self, message: Message) -> None:
         """Act on one message.
