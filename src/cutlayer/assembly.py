@@ -173,7 +173,9 @@ def assemble_server(config: RunConfig, base: Base, told: Mapping[str, Told]) -> 
     return replace(_assemble(config, base, told, shadow, None), apart=True)
 
 
-def assemble_client(config: RunConfig, base: Base, data: Data, name: str, *, updates: int) -> ClientParty:
+def assemble_client(
+    config: RunConfig, base: Base, data: Data, name: str, *, updates: int, secret: bytes
+) -> ClientParty:  # fmt: skip
     """A client that is alone in its process.
 
     Args:
@@ -182,6 +184,7 @@ def assemble_client(config: RunConfig, base: Base, data: Data, name: str, *, upd
         data: its own.
         name: its name.
         updates: how many its part will have in the run, for the learning rate.
+        secret: of this client alone.
 
     Raises:
         DataError: the data does not fit the model.
@@ -196,7 +199,9 @@ def assemble_client(config: RunConfig, base: Base, data: Data, name: str, *, upd
     arena = Arena()
     params = new_params(start, names, arena)
     slot = Slot(name, params, make_optimizer(config), learning_rate(config, updates), arena)
-    party = client_party(config, base, data, {}, name, head=head, tail=tail, slot=slot, frozen=frozen)
+    party = client_party(
+        config, base, data, {}, name, head=head, tail=tail, slot=slot, frozen=frozen, secret=secret
+    )  # fmt: skip
     first = {n: base.initial[n].detach() for n in names}
     party.slot.put(framework.start(name, config.client_names, first, config.seed))
     return party
@@ -285,7 +290,7 @@ def own_names(
 
 def client_party(
     config: RunConfig, base: Base, data: Data, kept: Mapping[str, Sequence[Example]], name: str, *, head: Segment,
-    tail: Segment | None, slot: Slot, frozen: bool,
+    tail: Segment | None, slot: Slot, frozen: bool, secret: bytes | None = None,
 ) -> ClientParty:  # fmt: skip
     """A client with its data; ``kept`` are the examples that it validates with."""
     told = told_of(config, data, name)
@@ -301,6 +306,7 @@ def client_party(
         seed=config.seed,
         teller=_teller(config, base, data, name),
         frozen={n: base.initial[n] for n in head.names} if frozen else None,
+        secret=secret,
     )
 
 

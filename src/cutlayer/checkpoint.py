@@ -75,6 +75,11 @@ def _found(folder: Path) -> list[int]:
     return [int(m.group(1)) for p in folder.iterdir() if (m := NAME.fullmatch(p.name)) and p.is_dir()]
 
 
+def rounds(folder: Path) -> list[int]:
+    """The rounds of the checkpoints in a run's ``checkpoints`` folder, in order."""
+    return sorted(_found(folder))
+
+
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint in a run's ``checkpoints`` folder, or None."""
     numbers = _found(folder)

@@ -51,6 +51,7 @@ class ClientParty(Holder):
         seed: the run's seed (for dropout).
         teller: makes the sketch of its data that it agreed to tell; None: it tells none.
         frozen: the head's parameters where it is not trained; they are not the slot's.
+        secret: of this client alone; None: one that follows from the run's seed, as of a simulated client.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class ClientParty(Holder):
         seed: int,
         teller: Teller | None = None,
         frozen: Mapping[str, Parameter] | None = None,
+        secret: bytes | None = None,
     ) -> None:
-        super().__init__(name, head=head, tail=tail, slot=slot, secret=secret_of(seed, name))
+        super().__init__(name, head=head, tail=tail, slot=slot, secret=secret or secret_of(seed, name))
         self.frozen_head = frozen is not None
         self.params = {**(frozen or {}), **slot.params}
         self.batches, self.evaluation, self.validation = batches, evaluation, validation
