@@ -20,6 +20,7 @@ import torch
 from certificates import Authority, certificate_of
 from cutlayer.errors import Disconnected, Dismissed, NetworkError, Refused, RequestFailed, WireError
 from cutlayer.links.net.connecting import connect, versions
+from cutlayer.links.net.grpc_pipe import GrpcPipe
 from cutlayer.links.net.messages import (
     CHUNK,
     GREETING,
@@ -174,6 +175,27 @@ def test_a_client_that_leaves_is_heard() -> None:
 
     run(leave())
     assert [type(end) for end in ends] == [Dismissed, Disconnected, Refused]
+
+
+def test_a_stream_that_is_cut_cancels_nobody() -> None:
+    """gRPC raises ``CancelledError`` in who waits on a stream that was cut; only a task's own cancellation is one."""
+
+    async def cut() -> None:
+        raise asyncio.CancelledError
+
+    async def wait() -> None:
+        pipe = GrpcPipe(cut, lambda data: cut(), cut, lambda: None)
+        for work in (pipe.read, pipe.end, lambda: pipe.write(b"")):
+            with pytest.raises(Disconnected, match="was cut"):
+                await work()
+        pipe = GrpcPipe(asyncio.Event().wait, lambda data: cut(), cut, lambda: None)
+        waiting = asyncio.ensure_future(pipe.read())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled()
+
+    run(wait())
 
 
 # ---------------------------------------------------------------- credits and heartbeats

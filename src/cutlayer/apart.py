@@ -69,7 +69,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     if isinstance(config.build("selection"), Arranger):
         yield f"selection '{config.selection.name}' asks for sketches, not yet over the network. Take selection: all."
     if config.data.eval_fraction is not None:
-        yield "data.eval_fraction is for one file that is divided. Let each client give a file of its own (join --eval)."
+        yield "data.eval_fraction divides one file. Let each client give a file of its own (cutlayer join --eval)."
     if any(config.data_of(name).format == "classification" for name in config.client_names):
         yield "data.format 'classification' needs the classes of all clients, which is not yet over the network."
     if config.fails or any(client.fails for client in config.client_list):

@@ -67,7 +67,7 @@ def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
     Raises:
         DataError: something about the data is wrong, or a client has no example.
     """
-    data, names, task = config.data, config.client_names, task_of(config)
+    data, names = config.data, config.client_names
     read = partial(load_rows, columns=data.columns, format=data.format)
     shared = [n for n in names if config.client(n).data is None]
     rows = read(data.train) if shared else []

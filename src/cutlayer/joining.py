@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,12 @@ from cutlayer.schedule import told_of
 from cutlayer.wire import Header
 
 BEGINNINGS = ("head_forward", "probe")
-Answer = tuple[Header, Sequence[Tensor]]
+Answer = tuple[Header, list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Joined:
-    """What a client has when a run is over: its folder, its part of the adapter, and what left its machine, in words."""
+    """What a client has when a run is over: its folder, its part of the adapter, and in words what left its machine."""
 
     out: Path
     adapter: Path
@@ -148,7 +148,7 @@ def _own_name(keys: ClientKeys | None, name: str | None) -> str:
     return keys.name
 
 
-def _opener(address: str, keys: ClientKeys | None, policy: Policy) -> Callable[[Mapping[str, Any]], Any]:
+def _opener(address: str, keys: ClientKeys | None, policy: Policy) -> Callable[[Mapping[str, Any]], Awaitable[Session]]:
     """What opens a session with a hello."""
     credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None
     token, pinned = keys.token if keys else "", policy.server or ""

@@ -48,6 +48,10 @@ class RealClock:
             f"{name} waits for {what if isinstance(what, str) else what()}" for name, what in self._waiting.values()
         ]
 
+    def queue(self, name: str, *, capacity: int = 1) -> Queue:
+        """A lock that serves in order of arrival."""
+        return Queue(self, name, capacity)
+
     def run(self, main: Coroutine[Any, Any, T]) -> T:
         """Run ``main`` on an event loop of its own, in this thread."""
         return asyncio.run(main)

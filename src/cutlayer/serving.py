@@ -1,10 +1,10 @@
-"""A server that trains with clients who join over the network: it waits for them, drives the run, and says when it is done.
+"""A server that trains with clients who join over the network: it waits for them, drives the run, and parts from them.
 
 Two threads: sessions live on the main thread's event loop, and the run has one of its own, so that a long step of the
 trunk keeps no heartbeat waiting.
 
-A run goes on from the newest round that all hold. Whoever comes back as a new process (this server too) has lost what it
-did since: then all go back to that round together, and the result is that of an undisturbed run.
+A run goes on from the newest round that all hold. Whoever comes back as a new process (this server too) has lost what
+it did since: then all go back to that round together, and the result is that of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -280,8 +280,8 @@ def _carrier(remote: Remote, network: asyncio.AbstractEventLoop) -> Carry:
     """Asks a client from the run's thread."""
 
     async def carry(frame: Frame) -> tuple[Header, list[Tensor]]:
-        received = await on_loop(network, remote.call(frame))
-        return received.header, list(received.tensors)
+        header, tensors, _ = await on_loop(network, remote.call(frame))
+        return header, tensors
 
     return carry
 

@@ -5,6 +5,7 @@
 ``listener``   the server's end: who may come in
 ``connecting`` the client's end: who it talks to
 ``tls``        certificates, fingerprints, and why a handshake failed, in words
+``grpc_pipe``  gRPC streams as pipes, and the options of channels and servers
 ``remote``     the server asks a client, which may be away for a while
 ``answering``  a client answers, once for each request, however often it is asked
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -15,6 +16,7 @@ from cutlayer.wire import Limits
 SERVICE, METHOD = "cutlayer.Sessions", "Open"
 PATH = f"/{SERVICE}/{METHOD}"
 Options = list[tuple[str, Any]]
+T = TypeVar("T")
 
 
 class GrpcPipe:
@@ -28,29 +30,37 @@ class GrpcPipe:
 
     async def read(self) -> bytes | None:
         """The next message; None at the end of the stream."""
-        try:
-            found = await self._read()
-        except Exception as error:
-            raise lost(error) from error
+        found = await _of_grpc(self._read())
         return None if found is grpc.aio.EOF else bytes(found)
 
     async def write(self, data: bytes) -> None:
         """Write a message; returns when the transport has taken it."""
-        try:
-            await self._write(data)
-        except Exception as error:
-            raise lost(error) from error
+        await _of_grpc(self._write(data))
 
     async def end(self) -> None:
         """Say that no more will be written."""
-        try:
-            await self._finish()
-        except Exception as error:
-            raise lost(error) from error
+        await _of_grpc(self._finish())
 
     def cut(self) -> None:
         """End the stream at once."""
         self._cut()
+
+
+async def _of_grpc(work: Awaitable[T]) -> T:
+    """Await a call of gRPC's, whose errors are ``Disconnected`` to a session.
+
+    To gRPC a stream that was cut is a ``CancelledError`` for whoever waits on it. Only the cancellation of the task
+    that waits may look like one, or a connection that breaks would end its owner without a word.
+    """
+    try:
+        return await work
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Disconnected("The connection was cut.") from None
+    except Exception as error:
+        raise lost(error) from error
 
 
 def lost(error: Exception) -> Disconnected | Refused:
