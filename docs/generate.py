@@ -5,15 +5,13 @@ python docs/generate.py          # after a method was added or changed; tests/te
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from cutlayer import registry
 from cutlayer.models.families import EXACT
+from cutlayer.options import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CAUSAL = {
@@ -44,27 +42,11 @@ def options() -> str:
     rows = ["| family | method | option | default | |", "|---|---|---|---|---|"]
     for card in registry.cards():
         cls = registry.load(card.family, card.id)
-        for name, option in registry.option_fields(cls).items():
-            about = _comment(cls, name).replace("|", r"\|")
-            rows.append(f"| {card.family} | `{card.id}` | `{name}` | {default_of(option)} | {about} |")
+        for option in options_of(cls):
+            default = "must be given" if option.default is None else f"`{option.default}`"
+            about = option.about.replace("|", r"\|")
+            rows.append(f"| {card.family} | `{card.id}` | `{option.name}` | {default} | {about} |")
     return "\n".join(rows)
-
-
-def default_of(option: dataclasses.Field[Any]) -> str:
-    """The default of an option as YAML would have it, or that it must be given."""
-    if option.default is not dataclasses.MISSING:
-        return f"`{_YAML.get(repr(option.default), option.default)}`"
-    if option.default_factory is not dataclasses.MISSING:
-        return f"`{option.default_factory()}`"
-    return "must be given"
-
-
-_YAML = {"None": "null", "True": "true", "False": "false", "inf": ".inf"}
-
-
-def _comment(cls: type[Any], name: str) -> str:
-    found = re.search(rf"^    {name}: [^#\n]*# (.*)$", inspect.getsource(cls), re.MULTILINE)
-    return found[1] if found else ""
 
 
 TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {

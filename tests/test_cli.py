@@ -85,7 +85,7 @@ def test_help_is_quick_and_needs_no_pytorch() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.startswith("set()")
-    for name in ("train", "verify", "methods", "generate", "keys"):
+    for name in ("train", "plan", "verify", "methods", "generate", "keys", "serve", "join"):
         assert f"  {name} " in done.stdout
 
 
@@ -163,6 +163,10 @@ def test_a_dry_run_shows_who_would_hold_what(calls: list[dict[str, Any]], capsys
             ["methods", "--family", "codecs"],
             "'codecs' is no family of methods. Did you mean 'codec'? Families: framework",
         ),
+        (["methods", "sfl-lea"], "There is no method 'sfl-lea'. Did you mean 'sfl-leo'? cutlayer methods lists all"),
+        (["methods", "sfl-leo", "--family", "planner"], "There is no method 'sfl-leo' of the family 'planner'."),
+        (["methods", "own.py"], "'own.py' is a method file. Say of which family, such as --family codec."),
+        (["plan"], "Give a run file: cutlayer plan run.yaml"),
         (["generate", "m", "a"], "Missing argument"),
     ],
 )
@@ -298,6 +302,30 @@ def test_methods_are_listed_and_as_json(capsys: pytest.CaptureFixture[str]) -> N
     assert "sfl-v2" not in out
     assert json.loads(run(capsys, "methods", "--family", "unlearning", "--json")[1]) == []
     assert "no method of the family 'unlearning' yet" in run(capsys, "methods", "--family", "unlearning")[1]
+
+
+def test_a_method_is_shown_with_its_card_and_its_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "methods", "sfl-leo")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "aggregator: sfl-leo"
+    assert lines[1].startswith("Weigh an upload by its client's data and a penalty for its delay")
+    assert lines[2].startswith("paper: SFL-LEO, arXiv:2504.13479")
+    assert lines[3] == "needs: a framework that lets clients run on: async-sfl"
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    assert ["d_max", "8", "the last delay that counts, in versions; null: all do"] in rows
+    assert ["column", "must be given"] in [
+        [cell.strip() for cell in line.strip("│").split("│")][:2]
+        for line in run(capsys, "methods", "by-column")[1].splitlines()
+    ]
+    assert run(capsys, "methods", "mhsl", "--family", "aggregator")[1].endswith("It has no options.\n")
+    (told,) = json.loads(run(capsys, "methods", "sfl-leo", "--json")[1])
+    assert list(told) == ["id", "family", "summary", "paper", "needs", "options"]
+    assert told["options"][3] == {"name": "buffer", "default": "1", "about": "uploads that are merged together"}
+    own = tmp_path / "own.py"
+    own.write_text((registry.ROOT / "aggregator/sfl_leo.py").read_text())
+    shown = run(capsys, "methods", str(own), "--family", "aggregator")[1]
+    assert shown == out.replace("aggregator: sfl-leo", "aggregator: own")
 
 
 @pytest.fixture(scope="module")

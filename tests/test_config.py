@@ -112,6 +112,10 @@ MISTAKES = {
         "clients: [{name: a}, {name: b, head_blocks: 1}, {name: c, head_blocks: 2}]\nframework: sequential-sl\n",
         ["client 'b' has another cut (head_blocks, tail_blocks) than 'a', but framework 'sequential-sl' hands"],
     ),
+    "a cut beside a planner": (
+        "clients: [{name: a}, {name: b, head_blocks: 1}]\nplanner: splitft-adaptive-cut\n",
+        ["client 'b' has head_blocks, but planner 'splitft-adaptive-cut' sets all cuts. Leave head_blocks out"],
+    ),
     "a profile for some": (
         "clients: [{name: a, profile: laptop}, {name: b}, {name: c}]\n",
         ["clients 'b' and 'c' have no profile, but other clients have one"],
@@ -175,6 +179,28 @@ MISTAKES = {
     "engine to come": ("engine=ray", ["engine is 'ray', which does not work yet. Take engine: local."]),
     "unknown engine": ("engine=locl", ["engine is 'locl'. Did you mean 'local'?"]),
     "reports to come": ("report_to=wandb", ["report_to is wandb, which does not work yet."]),
+    "a server that does nothing": (
+        "profiles={server: {flops: 1.0e+12, workers: 0}}",
+        ["profiles.server: 'workers' is a whole number from 1 on, not 0"],
+    ),
+    "always lost": ("fails=1.0", ["fails is 1.0: must be less than 1."]),
+    "lost before the start": ("fails=[-1]", ["fails.0 is -1: must be at least 0."]),
+    "lost in words": ("fails=often", ["fails is 'often': must be a probability, or a list of rounds."]),
+    "a client that is always lost": ("clients=[{name: a, fails: 1}]", ["clients.0.fails is 1: must be less than 1."]),
+    "clusters for a trunk of all": (
+        "framework: psl\nselection: {name: csfl, sketch: tokens}\n",
+        [
+            "selection 'csfl' makes clusters, which framework 'psl' cannot follow as it is. Take framework: sfl-v1 or "
+            "sfl-v2."
+        ],
+    ),
+    "groups for a trunk of all": (
+        "framework: sfl-v2\nselection: {name: parallelsfl, sketch: tokens}\n",
+        [
+            "selection 'parallelsfl' makes groups and hosts, which framework 'sfl-v2' cannot follow as it is. Take "
+            "framework: {name: gsfl, groups: selection}."
+        ],
+    ),
     "profile of another kind": ("profile=3", ["profile is 3: must be a preset's name, or a mapping of numbers."]),
     "key given twice": ("seed: 1\nrounds: 2\nseed: 3\n", ["line 5: the key 'seed' is given twice (first in line 3)."]),
     "key that is no text": ("5: x\n", ["a run has the key 5, which is no text."]),

@@ -129,7 +129,7 @@ def test_readme_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
             if program == "cutlayer":
                 cut(*arguments)
                 ran.append(arguments[0])
-    assert {"train", "generate", "verify", "methods"} == set(ran)
+    assert {"train", "plan", "generate", "verify", "methods"} == set(ran)
     assert len(ran) >= 8
     python = [text for text in blocks_of("README.md", "python") if not re.match(r"# [\w.]+\.py\n", text)]
     assert len(python) >= 3

@@ -21,7 +21,7 @@ from cutlayer.parties.holder import Holder
 from cutlayer.parties.shadow import Shadow
 from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.planning import Costs, at_cut
-from cutlayer.plans import at_ranks, costs_of, keep_back, situation, slot_ranks
+from cutlayer.plans import at_ranks, outset, slot_ranks
 from cutlayer.presence import Presence, Routes
 from cutlayer.schedule import (
     MOST_IDLE,
@@ -108,7 +108,7 @@ def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tup
             f"framework '{config.framework.name}' hands the client's part on, but '{first}' and '{other}' have "
             "different cuts (head_blocks, tail_blocks). Give all clients the same cut, or take a framework that merges."
         )
-    routes = {}
+    routes, parties = {}, {SERVER, *names, *framework.parties(names)}
     if config.mixing is not None:
         config.build("mixing").check(layouts)
     for name in names:
@@ -118,6 +118,11 @@ def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tup
             raise MethodError(
                 f"framework '{config.framework.name}' routes client '{name}' over the blocks {covered}, but those "
                 f"between its head and its tail are {list(layouts[name].middle)}."
+            )
+        if strange := [stop.party for stop in route if stop.party not in parties]:
+            raise MethodError(
+                f"framework '{config.framework.name}' routes client '{name}' over '{strange[0]}', which is no client, "
+                "and which it does not name in its parties."
             )
         peer = next((stop.party for stop in route if stop.party in names), None)
         if peer is not None and config.build("exchange").frozen_head:
@@ -154,10 +159,10 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
         MethodError: the framework does not fit the cuts.
     """
     check_fit(config, base, data)
-    planner: Planner | None = config.build("planner")
-    data, kept = keep_back(config, data, planner.validation if planner else 0.0)
-    told = {name: told_of(config, data, name) for name in config.client_names}
-    return _assemble(config, base, told, partial(client_party, config, base, data, kept), costs_of(config, base, data))
+    begun = outset(config, base.model.config, base.anatomy.num_blocks, data)
+    told = {name: told_of(config, begun.data, name) for name in config.client_names}
+    seat = partial(client_party, config, base, begun.data, begun.kept)
+    return _assemble(config, base, told, seat, begun.layouts, begun.costs, begun.planner, begun.bounds)
 
 
 def assemble_server(config: RunConfig, base: Base, told: Mapping[str, Told]) -> Parts:
@@ -170,7 +175,7 @@ def assemble_server(config: RunConfig, base: Base, told: Mapping[str, Told]) -> 
     def shadow(name: str, *, head: Segment, tail: Segment | None, slot: Slot, frozen: bool) -> Shadow:
         return Shadow(name, head=head, tail=tail, slot=slot, evaluations=told[name].evaluation_batches)
 
-    return replace(_assemble(config, base, told, shadow, None), apart=True)
+    return replace(_assemble(config, base, told, shadow, layouts_of(config, base.anatomy.num_blocks)), apart=True)
 
 
 def assemble_client(
@@ -209,18 +214,12 @@ def assemble_client(
 
 def _assemble(
     config: RunConfig, base: Base, told: Mapping[str, Told], seat: Callable[..., Holder],
-    costs: Costs | None,
+    layouts: Mapping[str, Layout], costs: Costs | None = None, planner: Planner | None = None,
+    bounds: Mapping[str, range] | None = None,
 ) -> Parts:  # fmt: skip
-    """The slots and the parties; ``seat`` makes a client's, ``costs`` are what its planner minimises, if any."""
-    layouts, bounds = layouts_of(config, base.anatomy.num_blocks), None
+    """The slots and the parties, for these cuts; ``seat`` makes a client's."""
     framework: Framework = config.build("framework")
     peft: Peft = config.build("peft")
-    planner: Planner | None = config.build("planner")
-    if planner:
-        assert costs is not None
-        now = situation(costs, base, layouts, {name: one.examples for name, one in told.items()})
-        bounds, cuts = planner.bounds(now), planner.start(now)
-        layouts = {name: at_cut(layout, cuts[name]) for name, layout in layouts.items()}
     routes = routes_of(config, layouts)
     planned = planned_steps(config, told)
     steps = foreseen_steps(config, planned, Presence(config, routes))

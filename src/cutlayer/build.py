@@ -17,8 +17,8 @@ from cutlayer.data.batches import collate, fingerprint, split_eval
 from cutlayer.data.classes import classes_of
 from cutlayer.data.formats import pack, token_lengths, tokenize
 from cutlayer.data.sources import load_rows
-from cutlayer.errors import DataError, ModelError
-from cutlayer.models.heads import head_of
+from cutlayer.errors import DataError, MethodError, ModelError
+from cutlayer.models.heads import Head, head_of
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.loading import load_model, load_tokenizer
 from cutlayer.models.segment import Base
@@ -51,18 +51,28 @@ def layouts_of(config: RunConfig, num_blocks: int) -> dict[str, Layout]:
     Raises:
         MethodError: a cut does not fit the model, or the framework.
     """
-    layouts = {}
+    given = {}
     for name in config.client_names:
         spec = config.partition_spec(name)
-        layouts[name] = registry.create("partition", spec.name, spec.options).layout(num_blocks)
+        given[name] = registry.create("partition", spec.name, spec.options).layout(num_blocks)
     profiles = {name: profile_from(config.profile_of(name)) for name in config.client_names}
     speeds = {name: profile.flops for name, profile in profiles.items() if profile is not None}
     framework: Framework = config.build("framework")
-    return dict(framework.layouts(layouts, num_blocks, speeds if len(speeds) == len(layouts) else None))
+    layouts = dict(framework.layouts(given, num_blocks, speeds if len(speeds) == len(given) else None))
+    for client in config.client_list:
+        own = [key for key in ("head_blocks", "tail_blocks") if getattr(client, key) is not None]
+        if own and layouts[client.name] != given[client.name]:
+            options = ", ".join(registry.option_fields(type(framework)))
+            raise MethodError(
+                f"client '{client.name}' has {' and '.join(own)}, but framework '{config.framework.name}' sets the "
+                f"cuts itself: this client's head would have {len(layouts[client.name].head)} of {num_blocks} blocks. "
+                f"Leave that out; options of the framework: {options}."
+            )
+    return layouts
 
 
-def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
-    """Read, split, divide and tokenise.
+def prepare_data(config: RunConfig, tokenizer: Any, *, head: Callable[[str], Head | None] = head_of) -> Data:
+    """Read, split, divide and tokenise; ``head`` says what head a classifier's checkpoint has.
 
     Raises:
         DataError: something about the data is wrong, or a client has no example.
@@ -86,7 +96,7 @@ def prepare_data(config: RunConfig, tokenizer: Any) -> Data:
             )
         rows, held_out = split_eval(rows, data.eval_fraction, config.seed, data.shuffle)
     divided = _divide(config, tokenizer, rows, shared) | own
-    return _tokenised(config, tokenizer, {name: divided[name] for name in names}, held_out)
+    return _tokenised(config, tokenizer, {name: divided[name] for name in names}, held_out, head)
 
 
 def prepare_own(config: RunConfig, tokenizer: Any, name: str, *, train: str, held_out: str | None) -> Data:
@@ -110,13 +120,13 @@ def prepare_own(config: RunConfig, tokenizer: Any, name: str, *, train: str, hel
 
 def _tokenised(
     config: RunConfig, tokenizer: Any, divided: Mapping[str, Sequence[Mapping[str, Any]]],
-    held_out: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]], head: Callable[[str], Head | None] = head_of,
 ) -> Data:  # fmt: skip
     """The examples of rows by client."""
     data, names, task, classes = config.data, list(divided), task_of(config), None
     if task == "classification":
         everything = [row for part in (*divided.values(), held_out) for row in part]
-        classes = classes_of(everything, head_of(config.model), model=config.model)
+        classes = classes_of(everything, head(config.model), model=config.model)
     made = partial(tokenize, tokenizer=tokenizer, task=task, classes=classes.numbers if classes else None)
     train = {name: made(divided[name], config.data_of(name), where=f"client '{name}'") for name in names}
     evaluation = made(held_out, data, where="the evaluation data") if held_out else []

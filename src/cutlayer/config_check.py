@@ -172,11 +172,12 @@ def _comings(config: RunConfig) -> Iterator[str]:
             )
 
 
-@rule("clients", "profile")
+@rule("clients", "profile", "profiles")
 def _profiles(config: RunConfig) -> Iterator[str]:
     drawn = config.profile if isinstance(config.profile, list) else [config.profile]
     places = [("profile" if len(drawn) == 1 else f"profile.{number}", one) for number, one in enumerate(drawn)]
     places += [(f"clients.{number}.profile", client.profile) for number, client in enumerate(config.client_list)]
+    places += [(f"profiles.{name}", profile) for name, profile in config.profiles.items()]
     for key, profile in places:
         for problem in check_profile(profile):
             yield f"{key}: {problem}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cutlayer import registry
@@ -12,6 +12,21 @@ from cutlayer.errors import CutlayerError
 
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
+
+
+@rule("clients", "framework", "mixing")
+def _named_apart(config: RunConfig) -> Iterator[str]:
+    names = config.client_names
+    try:
+        taken = dict.fromkeys(config.build("framework").parties(names), f"framework '{config.framework.name}'")
+        if config.mixing is not None and (between := config.build("mixing").between):
+            taken[between] = f"mixing '{config.mixing.name}'"
+    except CutlayerError:
+        return  # said by the other rules
+    for number, name in enumerate(names):
+        for party, whose in taken.items():
+            if name.lower() == party.lower():
+                yield f"clients.{number}.name is '{name}', which is the name of a party of {whose}. Choose another."
 
 
 @rule("mixing", "framework")
@@ -50,7 +65,7 @@ def _arranged(config: RunConfig) -> Iterator[str]:
         return
     without = [what for what in gives if what not in framework.takes]
     if without and not selection.samples:
-        how = f" Set framework.{without[0]}: selection." if hasattr(framework, without[0]) else ""
+        how = f" Set framework.{without[0]}: selection." if hasattr(framework, without[0]) else _followers(gives)
         yield f"selection '{by}' makes {' and '.join(without)}, which framework '{name}' cannot follow as it is.{how}"
     if selection.samples and list(framework.eligible(0, config.client_names)) != config.client_names:
         yield f"selection '{by}' says who takes part, but framework '{name}' has its own rule for that in this run."
@@ -70,6 +85,18 @@ def _arranged(config: RunConfig) -> Iterator[str]:
         selection.check(config.client_names)
     except CutlayerError as error:
         yield f"selection: {error}"
+
+
+def _followers(gives: Sequence[str]) -> str:
+    """Which frameworks can follow what a selection makes, as the end of a message."""
+    found = []
+    for name in registry.names("framework"):
+        left = [what for what in gives if what in registry.option_fields(registry.load("framework", name))]
+        options = dict.fromkeys(left, "selection")
+        if set(gives) <= set(registry.create("framework", name, options).takes):
+            said = "".join(f", {what}: selection" for what in left)
+            found.append(f"{{name: {name}{said}}}" if said else name)
+    return f" Take framework: {' or '.join(found)}." if found else ""
 
 
 @rule("clients", "partition")
@@ -219,6 +246,16 @@ def _allots(config: RunConfig) -> Iterator[str]:
         )
     for name in sorted(set(peft.limited) - set(config.client_names)):
         yield f"{named} has a budget for '{name}', which is no client. There are: {', '.join(config.client_names)}."
+
+
+@rule("planner", "clients")
+def _one_planner(config: RunConfig) -> Iterator[str]:
+    own = [client.name for client in config.client_list if client.head_blocks is not None]
+    if config.planner is not None and own:
+        yield (
+            f"{listed(own)} head_blocks, but planner '{config.planner.name}' sets all cuts. Leave head_blocks out, or "
+            "take planner: none."
+        )
 
 
 @rule("planner", "peft", "framework", "aggregator", "selection", "exchange")

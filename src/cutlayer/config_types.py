@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 
 class Tree(BaseModel):
@@ -19,7 +19,6 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")  # of a client
 Count = Annotated[int, Field(ge=1)]
 Round = Annotated[int, Field(ge=0)]
 Chance = Annotated[float, Field(gt=0, le=1)]
-Losses = Annotated[float, Field(ge=0, lt=1)] | list[Round]  # a probability, or rounds
 Text = Annotated[str, Field(min_length=1)]
 Format = Literal["text", "prompt-completion", "messages", "classification"]
 
@@ -92,6 +91,21 @@ def _profiles(value: Any) -> Any:
     return _profile(value)
 
 
+def _losses(value: Any) -> Any:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | list)):
+        raise ValueError("must be a probability, or a list of rounds")
+    return value
+
+
+def _counted(value: Any) -> str:
+    return "rounds" if isinstance(value, list) else "probability"
+
+
+Losses = Annotated[
+    Annotated[float, Field(ge=0, lt=1), Tag("probability")] | Annotated[list[Round], Tag("rounds")],
+    Discriminator(_counted),
+    BeforeValidator(_losses),
+]  # a probability, or rounds
 Codec = Annotated[CodecConfig, BeforeValidator(_legs)]  # one for all legs, or {up: ..., down: ...}, or none
 Precision = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_precision)]
 Profile = Annotated[str | dict[str, Any] | None, BeforeValidator(_profile)]

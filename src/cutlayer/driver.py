@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ class Run(Updating):
         self._stations: dict[str, Station] = {}
         self.metrics: list[dict[str, Any]] = []
         self.uploads: list[dict[str, Any]] = []  # of asynchronous merges
-        self.busy: defaultdict[str, float] = defaultdict(float)  # of this round, by client: its own work and links
+        self.taking: set[str] = set()  # of this round: who makes steps, and on whose devices they are made
         self.finished: dict[str, float] = {}  # of this round, by client: when its last step ended
         self.sizes: dict[str, dict[str, float]] = {}  # by client: its examples and label_tokens
         self.federated = FederatedServer(config.build("aggregator"), {})
@@ -117,6 +116,7 @@ class Run(Updating):
         """
         if self.presence.out(client):
             return None
+        self.taking.update(self.presence.hosts(client))
         number = self.counters.steps[client]
         joints = self._joints.get(client, [])
         trunk_update = trunk_update and not self.joined
@@ -166,7 +166,6 @@ class Run(Updating):
         if tally.virtual:
             record["virtual_seconds"] = dict(tally.virtual)
             record["virtual_time"] = self.clock.now()
-            self.busy[result.client] += tally.own
             seconds, steps = self.counters.own.get(result.client, (0.0, 0))
             self.counters.own[result.client] = [seconds + tally.own, steps + 1]
             self.finished[result.client] = self.clock.now()
@@ -230,17 +229,19 @@ class Run(Updating):
             party.abort(name)
 
     def book_outside(self) -> None:
-        """Put what was spent outside of steps (set-up, merges, hand-overs) into the counts, and into this round's."""
+        """Put what was spent outside of steps (set-up, merges, hand-overs) into the counts."""
         for name, seconds in self._queues.outside.items():
             self.counters.virtual[name] = self.counters.virtual.get(name, 0.0) + seconds
-        for client, seconds in self._queues.busy.items():
-            if client in self.ends:
-                self.busy[client] += seconds
-        self.forget_outside()
+        self._queues.outside.clear()
 
-    def forget_outside(self) -> None:
+    def forget_spent(self) -> None:
         """Of what a set-up took that was counted before."""
-        self._queues.book_again(({}, {}))
+        self._queues.book_again(({}, {}, {}))
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Of this round, by party: seconds in which it or its link was at work."""
+        return self._queues.busy
 
     async def together(self, work: Callable[[str], Awaitable[object]], clients: Sequence[str]) -> None:
         """Do ``work`` for all clients at once, and wait for all. A run's mixing and rate may join their steps."""

@@ -64,6 +64,7 @@ class Engine:
         run, counters = self.run, self.run.counters
         before, made, began = time.perf_counter(), sum(counters.steps.values()), run.clock.now()
         run.busy.clear()
+        run.taking.clear()
         run.finished.clear()
         await run.arrange()
         planner = run.parts.planner
@@ -86,8 +87,10 @@ class Engine:
                 "leaves, availability, fails)."
             )
         took = run.clock.now() - began
-        for client, busy in run.busy.items():
-            counters.waiting[client] = counters.waiting.get(client, 0.0) + max(0.0, took - busy)
+        for client in run.clients:
+            if client in run.taking or run.busy.get(client):
+                waited = max(0.0, took - run.busy.get(client, 0.0))
+                counters.waiting[client] = counters.waiting.get(client, 0.0) + waited
         if run.finished:
             last = max(run.finished, key=lambda client: (run.finished[client], client))
             counters.critical[last] = counters.critical.get(last, 0) + 1
@@ -101,7 +104,6 @@ class Engine:
         await self._begin(0)
         await self.run.set_up()
         self.run.book_outside()
-        self.run.busy.clear()  # of no round
         await self._evaluate_and_judge()
 
     async def set_up_again(self) -> None:
@@ -114,7 +116,7 @@ class Engine:
         run.meter.folder = folder
         run.meter.restore(before)
         run.clock.restore(time_before)
-        run.forget_outside()
+        run.forget_spent()
         for name, link in run.links.items():
             link.turn = max(link.turn, run.counters.turns[name]) if run.parts.apart else run.counters.turns[name]
 

@@ -102,6 +102,10 @@ class Framework(Protocol):
         """
         return [Stop(SERVER, self.slots(list(layouts))[client], layouts[client].middle)]
 
+    def parties(self, clients: Sequence[str]) -> Sequence[str]:
+        """The parties on its routes beside the clients and the server; no client can have the name of one."""
+        return ()
+
     def reach(self, client: str, layouts: Mapping[str, Layout]) -> Sequence[Stop]:
         """Every stop that the client may come to in the run; more than its route where that changes (``set_route``)."""
         return self.route(client, layouts)

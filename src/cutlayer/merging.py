@@ -250,9 +250,9 @@ class StepEleven:
                 self.counters.merged[f"{stop.party}/hosted"] = self.counters.merges
                 return
             slot = self.parts.slot(stop)
-            if moments == "reset" and trunks:
-                slot.reset_optimizer()
             state = self._fitting(merged, slot.get(optimizer=moments == "average"))
+            if moments == "reset" and trunks and state:  # of the tiers of a route only some may be in this merge
+                slot.reset_optimizer()
             slot.put(await self._sent(SERVER, stop.party, state))
 
         await at_once(give, clients)

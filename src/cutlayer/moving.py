@@ -50,7 +50,8 @@ async def replan(run: Run) -> None:
     counters.own.clear()
     assert parts.costs is not None  # as there is a planner
     now = situation(
-        parts.costs, parts.base, parts.layouts, {name: sizes["examples"] for name, sizes in run.sizes.items()},
+        parts.costs, parts.base.anatomy.num_blocks, parts.layouts,
+        {name: sizes["examples"] for name, sizes in run.sizes.items()},
         accuracy={name: found[name] for name in run.clients if name in found}, measured=measured,
     )  # fmt: skip
     cuts = {client: cut for client, cut in planner.plan(now).items() if cut != now.cut(client) and client in there}

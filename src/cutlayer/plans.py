@@ -1,24 +1,67 @@
-"""What a run lays down for its planner and its adapters: validation shards, the cost model, the ranks of each slot."""
+"""What a run lays down for its planner and its adapters: its first cuts, the cost model, the ranks of each slot.
+
+The cuts need no weights: the model's configuration and the tokenised data are enough.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch.nn import Parameter
 
-from cutlayer.build import Data, memory_of, task_of, training_of
+from cutlayer.build import Data, layouts_of, memory_of, task_of, training_of
 from cutlayer.config import RunConfig
-from cutlayer.contracts import SERVER, Example, Layout, Peft
+from cutlayer.contracts import SERVER, Example, Layout, Peft, Planner
 from cutlayer.costs import BYTES, profile_from, shape_of
 from cutlayer.errors import DataError
 from cutlayer.models.segment import Base
-from cutlayer.planning import Costs, Situation
+from cutlayer.planning import Costs, Situation, at_cut
 from cutlayer.ranks import pairs, refit
 from cutlayer.seeds import derive
+
+
+@dataclass(frozen=True)
+class Outset:
+    """Where a run begins: who holds which blocks, what steps and memory cost, and who trains on which examples.
+
+    ``kept`` are the validation shards, which ``data`` has no more; ``bounds`` the cuts that the planner may give.
+    """
+
+    layouts: dict[str, Layout]
+    costs: Costs
+    data: Data
+    kept: Mapping[str, Sequence[Example]]
+    planner: Planner | None = None
+    bounds: Mapping[str, range] | None = None
+
+
+def outset(config: RunConfig, model_config: Any, num_blocks: int, data: Data) -> Outset:
+    """The cuts that a run begins with: the partition's, or those of its planner.
+
+    Args:
+        config: the run.
+        model_config: the model's configuration, as Transformers has it.
+        num_blocks: of the model.
+        data: of all clients.
+
+    Raises:
+        DataError: a client has too few examples to keep some back.
+        MethodError: a cut does not fit the model, the framework or the clients.
+    """
+    layouts = layouts_of(config, num_blocks)
+    planner: Planner | None = config.build("planner")
+    data, kept = keep_back(config, data, planner.validation if planner else 0.0)
+    costs = costs_of(config, model_config, data)
+    if planner is None:
+        return Outset(layouts, costs, data, kept)
+    now = situation(costs, num_blocks, layouts, {name: len(rows) for name, rows in data.train.items()})
+    bounds, cuts = planner.bounds(now), planner.start(now)
+    layouts = {name: at_cut(layout, cuts[name]) for name, layout in layouts.items()}
+    return Outset(layouts, costs, data, kept, planner, bounds)
 
 
 def keep_back(config: RunConfig, data: Data, share: float) -> tuple[Data, dict[str, Sequence[Example]]]:
@@ -44,7 +87,7 @@ def keep_back(config: RunConfig, data: Data, share: float) -> tuple[Data, dict[s
     return replace(data, train=train), kept
 
 
-def costs_of(config: RunConfig, base: Base, data: Data) -> Costs:
+def costs_of(config: RunConfig, model_config: Any, data: Data) -> Costs:
     """The cost model of a run; a row is as long as the client's rows are in the mean."""
     profiles = {name: profile_from(config.profile_of(name)) for name in config.client_names}
     lengths = {
@@ -52,7 +95,7 @@ def costs_of(config: RunConfig, base: Base, data: Data) -> Costs:
         for name, rows in data.train.items()
     }
     return Costs(
-        shape=shape_of(base.model.config, task=task_of(config)), training=training_of(config), rows=config.batch_size,
+        shape=shape_of(model_config, task=task_of(config)), training=training_of(config), rows=config.batch_size,
         micro=config.gradient_accumulation, lengths=lengths,
         profiles={name: profile for name, profile in profiles.items() if profile is not None},
         server=profile_from(config.profiles.get(SERVER, SERVER)), number=BYTES[config.precision],
@@ -61,10 +104,10 @@ def costs_of(config: RunConfig, base: Base, data: Data) -> Costs:
 
 
 def situation(
-    costs: Costs, base: Base, layouts: Mapping[str, Layout], examples: Mapping[str, float], **measured: Any
+    costs: Costs, num_blocks: int, layouts: Mapping[str, Layout], examples: Mapping[str, float], **measured: Any
 ) -> Situation:
     """What a planner is told now."""
-    return Situation(base.anatomy.num_blocks, dict(layouts), dict(examples), costs.profiles, costs, **measured)
+    return Situation(num_blocks, dict(layouts), dict(examples), costs.profiles, costs, **measured)
 
 
 def slot_ranks(peft: Peft, base: Base, names: Sequence[str], layouts: Sequence[Layout]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """A run, top to bottom: configuration, parts, rounds, result.
 
 ``Run`` is what a framework drives. ``train`` makes one from a run file, drives it round by round, and writes the
-result; ``dry_run`` tells what it would be without reading a weight.
+result; ``dry_run`` and ``plan`` tell what it would be without reading a weight.
 """
 
 from __future__ import annotations
@@ -174,6 +174,9 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
         for layout in dict.fromkeys(parts.layouts.values()):
             check_unknown_family(base, layout, when=config.verify)
         progress.note(f"output folder: {out}")
+        if config.planner:
+            cuts = ", ".join(f"{client} {len(layout.head)}" for client, layout in parts.layouts.items())
+            progress.note(f"head blocks, as planner '{config.planner.name}' begins: {cuts}")
         two_part = not next(iter(parts.layouts.values())).tail_at_client
         if base.peft_model is None and base.tied and two_part:
             progress.note(
@@ -278,7 +281,7 @@ def _finished(folder: Path) -> Result:
     return Result(folder, folder / name, summary)
 
 
-__all__ = ["Result", "Run", "dry_run", "train"]
+__all__ = ["Result", "Run", "dry_run", "plan", "train"]
 
 
 def dry_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Any:
@@ -286,3 +289,10 @@ def dry_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | M
     from cutlayer.report.plan import plan
 
     return plan(resolved(load_config(source, overrides), _base_of(source)))
+
+
+def plan(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Any:
+    """``dry_run``, and the cuts that the run's planner would begin with; for these the data are read, but no weight."""
+    from cutlayer.report.plan import plan_with_data
+
+    return plan_with_data(resolved(load_config(source, overrides), _base_of(source)))

@@ -12,7 +12,7 @@ while the parties work, so they are counted as bytes, but nobody waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,9 @@ class Pace:
         return passes * self.seconds(verb, rows, length, bool(header.values.get("graph", True)))
 
 
+Booked = tuple[dict[str, float], dict[str, float], dict[str, float]]  # as the fields of ``Queues`` that it keeps
+
+
 class Queues:
     """The queues of every party: its processor (``work``) and both directions of its access to the network."""
 
@@ -58,15 +61,16 @@ class Queues:
         self.clock, self.profiles = clock, dict(profiles)
         self._queues: dict[str, Queue] = {}
         self.outside: dict[str, float] = {}  # seconds by step name that no step of a client was charged with
-        self.busy: dict[str, float] = {}  # of these, by client: its own work and link
+        self.busy: dict[str, float] = {}  # of a round, by party: seconds in which it or its link worked, each once
+        self._until: dict[str, float] = {}  # by party: the end of what it has begun
 
-    def booked(self) -> tuple[dict[str, float], dict[str, float]]:
-        """What was spent outside of steps so far, for ``book_again``."""
-        return dict(self.outside), dict(self.busy)
+    def booked(self) -> Booked:
+        """What was spent so far, for ``book_again``."""
+        return dict(self.outside), dict(self.busy), dict(self._until)
 
-    def book_again(self, booked: tuple[dict[str, float], dict[str, float]]) -> None:
+    def book_again(self, booked: Booked) -> None:
         """Forget what was spent since: an evaluation takes no time."""
-        self.outside, self.busy = booked
+        self.outside, self.busy, self._until = booked
 
     def of(self, party: str, what: str, *, workers: int = 1) -> Queue:
         """The queue ``what`` of a party."""
@@ -92,20 +96,41 @@ class Queues:
         rtt = sum(profile.rtt for profile in (sender, receiver) if profile is not None)
         queue = self.of(header.sender, "up") if sender else self.of(header.receiver, "down")
         async with queue(header.client):
-            own = header.client in (header.sender, header.receiver)
-            await self.spend(header.step_name, leg_seconds(frame.length, min(rates), rtt), header.client, own=own)
+            ends = (header.sender, header.receiver)
+            await self.spend(
+                header.step_name, leg_seconds(frame.length, min(rates), rtt), header.client, busy=ends,
+                own=header.client in ends,
+            )  # fmt: skip
 
-    async def spend(self, step_name: str, seconds: float, party: str, *, own: bool = True) -> None:
-        """Let time pass for a party, booked under the step's name; ``own``: it keeps the step's client busy."""
+    async def spend(self, step_name: str, seconds: float, key: str, *, busy: Iterable[str], own: bool) -> None:
+        """Let time pass under the step's name.
+
+        Args:
+            step_name: one of the eleven.
+            seconds: how long.
+            key: the order of those who wake at one instant.
+            busy: the parties that it keeps at work, or their links.
+            own: it is the own work, or link, of the step's client.
+        """
+        self._work(busy, seconds)
         tally = current_tally()
         if tally is not None:
             tally.virtual[step_name] += seconds
             tally.own += seconds if own else 0.0
         else:
             self.outside[step_name] = self.outside.get(step_name, 0.0) + seconds
-            if own:
-                self.busy[party] = self.busy.get(party, 0.0) + seconds
-        await self.clock.sleep(seconds, key=party)
+        await self.clock.sleep(seconds, key=key)
+
+    def _work(self, parties: Iterable[str], seconds: float) -> None:
+        """Count the next ``seconds`` for these, but what of them was counted already: a link works beside a processor.
+
+        Time only moves on, so what was counted lies before now or reaches without a gap from now to its end.
+        """
+        now = self.clock.now()
+        for party in parties:
+            counted = max(now, self._until.get(party, now))
+            self.busy[party] = self.busy.get(party, 0.0) + max(0.0, now + seconds - counted)
+            self._until[party] = max(counted, now + seconds)
 
 
 class Link(Protocol):
@@ -164,7 +189,7 @@ class LocalLink:
         async with self.queues.of(name, "work")(name):
             reply = self._answer(request, to)
             seconds = self.pace.of(header.verb, header, [*request.shapes, *reply.shapes])
-            await self.queues.spend(VERB_STEPS[header.verb], seconds, name)
+            await self.queues.spend(VERB_STEPS[header.verb], seconds, name, busy=(name,), own=True)
         if header.verb not in ENDS:
             await self.queues.carry(reply)
         with at(reply.header.step_name):
@@ -304,7 +329,7 @@ class Station:
             about = header.but(values={**header.values, "graph": graph})
             step_name = "trunk_backward" if verb == "backward" else "trunk_forward"
             seconds = pace.of(verb, about, [t.shape for t in tensors])
-            await self.queues.spend(step_name, seconds, self.party, own=False)
+            await self.queues.spend(step_name, seconds, self.party, busy=(self.party,), own=False)
             return out
 
 

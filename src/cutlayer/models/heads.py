@@ -74,6 +74,17 @@ def head_of(model: str | os.PathLike[str]) -> Head | None:
     return _named(model, config)
 
 
+def head_by_config(model: str | os.PathLike[str]) -> Head | None:
+    """What ``head_of`` finds, as far as the configuration says it: no file of weights is opened.
+
+    Raises:
+        ModelError: it names its classes in two ways.
+    """
+    config = load_config(model)
+    cls = class_of(model, config, "classification")
+    return _named(model, config) if cls.__name__ in (getattr(config, "architectures", None) or ()) else None
+
+
 def _named(model: str | os.PathLike[str], config: Any) -> Head:
     names = {int(number): str(name) for number, name in config.id2label.items()}
     told = {str(name): int(number) for name, number in (config.label2id or {}).items()}

@@ -1,7 +1,8 @@
-"""What a run would be: who holds what, and what a step would move. No weight is read."""
+"""What a run would be: who holds what, what a step would move, and what cuts it would begin with; without weights."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 
 from cutlayer.allotting import first_parameters
 from cutlayer.assembly import routes_of, segments_of
-from cutlayer.build import layouts_of, memory_of, task_of, training_of
+from cutlayer.build import layouts_of, memory_of, prepare_data, task_of, tokenizer_of, training_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, How, Layout, Peft, Stop
 from cutlayer.costs import Memory, Training, shape_of
+from cutlayer.models.heads import head_by_config
 from cutlayer.models.loading import DTYPES
 from cutlayer.models.segment import Base, Segment
 from cutlayer.parties.trunk import told_how
+from cutlayer.plans import Outset, outset
 from cutlayer.preflight import check_model
 from cutlayer.report.summary import holdings
 from cutlayer.wire import Header, Value, frame_length
@@ -24,13 +27,55 @@ from cutlayer.wire import Header, Value, frame_length
 
 @dataclass(frozen=True)
 class DryRun:
-    """``summary`` has the keys of ``summary.json`` that can be known beforehand, and ``memory_bytes`` by party."""
+    """``summary`` has the keys of ``summary.json`` that can be known beforehand, and ``memory_bytes`` by party.
+
+    Of ``cutlayer plan`` also ``cuts``, where the run has a planner (``first_cuts``).
+    """
 
     summary: Mapping[str, Any]
 
 
-def plan(config: RunConfig) -> DryRun:
-    """Lay a run out on a model without weights.
+def plan_with_data(config: RunConfig) -> DryRun:
+    """``plan``; where the run has a planner, with the cuts that it begins with, for which the data are read.
+
+    Raises:
+        DataError: something about the data is wrong.
+        ModelError: the model is not known, or cannot be cut.
+        MethodError: a cut does not fit it, or the clients.
+    """
+    if config.planner is None:
+        return plan(config)
+    model_config, _, anatomy_of = check_model(config)
+    data = prepare_data(config, tokenizer_of(config), head=head_by_config)
+    if data.labels is not None:
+        model_config = copy.deepcopy(model_config)
+        model_config.num_labels = len(data.labels)
+    begun = outset(config, model_config, anatomy_of.num_blocks, data)
+    return DryRun({**plan(config, begun.layouts).summary, "cuts": first_cuts(begun)})
+
+
+def first_cuts(begun: Outset) -> dict[str, Any]:
+    """By client its first cut, the head blocks that the planner may ever give it, and what the cost model predicts.
+
+    ``step_seconds`` is of a step of a client that waits for nobody (None without profiles); ``memory_bytes`` is what it
+    holds at that cut. Both are for rows as long as the client's are in the mean.
+    """
+    costs, bounds = begun.costs, begun.bounds
+    assert bounds is not None
+    return {
+        name: {
+            "head_blocks": len(layout.head),
+            "tail_blocks": len(layout.tail) if layout.tail_at_client else 0,
+            "bounds": [bounds[name].start, bounds[name].stop - 1],
+            "step_seconds": sum(vars(costs.stages(layout, name)).values()) if name in costs.profiles else None,
+            "memory_bytes": costs.memory(layout, name),
+        }
+        for name, layout in begun.layouts.items()
+    }
+
+
+def plan(config: RunConfig, layouts: Mapping[str, Layout] | None = None) -> DryRun:
+    """Lay a run out on a model without weights, by the partition's cuts or by these.
 
     Raises:
         ModelError: the model is not known, or cannot be cut.
@@ -40,7 +85,7 @@ def plan(config: RunConfig) -> DryRun:
     model_config, model, anatomy_of = check_model(config)
     model.requires_grad_(False)
     shape = shape_of(model_config, task=task)
-    layouts = layouts_of(config, anatomy_of.num_blocks)
+    layouts = layouts_of(config, anatomy_of.num_blocks) if layouts is None else layouts
     routes = routes_of(config, layouts)
     peft: Peft = config.build("peft")
     base: Base = peft.prepare(model, anatomy_of, task=task, seed=config.seed)

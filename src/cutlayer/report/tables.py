@@ -30,10 +30,31 @@ def dry_run_table(summary: Mapping[str, Any]) -> Group:
     """What a run would be: the same keys, ``memory_bytes`` for each party and ``bytes`` of one step of one client."""
     parts: list[RenderableType] = [_head(summary), parties_table(summary["parties"])]
     parts.append(Text("Memory is a rough estimate: runs were seen to need 0.3 to 1.8 times as much."))
-    if planner := summary.get("planner"):
+    if "cuts" in summary:
+        parts.append(cuts_table(summary["cuts"], summary["planner"]))
+    elif planner := summary.get("planner"):
         parts.append(Text(f"The planner {planner} sets the cuts once the data are read; these are the partition's."))
+        parts.append(Text("cutlayer plan reads the data and shows the planner's."))
     parts.append(bytes_table(summary["bytes"], title="bytes of one step of one client"))
     return Group(*parts)
+
+
+def cuts_table(cuts: Mapping[str, Mapping[str, Any]], planner: str) -> Table:
+    """The cut that each client begins with, those that it may get, and what is predicted of it."""
+    table = Table("client", title=f"what planner {planner} begins with", title_justify="left")
+    for name in ("head blocks", "may be", "tail blocks", "own step", "memory"):
+        table.add_column(name, justify="right")
+    for name, cut in cuts.items():
+        seconds = cut["step_seconds"]
+        table.add_row(
+            Text(name),
+            str(cut["head_blocks"]),
+            "{}-{}".format(*cut["bounds"]),
+            str(cut["tail_blocks"]),
+            "-" if seconds is None else f"{seconds:.3g} s",
+            readable(cut["memory_bytes"]),
+        )
+    return table
 
 
 def _head(summary: Mapping[str, Any]) -> Text:

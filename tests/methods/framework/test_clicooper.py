@@ -18,6 +18,7 @@ import unsplit
 from cutlayer import watermark
 from cutlayer.driver import Run
 from cutlayer.errors import CheckpointError, CutlayerError
+from cutlayer.methods.framework.clicooper import dealt_evenly
 from cutlayer.parties.client import secret_of
 from cutlayer.wire import read_frames
 from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, losses, model, resumed, train  # noqa: F401
@@ -93,6 +94,12 @@ def test_who_talks_to_whom(partition: dict[str, Any], tmp_path: Path, caught: li
 def test_what_is_no_chain_is_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(CutlayerError, match=said):
         train(model(**DEEP), tmp_path / "out", ROWS, framework=chain(**options))
+
+
+def test_blocks_are_dealt_as_evenly_as_can_be() -> None:
+    assert dealt_evenly(7, 3) == [3, 2, 2]
+    assert dealt_evenly(8, 3) == [3, 3, 2]
+    assert dealt_evenly(2, 3) == [1, 1, 0]  # which the route refuses
 
 
 def test_more_trainers_than_blocks_are_refused(tmp_path: Path) -> None:

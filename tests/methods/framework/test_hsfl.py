@@ -14,8 +14,10 @@ import joint
 import unsplit
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
+from cutlayer.methods.framework.hsfl import HSFL
+from cutlayer.models.slots import Slot
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adapter, block_of, caught, equal, losses, model, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
@@ -121,6 +123,71 @@ def test_c_short_intervals_keep_the_tier_together_and_cost_bytes(
     one = (traffic["often"] - traffic["rarely"]) / 3  # what one average of the edge tier moves
     assert one > 0
     assert traffic["rarely"] > one
+
+
+def test_unequal_cuts_keep_each_tier_to_its_own_period(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block 1 is at the edge of two paths and at the devices of the others, whose edges have what is their cloud's.
+
+    After every step a block is the same along the paths that have it in a tier whose period is over, and only there.
+    """
+    seen: list[dict[int, list[str]]] = []  # by block: the clients that have the same copy of it
+    original = Run.together
+
+    async def together(self: Run, work: Any, clients: Any) -> None:
+        found: dict[int, dict[bytes, list[str]]] = {block: {} for block in range(6)}
+        for client in ROWS:
+            state = self.state(client)
+            for block, copies in found.items():
+                copy = b"".join(t.numpy().tobytes() for n, t in state.items() if block_of(n) == block)
+                copies.setdefault(copy, []).append(client)
+        seen.append({block: [" ".join(names) for names in copies.values()] for block, copies in found.items()})
+        await original(self, work, clients)
+
+    monkeypatch.setattr(Run, "together", together)
+    train(
+        model(num_hidden_layers=6), tmp_path / "out", ROWS, partition=TWO, cuts={"cid": 3, "dan": 3},
+        framework=hsfl(intervals=[4, 2, 1]), rounds=2,
+    )  # fmt: skip
+    everybody, nobody, shallow = ["ann bob cid dan"], ["ann", "bob", "cid", "dan"], ["ann bob", "cid", "dan"]
+    equal_now = dict.fromkeys(range(6), everybody)
+    cloud = {0: nobody, 1: nobody, 2: shallow, 3: shallow, 4: everybody, 5: everybody}
+    edge = {**cloud, 1: shallow, 3: everybody}
+    assert seen == [equal_now, cloud, edge, cloud, equal_now, cloud, edge, cloud]
+
+
+def test_an_average_resets_the_optimizers_of_its_own_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resets: list[str] = []
+    original = Slot.reset_optimizer
+
+    def reset(self: Slot) -> None:
+        if self.optimizer is not None:  # not its first
+            resets.append("edge" if any(".layers.1." in name for name in self.params) else "cloud")
+        original(self)
+
+    monkeypatch.setattr(Slot, "reset_optimizer", reset)
+    train(
+        model(num_hidden_layers=4), tmp_path / "out", ROWS, partition=TWO, rounds=1,
+        framework=hsfl(intervals=[4, 2, 1], moments="reset"),
+    )  # fmt: skip
+    assert resets == [*["cloud"] * 8, *["edge"] * 4] * 2
+
+
+def test_no_client_has_the_name_of_an_edge(tmp_path: Path) -> None:
+    """It would be the edge. Where there are no edges, it is a name like any other."""
+    rows = dict.fromkeys(("ann", "Edge-1", "edge-2"), ROWS["ann"])
+    said = r"clients.1.name is 'Edge-1', which is the name of a party of framework 'hsfl'\. Choose another\."
+    for edges in (2, [["ann", "edge-2"], ["Edge-1"]]):
+        with pytest.raises(CutlayerError, match=said) as raised:
+            train(tmp_path / "no model", tmp_path / "out", rows, framework=hsfl(edges=edges))
+        assert "edge-2" not in str(raised.value)
+    assert HSFL(edge_blocks=0).parties(list(rows)) == []
+
+
+def test_a_route_over_a_party_that_the_framework_does_not_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its name is kept from clients, each has to be named."""
+    monkeypatch.setattr(HSFL, "parties", lambda self, clients: ["edge-0"])
+    with pytest.raises(CutlayerError, match="routes client 'bob' over 'edge-1', which is no client"):
+        train(model(num_hidden_layers=4), tmp_path / "out", ROWS, framework="hsfl")
 
 
 def test_cuts_that_leave_nothing_are_refused(tmp_path: Path) -> None:

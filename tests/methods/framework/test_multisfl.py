@@ -199,14 +199,20 @@ def test_d_helpers_get_the_head_send_features_and_no_gradient(spread: str, tmp_p
     )  # fmt: skip
     run = caught[0]
     heads = run.parts.clients["ann"].names("own")
+    chosen = next(name for name in sorted(heads) if "lora_B" in name)  # one that every branch moves
     number, sent, asked = -1, 0, {}
+    lent: dict[int, list[Any]] = {}  # by round, the heads that helpers were sent, in order
+    begun: dict[int, dict[str, Any]] = {}  # and those that the round's clients began with: of their branches
     turns = [["ann", "bob"], ["cid", "dan"], ["ann", "bob"]]
     for line, header, tensors in read_frames(wire):
         if header.verb == "features":
             number = int(header.value("number"))
             assert line["receiver"] not in turns[number]
             assert set(header.names) == heads
+            lent.setdefault(number, []).append(tensors[header.names.index(chosen)])
             asked = {name: count for name, count in header.values.items() if name.startswith("category/")}
+        elif number >= 0 and header.verb == "set_state" and line["receiver"] in turns[number]:
+            begun.setdefault(number, {}).setdefault(line["receiver"], tensors[header.names.index(chosen)])
         elif number >= 0 and line["kind"] == "gradient":
             assert line["receiver"] in turns[number]
         elif line["kind"] == "activations" and "last" not in header.values:
@@ -219,6 +225,11 @@ def test_d_helpers_get_the_head_send_features_and_no_gradient(spread: str, tmp_p
     assert number == 2
     assert sent >= 2
     assert run.framework._kept.memory.norm < 0
+    for number in (1, 2):  # in the first round all branches are alike
+        branches = [begun[number][client] for client in turns[number]]
+        assert not torch.equal(*branches)
+        whose = [[torch.equal(head, branch) for branch in branches] for head in lent[number]]
+        assert [one.index(True) for one in whose] == sorted([0, 1] * (len(whose) // 2)), whose
 
 
 def test_replay_is_the_joint_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,30 @@ def test_heads_start_apart_and_stay_apart(form: str, tmp_path: Path, caught: lis
         assert all(torch.equal(states[0][name], s[name]) for s in states[1:]) == (name not in own), name
 
 
+def test_the_cache_is_for_late_joiners_only(tmp_path: Path) -> None:
+    """Where all were there from the start, who sits out a round is not mixed in."""
+    for cache in (0, 4):
+        train(model(), tmp_path / str(cache), ROWS, framework=psl(cache=cache, participation=0.3), rounds=5)
+    assert losses(tmp_path / "4") == losses(tmp_path / "0")
+
+
+def test_moments_of_the_trunks_are_kept_averaged_or_reset(tmp_path: Path, caught: list[Run]) -> None:
+    """After the merge: each its own, all one mean of these, or none."""
+    kept = {}
+    for moments in ("keep", "average", "reset"):
+        train(model(), tmp_path / moments, ROWS, framework=psl(form="parallel", cache=0, moments=moments), rounds=1)
+        slots = [caught[-1].parts.server.slots[client].get(optimizer=True) for client in ROWS]
+        kept[moments] = [{n: t for n, t in slot.items() if "exp_avg" in n.split("/")} for slot in slots]
+    assert not any(kept["reset"])
+    assert all(kept["average"])
+    for name, mean in kept["average"][0].items():
+        own = [moment[name] for moment in kept["keep"]]
+        assert not torch.equal(own[0], own[1]) or not own[0].any()
+        assert all(torch.equal(moment[name], mean) for moment in kept["average"])
+        sizes = [len(rows) / sum(map(len, ROWS.values())) for rows in ROWS.values()]
+        assert torch.allclose(mean, sum(m * s for m, s in zip(own, sizes, strict=True)), rtol=0, atol=1e-8), name
+
+
 def test_one_client_is_sequential_sl(tmp_path: Path) -> None:
     """Alone, without a cache, it is sequential SL."""
     train(model(), tmp_path / "p", {"ann": ROWS["ann"]}, framework=psl(cache=0), rounds=4)

@@ -61,10 +61,17 @@ def test_lengths_by_speed_are_faster(tmp_path: Path, caught: list[Run]) -> None:
     assert fit.clock.now() < even.clock.now()
 
 
+def test_a_round_has_so_many_local_steps(tmp_path: Path, caught: list[Run]) -> None:
+    framework = {"name": "ringsfl", "local_steps": 2}
+    train(model(num_hidden_layers=3), tmp_path / "out", ROWS, partition=U, framework=framework, rounds=1)
+    assert caught[0].counters.steps == dict.fromkeys(ROWS, 2)
+
+
 def test_shares() -> None:
     assert shared_out(6, [3, 2, 1]) == [3, 2, 1]
     assert shared_out(8, [1, 1, 1]) == [3, 3, 2]
     assert shared_out(4, [100, 1, 1]) == [2, 1, 1]
+    assert shared_out(5, [7, 2]) == [4, 1]  # of 3 and 1 the first has less to do for its speed: 3 / 7 against 1 / 2
     assert sum(shared_out(12, [1e11, 5e11, 1e13])) == 12
 
 
@@ -83,6 +90,11 @@ def test_labels_stay_home_and_peers_talk_to_each_other(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"partition": TWO}, "computes the loss at the owner"),
+        (
+            {"cuts": {"ann": 4}},
+            "client 'ann' has head_blocks, but framework 'ringsfl' sets the cuts itself: this client's head would have "
+            "2 of 6 blocks. Leave that out; options of the framework: lengths",
+        ),
         ({"framework": {"name": "ringsfl", "lengths": [3, 3]}}, r"lengths \[3, 3\] do not fit 3 clients"),
         ({"framework": {"name": "ringsfl", "lengths": [4, 4, 0]}}, "each client runs at least one block"),
     ],

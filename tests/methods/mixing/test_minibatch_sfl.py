@@ -68,6 +68,22 @@ def test_with_unequal_cuts_too(framework: Any, tmp_path: Path) -> None:
         assert torch.allclose(tensor, reference.state[name], rtol=0, atol=1e-6), name
 
 
+def test_the_trunk_takes_the_plain_mean_of_unequal_batches(tmp_path: Path) -> None:
+    """The default: a client with many label tokens moves the trunk no more than one with few."""
+    out = tmp_path / "out"
+    train(model(), out, UNEVEN, partition=TWO, framework="sfl-v1", mixing=MIXING, optimizer=SGD, rounds=1, batch_size=4)
+    batches = [unsplit.text_batches(model(), rows, size=4)[0] for rows in UNEVEN.values()]
+    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    assert max(counts) > 2 * min(counts)
+    grads = [joint.gradients(model(), out / "adapter_initial", batch) for batch in batches]
+    before, found = adapter(out, "adapter_initial"), adapter(out)
+    trunk = [name for name in found if block_of(name) >= 1 and "lora_B" in name]
+    assert trunk
+    for name in trunk:
+        wanted = before[name] - joint.LR * sum(grad[name] for grad in grads) / len(grads)
+        assert torch.allclose(found[name], wanted, rtol=0, atol=1e-6), name
+
+
 def trunk_of(state: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if block_of(name) >= 1])
 

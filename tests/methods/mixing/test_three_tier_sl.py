@@ -17,6 +17,7 @@ import unsplit
 from cutlayer.config import load_config
 from cutlayer.driver import Run
 from cutlayer.errors import ConfigError, MethodError
+from cutlayer.methods.mixing._averager import Averager
 from cutlayer.wire import read_frames
 from spine import PARTITIONS, TWO, U, adapter, caught, equal, lines, losses, model, often, resumed, train  # noqa: F401
 from tiny import text_rows
@@ -140,6 +141,34 @@ def test_unequal_batches_on_a_clock_and_a_resumed_run(side: str, partition: dict
     assert len(losses(part)) == 30
 
 
+def test_groups_weigh_by_their_clients_in_the_trunks_update(
+    tmp_path: Path, caught: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five clients the second group has three: its gradient counts three fifths."""
+    seen: list[dict[str, float]] = []
+    original = Run.update_slot
+
+    def noted(self: Run, slot: Any, weights: Any, **more: Any) -> None:
+        seen.append(dict(weights))
+        original(self, slot, weights, **more)
+
+    monkeypatch.setattr(Run, "update_slot", noted)
+    rows = {name: even(i, 3) for i, name in enumerate(NAMES)}
+    train(model(), tmp_path / "out", rows, partition=TWO, framework="sfl-v1", mixing=MIXING, rounds=1)
+    assert seen == [{"group 0": 2.0, "group 1": 3.0}]
+
+
+def test_masses_are_the_clients_shares() -> None:
+    """By hand: where the labels differ each has its client's share; nothing stands before the first token."""
+    sent = {
+        name: {"hidden": torch.zeros(1, 2, 1), "labels": torch.tensor([[5, label]])}
+        for name, label in (("ann", 9), ("bob", 7))
+    }
+    found = Averager({"ann": 0.8, "bob": 0.2}, left=False, causal=True).activations(sent)
+    assert found["labels"][0, 1].tolist() == [7, 9]
+    assert found["masses"][0].tolist() == [[0, 0], pytest.approx([0.2, 0.8])]
+
+
 def test_labels_are_sorted_and_each_position_has_masses(tmp_path: Path) -> None:
     """What the server has of the labels: by position the ids that occur, with shares that sum to 1 over the batch."""
     wire = tmp_path / "wire"
@@ -189,7 +218,10 @@ def test_classifiers_have_soft_labels_too(tmp_path: Path) -> None:
         ({"epochs": 1}, "with epochs one may be left alone"),
         ({"gradient_accumulation": 2}, "needs steps of one micro-batch"),
         ({"data": {"train": "x", "packing": True}}, "cannot average packed rows"),
-        ({"clients": [{"name": "aggregator"}, {"name": "ann"}]}, "no client can be called so"),
+        (
+            {"clients": [{"name": "aggregator"}, {"name": "ann"}]},
+            "clients.0.name is 'aggregator', which is the name of a party of mixing 'three-tier-sl'",
+        ),
         ({"mixing": {"name": MIXING, "weights": [1.0, 2.0]}}, "a round has 3 clients, which is no multiple"),
         ({"mixing": {"name": MIXING, "weights": [1.0]}}, "it must be 2 numbers above 0"),
         ({"framework": "psl"}, "they take turns or share one already"),

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from cutlayer.contracts import Layout
-from cutlayer.costs import Memory, Profile, Training, memory
+from cutlayer.costs import Memory, Profile, Stages, Training, memory
 from cutlayer.errors import MethodError
 from cutlayer.methods.planner.capability_cut import CapabilityCut
 from cutlayer.planning import Costs, Situation, at_cut
@@ -123,6 +123,31 @@ def test_measured_times_move_cuts_one_block_and_only_for_a_gain() -> None:
     again = CapabilityCut()
     again.restore(planner.state())
     assert again.state() == planner.state() != {}
+
+
+class FlatCosts:
+    """A head block takes a client one second, any other block the server ``seconds``; links take no time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.server = seconds, Profile(1.0, **LAN, workers=1)
+
+    def stages(self, layout: Layout, client: str) -> Stages:
+        return Stages(float(len(layout.head)), 0.0, self.seconds * len(layout.middle), 0.0, 0.0)
+
+
+def test_a_move_must_gain_more_than_the_hysteresis() -> None:
+    """From 1 head block of 6 to 2: 1 + 5 * 1.2 = 7 s becomes 2 + 4 * 1.2 = 6.8 s, a gain of 2.9 percent."""
+    two = Layout(range(1), range(1, 1), range(1, BLOCKS), tail_at_client=False)
+
+    def planned(seconds: float, **options: Any) -> dict[str, int]:
+        costs: Any = FlatCosts(seconds)
+        return dict(CapabilityCut(**options).plan(
+            Situation(BLOCKS, {"ann": two}, {"ann": 1.0}, {"ann": Profile(1.0, **LAN)}, costs)
+        ))  # fmt: skip
+
+    assert planned(1.2) == planned(1.2, hysteresis=0.03) == {"ann": 1}
+    assert planned(1.2, hysteresis=0.028) == {"ann": 2}
+    assert planned(2.0) == {"ann": 2}  # 11 s becomes 10 s, and no more than one block moves
 
 
 def planner_time(now: Situation, client: str) -> float:

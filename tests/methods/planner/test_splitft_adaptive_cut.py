@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,34 @@ def test_the_weights_are_the_rules() -> None:
     now = situation(ACCURACY, dict.fromkeys(NAMES, 2))
     assert other.plan(now) == planner.plan(now)
     assert other.state() == planner.state()
+
+
+def test_the_mean_is_over_examples_and_a_weight_stays_in_its_bounds() -> None:
+    """ann has 30 examples and bob 10, so the mean is (30 * 0.5 + 10 * 0.2) / 40 = 0.425."""
+    now = replace(situation({"ann": 0.5, "bob": 0.2}, {"ann": 2, "bob": 2}), examples={"ann": 30.0, "bob": 10.0})
+    planner = SplitFTAdaptiveCut(gamma=0.5)
+    planner.plan(now)
+    assert planner.state() == pytest.approx({"ann": 1 + 0.5 * 0.075 / 0.425, "bob": 1 - 0.5 * 0.225 / 0.425})
+    eager = SplitFTAdaptiveCut(gamma=20.0)
+    eager.plan(now)
+    assert eager.state() == {"ann": 4.0, "bob": 0.25}  # by the rule 4.5 and -9.6
+
+
+def test_a_cut_follows_the_weight_beside_the_others() -> None:
+    """Weights 1.5 and 2, mean 1.75: both targets, 2 * 1.5 / 1.75 and 2 * 2 / 1.75, are nearest to the 2 there are."""
+    planner = SplitFTAdaptiveCut(gamma=1e-9)  # the weights stay as they are
+    planner.restore({"ann": 1.5, "bob": 2.0})
+    assert planner.plan(situation({"ann": 0.5, "bob": 0.2}, {"ann": 2, "bob": 2})) == {"ann": 2, "bob": 2}
+    planner.restore({"ann": 1.0, "bob": 2.5})
+    assert planner.plan(situation({"ann": 0.5, "bob": 0.2}, {"ann": 2, "bob": 2})) == {"ann": 1, "bob": 3}
+
+
+def test_a_first_cut_that_the_model_does_not_leave_is_refused() -> None:
+    """Of 8 blocks a client can have 7; a client that holds less than ``cut`` starts with what it can hold."""
+    now = situation({}, dict.fromkeys(NAMES, 2))
+    assert SplitFTAdaptiveCut(cut=7).start(now) == dict.fromkeys(NAMES, 7)
+    with pytest.raises(MethodError, match="cut is 8, but a client of this model can hold at most 7 blocks"):
+        SplitFTAdaptiveCut(cut=8).bounds(now)
 
 
 @pytest.mark.parametrize(

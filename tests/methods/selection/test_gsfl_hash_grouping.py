@@ -53,6 +53,16 @@ def test_b_planted_domains_are_found_with_flips(family: str, tmp_path: Path, cau
     assert groups == [{"c0", "c2", "c4"}, {"c1", "c3", "c5"}]
 
 
+def test_b_groups_allow_for_the_flips() -> None:
+    """By hand: 16 of 50 bits differ, a mean product of 0.36: what flips of 0.2 make of 1, (1 - 0.4)^2.
+
+    Without flips it is a cosine of cos(0.32 pi) = 0.54, and a distance above the threshold of 0.3.
+    """
+    given = told({"a": [1] * 50, "b": [1] * 34 + [-1] * 16})
+    for flip, count in ((0.2, 1), (0.0, 2)):
+        assert len(create("selection", NAME, {"flip": flip}).arrange(0, given, None).groups) == count
+
+
 def test_c_the_server_sees_so_many_bits_of_a_device(tmp_path: Path) -> None:
     clients = two_domains(4)
     lengths = {}

@@ -68,6 +68,22 @@ def test_b_nobody_is_left_out_for_long(taken: int, slack: float) -> None:
         assert max(counts) - min(counts) <= 2 * slack + 1
 
 
+def test_c_the_mix_decides_between_clients_that_cover_alike() -> None:
+    """By hand: c covers most. With a or b the coverage is the same, but the mix of b and c is nearer to that of all."""
+    given = told({"a": (1, 0), "b": (0, 1), "c": (0.5, 0.5)}, sizes={"a": 1.0, "b": 3.0, "c": 4.0})
+    gain = Gain(given, 3.0)
+    covered = 2 + np.sqrt(0.5)
+    assert gain.cover(["c", "a"]) == pytest.approx(covered) == gain.cover(["c", "b"])
+    # The mix of all is (3, 5) / 8, that of a and c (3, 2) / 5, that of b and c (2, 5) / 7.
+    far = 0.6 * np.log(0.6 * 8 / 3) + 0.4 * np.log(0.4 * 8 / 5)
+    near = 2 / 7 * np.log(2 / 7 * 8 / 3) + 5 / 7 * np.log(5 / 7 * 8 / 5)
+    assert gain.of(["c", "a"]) == pytest.approx(covered - 3 * far)
+    assert gain.of(["c", "b"]) == pytest.approx(covered - 3 * near)
+    nobody = dict.fromkeys("abc", 0)
+    assert choosing(count=2).chosen(0, given, nobody) == ["b", "c"]
+    assert choosing(count=2, nu=0.0).chosen(0, given, nobody) == ["a", "c"]  # the first of equals
+
+
 def test_c_the_mix_of_the_chosen_is_nearer_to_that_of_all_than_a_random_one() -> None:
     for seed in range(3):
         given, draw = clients(seed), np.random.default_rng(seed)
@@ -81,6 +97,18 @@ def test_c_the_mix_of_the_chosen_is_nearer_to_that_of_all_than_a_random_one() ->
         chosen = np.mean([distance(a.chosen) for a in rounds(choosing(count=4), given, 30)])
         random = np.mean([distance(draw.choice(given.everybody, 4, replace=False)) for _ in range(200)])
         assert chosen < random
+
+
+def test_c_the_mix_is_nearer_than_with_coverage_alone() -> None:
+    """In the mean over 20 draws of clients, first rounds. Seen: 0.107 nats from the mix of all against 0.177."""
+    distance = dict.fromkeys((None, 0.0), 0.0)
+    for seed in range(20):
+        given = clients(seed)
+        gain = Gain(given, 1.0)
+        for nu in distance:
+            taken = choosing(count=4, nu=nu).chosen(0, given, dict.fromkeys(given.everybody, 0))
+            distance[nu] += (gain.cover(taken) - gain.of(taken)) / 20
+    assert distance[None] < 0.8 * distance[0.0]
 
 
 def test_d_the_slowest_pair_is_as_quick_as_can_be() -> None:

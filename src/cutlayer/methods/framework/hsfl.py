@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,8 @@ from cutlayer.registry import method
 if TYPE_CHECKING:
     from cutlayer.driver import Run
 
+EDGE, CLOUD = "edge", "cloud"  # tiers beside the device
+
 
 @method("framework", paper="Lin et al., arXiv:2412.07197")
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class HSFL(Framework):
     are averaged over all devices every so many steps: ``intervals`` for device, edge and cloud, falling (the paper's
     form ends in 1). In the U-shape the device's piece is both its ends. ``edge_blocks: 0`` leaves the edges out: two
     tiers, device and cloud. The joint choice of cuts and intervals, which the paper optimises, is a planner's.
+
+    Unequal cuts, which the paper does not have, are merged by block: each tier's average is over the paths that have
+    the block there, and where paths have it in different tiers, the slower one's is over those of the faster one too.
     """
 
     edges: int | list[list[str]] = 2  # how many edge servers, clients dealt one by one; or the clients of each
@@ -54,6 +59,11 @@ class HSFL(Framework):
         """A copy for each path."""
         return {client: client for client in clients}
 
+    def parties(self, clients: Sequence[str]) -> Sequence[str]:
+        """The edges."""
+        number = self.edges if isinstance(self.edges, int) else len(self.edges)
+        return [edge_named(edge) for edge in range(number)] if self.edge_blocks else []
+
     def route(self, client: str, layouts: Mapping[str, Layout]) -> Sequence[Stop]:
         """Over the client's edge to the server.
 
@@ -73,7 +83,7 @@ class HSFL(Framework):
         groups = dealt(clients, self.edges, "hsfl")
         edge = next(number for number, group in enumerate(groups) if client in group)
         return [
-            Stop(f"edge-{edge}", client, range(middle.start, split)),
+            Stop(edge_named(edge), client, range(middle.start, split)),
             Stop(SERVER, client, range(split, middle.stop)),
         ]
 
@@ -86,19 +96,35 @@ class HSFL(Framework):
             if able := [client for client in clients if run.steps_left(client)]:
                 await run.together(run.step, able)
             if step % cloud == 0:
-                await run.merge(clients, heads=False, trunks=True, moments=self.moments, blocks=self._tier(run, SERVER))
+                await self._average(run, clients, [CLOUD])
             if self.edge_blocks and step % edge == 0:
-                await run.merge(clients, heads=False, trunks=True, moments=self.moments, blocks=self._tier(run, "edge"))
+                await self._average(run, clients, [EDGE, CLOUD])
             if step % device == 0:
                 await run.merge(clients)
 
-    def _tier(self, run: Run, tier: str) -> Callable[[int | str], bool]:
-        """Whether a block (or the top, in the two-part split) is in the piece of the edge, or of the cloud."""
-        stops = run.parts.routes[run.clients[0]]
-        mine = next(stop.blocks for stop in stops if stop.party.startswith(tier))
-        top = tier == SERVER and not run.parts.layouts[run.clients[0]].tail_at_client
-        return lambda owner: owner in mine if isinstance(owner, int) else top and owner == "top"
+    async def _average(self, run: Run, clients: Sequence[str], tiers: Sequence[str]) -> None:
+        """Average what the first of ``tiers`` holds, each block over the paths that have it in any of them."""
+        places = {client: tiers_of(run, client) for client in clients if not run.presence.out(client)}
+        averages: dict[tuple[str, ...], list[int | str]] = {}  # by the clients of an average: what is in it
+        for owner in dict.fromkeys(o for held in places.values() for o, tier in held.items() if tier == tiers[0]):
+            holders = tuple(client for client, held in places.items() if held.get(owner) in tiers)
+            averages.setdefault(holders, []).append(owner)
+        for holders, owners in averages.items():
+            await run.merge(holders, heads=False, trunks=True, moments=self.moments, blocks=owners.__contains__)
 
     def evaluators(self, run: Run) -> Sequence[str]:
         """Any one client of the last merge."""
         return [newest(run)]
+
+
+def tiers_of(run: Run, client: str) -> dict[int | str, str]:
+    """The tier that has each block of a client's path, and the top; without what its device has."""
+    found: dict[int | str, str] = {}
+    for stop in run.parts.routes[client]:
+        found |= dict.fromkeys(stop.blocks, CLOUD if stop.party == SERVER else EDGE)
+    return found if run.parts.layouts[client].tail_at_client else {**found, "top": CLOUD}
+
+
+def edge_named(number: int) -> str:
+    """The name of an edge, from 0."""
+    return f"edge-{number}"

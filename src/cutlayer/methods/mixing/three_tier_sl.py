@@ -73,8 +73,6 @@ class ThreeTierSL(Mixing):
             yield "cannot average packed rows, whose texts begin at different places. Set data.packing: false."
         if config.build("exchange").caches:
             yield "averages what clients send, which a cache leaves out. Set exchange.cache: false."
-        if AGGREGATOR in names:
-            yield f"has a party '{AGGREGATOR}', so no client can be called so."
 
     def check(self, layouts: Mapping[str, Layout]) -> None:
         """All must be cut at the same place."""

@@ -65,16 +65,16 @@ class SplitFTAdaptiveCut(Planner):
         """From ``least`` to what memory and time allow.
 
         Raises:
-            MethodError: a client cannot hold ``least`` blocks.
+            MethodError: the model has too few blocks for ``cut``, or a client cannot hold ``least`` of them.
         """
         found = {}
         budget = self._budget(now)
         for client in now.layouts:
             most = now.most(client)
-            if self.least > most:
+            if self.cut > most:  # and least, which is not above it
                 raise MethodError(
-                    f"planner 'splitft-adaptive-cut': least is {self.least}, but a client of this model can hold at "
-                    f"most {most} blocks in its head. Lower least, or tail_blocks."
+                    f"planner 'splitft-adaptive-cut': cut is {self.cut}, but a client of this model can hold at most "
+                    f"{most} blocks in its head. Lower cut (and least, which is {self.least}), or tail_blocks."
                 )
             profile = now.profiles.get(client)
             fits = [cut for cut in range(self.least, most + 1) if self._fits(now, client, cut, budget)]
