@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,86 +14,44 @@ from apart import ROWS, Apart, steps
 from cutlayer.apart import served
 from cutlayer.errors import ConfigError, CutlayerError, OutputError, PolicyRefused, Refused
 from cutlayer.joining import join
-from cutlayer.report.progress import Reporter
 from cutlayer.serving import serve
-from spine import PARTITIONS, TWO, adapter, equal, often
+from spine import TWO, often
 from tiny import make_model, text_rows, write_rows
 
 SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
 
 
-class Listening:
-    """Waits for the port that a server in this process listens at."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def start(self, total_steps: int) -> None:
-        pass
-
-    def update(self, record: Any) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def stop(self) -> None:
-        pass
+CASES = [
+    ("sfl-v1", {}), ("sequential-sl", {}), ("sfl-v2", {}), ("psl", {}), ("gsfl", {}), ("p-sl", {}), ("hsfl", {}),
+    ("multisfl", {}), ("sfl-v1", {"peft": "full"}), ("sfl-v1", {"mixing": "minibatch-sfl"}),
+    ("sfl-v2", {"max_grad_norm": 0.1, "gradient_accumulation": 2}),
+]  # fmt: skip
 
 
-def in_threads(run: Apart, **policies: Path) -> dict[str, Any]:
-    """Server and clients as threads of this process: as apart as processes are, but for the imports."""
-    told: Reporter = (heard := Listening())
-    with ThreadPoolExecutor(1 + len(ROWS)) as pool:
-        server = pool.submit(
-            serve, str(run.file), bind="localhost:0", out=run.root / "server", progress=told, patience=60.0
-        )
-        while not (lines := [note for note in heard.notes if note.startswith("listening at")]):
-            if server.done():
-                server.result()
-        port = lines[0].split()[2].rpartition(":")[2]
-        clients = [
-            pool.submit(
-                join, f"localhost:{port}", data=run.files[name], held_out=run.valid, out=run.root / name, name=name,
-                model=run.tree["model"], policy=policies.get(name), progress=False,
-            )
-            for name in ROWS
-        ]  # fmt: skip
-        for client in clients:
-            client.result()
-        return dict(server.result().summary)
-
-
-@PARTITIONS
 @pytest.mark.parametrize(
-    ("framework", "changes"),
+    ("framework", "changes", "partition"),
     often(
-        [
-            ("sfl-v1", {}), ("sequential-sl", {}), ("sfl-v2", {}), ("psl", {}), ("gsfl", {}), ("p-sl", {}),
-            ("sfl-v1", {"peft": "full"}), ("sfl-v2", {"max_grad_norm": 0.1, "gradient_accumulation": 2}),
-            ("sfl-v1", {"mixing": "minibatch-sfl"}), ("hsfl", {}), ("multisfl", {}),
-        ],
-        ("sfl-v2", {}), ("sequential-sl", {}), ("psl", {}),
+        [(framework, changes, kind) for framework, changes in CASES for kind in ("two-part", "u-shape")],
+        ("sfl-v2", {}, "u-shape"), ("sequential-sl", {}, "two-part"), ("psl", {}, "two-part"),
     ),
     ids=str,
 )  # fmt: skip
 def test_the_network_changes_no_number(
-    framework: str, changes: dict[str, Any], partition: dict[str, Any], tmp_path: Path
-) -> None:
+    framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
+) -> None:  # fmt: skip
     """The same losses by client and step, the same weights, the same bytes and frames."""
-    if changes.get("mixing") and partition["name"] == "u-shaped-split":
-        partition = TWO
-    run = Apart(tmp_path / "apart", framework=framework, partition=partition, eval_every=1, **changes)
+    kind = {"two-part": TWO, "u-shape": U}[partition]
+    run = Apart(tmp_path / "apart", framework=framework, partition=kind, eval_every=1, **changes)
     alone = cutlayer.train(run.simulated, out=tmp_path / "one")
-    summary = in_threads(run)
+    server = run.serve()
+    run.ended({**{name: run.join(name) for name in ROWS}, "server": server})
+    summary = run.summary()
     assert steps(run.root / "server") == steps(tmp_path / "one")
     for key in SAME:
         assert summary[key] == alone.summary[key], key
     losses = [[e["loss"] for e in one["eval"]["history"]] for one in (summary, alone.summary)]
     assert losses[0] == losses[1]
-    if changes.get("peft") != "full" and framework not in ("p-sl", "multisfl"):
-        whole = adapter(tmp_path / "one")
-        assert equal(run.adapter(), whole)
+    assert run.same(tmp_path / "one")
 
 
 def keys_of(folder: Path) -> Path:
@@ -106,7 +63,7 @@ def keys_of(folder: Path) -> Path:
 
 
 def test_killed_parties_change_nothing(tmp_path: Path) -> None:
-    """Over TLS between processes: a client is killed, then the server; each comes back; the end is that of one process."""
+    """Over TLS between processes: a client is killed, then the server; each comes back, and the end is the same."""
     run = Apart(tmp_path / "apart", framework="sfl-v2", rounds=12)
     keys = keys_of(tmp_path / "keys")
     server = run.serve(keys=keys)
@@ -119,7 +76,7 @@ def test_killed_parties_change_nothing(tmp_path: Path) -> None:
     assert "All go back to the last round that everybody holds" in run.said("server")
     assert "going on after round" in run.said("bob")
     alone = cutlayer.train(run.simulated, out=tmp_path / "one")
-    assert equal(run.adapter(), adapter(alone.out))
+    assert run.same(alone.out)
     assert steps(run.root / "server") == steps(tmp_path / "one")
 
 
@@ -158,7 +115,6 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
     [
         ({"planner": "capability-cut", "profile": "laptop"}, "cannot move cuts over the network yet"),
         ({"fails": 0.5}, "is for simulated clients"),
-        ({"engine": "ray"}, "leave it out"),
         ({"data": {"eval_fraction": 0.5}}, "cutlayer join --eval"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

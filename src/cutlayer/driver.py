@@ -293,6 +293,19 @@ class Run(Updating):
         if not self._keeps_parts:
             await self.catch_up(names, trunks=bool(self.arrangement.clusters))
 
+    async def part(self) -> None:
+        """When all is done: give everybody what is the model's, also those who were not in the last merge or turn.
+
+        Clients who keep parts of their own have them. In one process nobody needs this, as nobody goes away.
+        """
+        if self._keeps_parts:
+            return
+        await self.catch_up(self.clients)
+        if self.framework.travels and "" in self.counters.holders:
+            giver = self.holder()
+            for client in self.clients:
+                await self.hand_over(giver, client, optimizer=False)
+
     def state(self, client: str | None = None) -> dict[str, Tensor]:
         """All trainable tensors of a client's model as it now is, by name; by default of the first evaluator's."""
         client = client or self.evaluators()[0]

@@ -131,9 +131,9 @@ async def _join(
             return await open_session({"client": name, "model": files, **seat.told(), **extras})
 
         words = await answer(open_again, seat.handle, again=again)
-        if not (out / "adapter").is_dir():
+        if not seat.result.is_dir():
             raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
-        return Joined(out, out / "adapter", seat.guard.told())
+        return Joined(out, seat.result, seat.guard.told())
 
 
 def _own_name(keys: ClientKeys | None, name: str | None) -> str:
@@ -234,6 +234,11 @@ class Seat:
         return reply, shown
 
     @property
+    def result(self) -> Path:
+        """Where this client's part of the adapter (of the model, where all weights are trained) comes to be."""
+        return self.out / ("adapter" if self.base.peft_model is not None else "model")
+
+    @property
     def _kept(self) -> Path:
         return self.out / "checkpoints"
 
@@ -268,7 +273,8 @@ class Seat:
 
     def _finish(self, header: Header) -> None:
         """Write this client's part of the adapter."""
-        draft, final = self.out / ".adapter.draft", self.out / "adapter"
+        final = self.result
+        draft = final.with_name(f".{final.name}.draft")
         own = self.party.names("own")
         state = {name: tensor for name, tensor in self.party.slot.get().items() if name in own}
         try:

@@ -125,6 +125,7 @@ class _Service:
         self.ready: dict[str, _Ready] = {}
         self._came = asyncio.Event()
         self._base: Base | None = None
+        self.parting = 0  # bytes by which clients got, when all was done, what they had not seen
 
     async def run(self) -> Result:
         """Listen, wait for all, drive, and part."""
@@ -229,6 +230,7 @@ class _Service:
                 self.progress.stop()
         adapter = self._save(run)
         summary = summarize(run, adapter=adapter, device=self.device)
+        summary["parting_bytes"] = self.parting
         summary["network"] = {
             name: {
                 "reconnects": remote.reconnects, "retries": remote.retries, "dropped": remote.dropped,
@@ -241,6 +243,10 @@ class _Service:
 
     async def _drive(self, run: Run, engine: Engine) -> None:
         await engine.drive(rounds=total_rounds(self.config))
+        before = run.meter.state()
+        await run.part()
+        self.parting = run.meter.up + run.meter.down - before["up"] - before["down"]
+        run.meter.restore(before)
         for link in run.links.values():
             assert isinstance(link, NetworkLink)
             await link.finish()
@@ -262,13 +268,19 @@ class _Service:
 
     def _save(self, run: Run) -> Path:
         """What the server has of the adapter: what it trained, and what the framework's merges sent it."""
+        kind = "adapter" if run.parts.base.peft_model is not None else "model"
+        if run.personal:
+            for name in run.clients:
+                self._save_one(run, name, self.out / f"{kind}s" / name)
+        return self._save_one(run, run.evaluators()[0], self.out / kind)
+
+    def _save_one(self, run: Run, client: str, final: Path) -> Path:
         state: dict[str, Tensor] = {}
         if not run.personal:
             state |= {parameter_of(name): tensor for name, tensor in run.federated.before.items()}
-        for slot in run.slots_of([run.evaluators()[0]]):
+        for slot in run.slots_of([client]):
             state |= slot.get()
-        kind = "adapter" if run.parts.base.peft_model is not None else "model"
-        draft, final = self.out / f".{kind}.draft", self.out / kind
+        draft = final.with_name(f".{final.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)
         save_part(run.parts.base, state, draft, base_name=Path(self.config.model).name)
         shutil.rmtree(final, ignore_errors=True)

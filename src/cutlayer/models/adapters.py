@@ -94,6 +94,7 @@ def save_part(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_nam
     if base.peft_model is None:
         save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
         return
+    base.install(None)  # PEFT looks for the layers of what it saves
     base.peft_model.peft_config["default"].base_model_name_or_path = base_name
     with _ranks_told(base, held):
         inner = {f"base_model.model.{name}": tensor for name, tensor in held.items()}
