@@ -15,7 +15,7 @@ from cutlayer.apart import served
 from cutlayer.errors import ConfigError, CutlayerError, OutputError, PolicyRefused, Refused
 from cutlayer.joining import join
 from cutlayer.serving import serve
-from spine import TWO, often
+from spine import TWO, U, often
 from tiny import make_model, text_rows, write_rows
 
 SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
