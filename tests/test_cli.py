@@ -85,7 +85,7 @@ def test_help_is_quick_and_needs_no_pytorch() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.startswith("set()")
-    for name in ("train", "plan", "verify", "methods", "generate"):
+    for name in ("train", "plan", "verify", "methods", "generate", "keys", "serve", "join"):
         assert f"  {name} " in done.stdout
 
 

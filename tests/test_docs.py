@@ -26,6 +26,7 @@ from cutlayer.config import ClientConfig, DataConfig, EarlyStop, OptimizerConfig
 from cutlayer.config_types import CodecConfig, Spec
 from cutlayer.config_write import OTHER_KEYS
 from cutlayer.models.families import EXACT
+from cutlayer.policy import Policy, load_policy
 from tiny import make_model, texts, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +87,8 @@ def test_block_is_sound(language: str, text: str) -> None:
             checked_command(words)
     elif language == "python":
         compile(text, "block", "exec")
+    elif language == "yaml" and text.startswith("# policy.yaml"):
+        assert load_policy(text).most.bytes
     elif language == "yaml":
         load_config({"model": "m", "data": {"train": "x"}, **yaml.safe_load(text)})
     else:
@@ -205,6 +208,22 @@ def test_every_key_of_a_run_is_documented_with_its_default() -> None:
     for key, default in expected.items():
         said = float(told[key]) if isinstance(default, float) else told[key]
         assert said == default, key
+
+
+def test_every_key_of_a_policy_is_documented_with_its_default() -> None:
+    told = {key.strip("`"): yaml.safe_load(default.strip("`")) for key, default, _ in rows_of("docs/policy.md")}
+    expected: dict[str, Any] = {}
+    for key, value in Policy().model_dump().items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        expected |= {f"{key}.{part}".rstrip("."): default for part, default in parts}
+    for key, default in expected.items():
+        given = (
+            {name: bound for name, bound in default.items() if bound is not None}
+            if isinstance(default, dict)
+            else default
+        )
+        assert told[key] == given, key
+    assert told.keys() == expected.keys()
 
 
 def test_every_key_of_the_output_is_documented(tmp_path: Path) -> None:

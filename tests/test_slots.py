@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from cutlayer.assembly import learning_rate
 from cutlayer.config import OptimizerConfig, RunConfig
 from cutlayer.config_optimizer import optimizer_classes, optimizer_problems
 from cutlayer.models.slots import Slot, new_params
+from cutlayer.schedule import learning_rate
 from cutlayer.wire import Header, decode, encode
 
 SHAPES = {"layer.A": (4, 3), "layer.B": (5, 4), "norm": (7, 2)}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from cutlayer.arrangement import Arrangement, Arranger, Speed, Told
-from cutlayer.assembly import learning_rate, places_of
+from cutlayer.assembly import places_of
 from cutlayer.build import task_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, Framework, Selection, Stop
@@ -20,6 +20,7 @@ from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces
 from cutlayer.parties.trunk import TrunkParty
 from cutlayer.report.progress import Reporter
+from cutlayer.schedule import learning_rate
 from cutlayer.sketches import as_told
 
 

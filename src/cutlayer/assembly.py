@@ -7,26 +7,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-from torch.nn import Parameter
-from transformers import get_scheduler
-
 from cutlayer.allotting import begin
 from cutlayer.arrangement import Arranger
-from cutlayer.build import Data, check_fit, task_of
-from cutlayer.cohorts import foreseen, runs_on
+from cutlayer.build import Data, check_fit, layouts_of, task_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED, Example, Framework, Layout, Peft, Planner, Stop
-from cutlayer.data.batches import Batches
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.models.arena import Arena
 from cutlayer.models.segment import Base, Segment
 from cutlayer.models.slots import Slot, new_params
 from cutlayer.parties.client import ClientParty
+from cutlayer.parties.holder import Holder
+from cutlayer.parties.shadow import Shadow
 from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.planning import Costs, at_cut
 from cutlayer.plans import at_ranks, outset, slot_ranks
 from cutlayer.presence import Presence, Routes
+from cutlayer.schedule import (
+    MOST_IDLE,
+    Told,
+    batches_of,
+    chunks,
+    foreseen_steps,
+    learning_rate,
+    make_optimizer,
+    planned_steps,
+    told_of,
+    updates_of,
+)  # fmt: skip
 from cutlayer.sketches import Teller, simulated_secrets
 
 
@@ -36,16 +44,18 @@ class Parts:
 
     base: Base
     layouts: dict[str, Layout]  # by client
-    clients: Mapping[str, ClientParty]
+    clients: Mapping[str, Holder]  # shadows of those that are in processes of their own
     parties: dict[str, TrunkParty]  # who runs blocks for others, the server first; clients too, where they do
     routes: dict[str, tuple[Stop, ...]]  # by client
     planned: Mapping[str, int]  # the most steps that each client makes
     foreseen: Mapping[str, int]  # those that it will make, without an early stop
+    lines: Mapping[str, int]  # by client: the updates that its part will have, its own and those of who holds it too
     new_slot: Callable[..., Slot]  # from its name, what it trains, its updates in the run, and its users
     peft: Peft
-    costs: Costs
+    costs: Costs | None  # None where nothing is known of the clients' data
     planner: Planner | None = None
     bounds: Mapping[str, range] | None = None  # by client: the cuts that the planner may give it
+    apart: bool = False  # the clients are in processes of their own, and ``clients`` are their shadows
 
     @property
     def server(self) -> TrunkParty:
@@ -81,67 +91,6 @@ def places_of(base: Base, layout: Layout, route: Sequence[Stop]) -> list[Place]:
         Place(segment, stop.slot, before=names[i], after=names[i + 2])
         for i, (segment, stop) in enumerate(zip(middle, route, strict=True))
     ]
-
-
-MOST_IDLE = 1000  # rounds in a row without a step, after which a run without a fixed number of them gives up
-ENDLESS = 2**31  # more steps than any client will make
-
-
-def planned_steps(config: RunConfig, data: Data) -> dict[str, int]:
-    """How many optimizer steps each client makes at most."""
-    kind, count = config.length
-    framework: Framework = config.build("framework")
-    local = framework.round_steps if not runs_on(config) else ENDLESS
-    planned = dict.fromkeys(config.client_names, 0)
-    for name in framework.trainers(config.client_names):
-        batches = _batches(config, data, name)
-        planned[name] = {
-            "rounds": min(count * local, ENDLESS),
-            "steps": count,
-            "epochs": count * batches.steps_per_epoch,
-        }[kind]
-    return planned
-
-
-def foreseen_steps(config: RunConfig, planned: Mapping[str, int], presence: Presence) -> dict[str, int]:
-    """How many optimizer steps each client will make: fewer than planned where a round takes only some of them.
-
-    Where clients run on it is those of the slowest; a schedule that needs to know the end is refused there.
-    """
-    kind, count = config.length
-    framework, selection, clients = config.build("framework"), config.build("selection"), list(planned)
-    if kind != "rounds":
-        last = max(client.leaves or 0 for client in config.client_list)
-        stay = foreseen(framework, selection, clients, last, config.seed, presence) if last else {}
-        leaving = {c: stay[c] * framework.round_steps for c in clients if presence.clients[c].leaves is not None}
-        return {name: min(planned[name], leaving.get(name, planned[name])) for name in clients}
-    rounds = foreseen(framework, selection, clients, count, config.seed, presence)
-    return {name: rounds[name] * framework.round_steps for name in planned}
-
-
-def _batches(config: RunConfig, data: Data, name: str) -> Batches:
-    return Batches(
-        data.train[name], batch_size=config.batch_size, accumulation=config.gradient_accumulation, seed=config.seed,
-        client=name, shuffle=config.data.shuffle, collate=data.collate,
-    )  # fmt: skip
-
-
-def learning_rate(config: RunConfig, total: int) -> Callable[[int], float]:
-    """The learning rate, as a multiple of ``optimizer.lr``, by the number of updates that a slot has had."""
-    # The run's own rate, as polynomial ends at a rate and not at a part of one.
-    probe = torch.optim.SGD([Parameter(torch.zeros(1))], lr=config.optimizer.lr)
-    warmup = config.optimizer.warmup_steps(total)
-    schedule = get_scheduler(
-        config.optimizer.schedule, probe, num_warmup_steps=warmup, num_training_steps=max(total, 1)
-    )
-    rate: Callable[[int], float] = schedule.lr_lambdas[0]
-    return rate
-
-
-def make_optimizer(config: RunConfig) -> Callable[[list[Parameter]], torch.optim.Optimizer]:
-    """Makes the run's optimizer for some parameters."""
-    optimizer = config.optimizer
-    return lambda params: optimizer.torch_class(params, lr=optimizer.lr, **optimizer.arguments)  # type: ignore[call-arg]
 
 
 def routes_of(config: RunConfig, layouts: Mapping[str, Layout]) -> dict[str, tuple[Stop, ...]]:
@@ -196,8 +145,14 @@ def party_between(config: RunConfig) -> list[str]:
     return [mixing.between] if mixing is not None and mixing.between else []
 
 
+def neighbours(config: RunConfig, stops: Sequence[Stop]) -> tuple[str, str]:
+    """The parties at the two ends of a client's route: who gets its activations, and who its gradients."""
+    between = party_between(config)
+    return (between or [stops[0].party])[0], (between or [stops[-1].party])[0]
+
+
 def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
-    """Cut the base, make the slots and the parties.
+    """Cut the base, make the slots and the parties: all in this process.
 
     Raises:
         DataError: the data does not fit the model.
@@ -205,11 +160,68 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     """
     check_fit(config, base, data)
     begun = outset(config, base.model.config, base.anatomy.num_blocks, data)
-    layouts, data, kept, bounds = begun.layouts, begun.data, begun.kept, begun.bounds
+    told = {name: told_of(config, begun.data, name) for name in config.client_names}
+    seat = partial(client_party, config, base, begun.data, begun.kept)
+    return _assemble(config, base, told, seat, begun.layouts, begun.costs, begun.planner, begun.bounds)
+
+
+def assemble_server(config: RunConfig, base: Base, told: Mapping[str, Told]) -> Parts:
+    """Cut the base and make the server's slots, for clients in processes of their own.
+
+    Raises:
+        MethodError: the framework does not fit the cuts.
+    """
+
+    def shadow(name: str, *, head: Segment, tail: Segment | None, slot: Slot, frozen: bool) -> Shadow:
+        return Shadow(name, head=head, tail=tail, slot=slot, evaluations=told[name].evaluation_batches)
+
+    return replace(_assemble(config, base, told, shadow, layouts_of(config, base.anatomy.num_blocks)), apart=True)
+
+
+def assemble_client(
+    config: RunConfig, base: Base, data: Data, name: str, *, updates: int, secret: bytes
+) -> ClientParty:  # fmt: skip
+    """A client that is alone in its process.
+
+    Args:
+        config: the run.
+        base: the client's own blocks, or more of the model.
+        data: its own.
+        name: its name.
+        updates: how many its part will have in the run, for the learning rate.
+        secret: of this client alone.
+
+    Raises:
+        DataError: the data does not fit the model.
+    """
+    check_fit(config, base, data)
+    layouts = layouts_of(config, base.anatomy.num_blocks)
+    framework: Framework = config.build("framework")
+    head, _, tail = segments_of(base, layouts[name], routes_of(config, layouts)[name])
+    names, frozen = own_names(config, head, tail)
+    ranks = slot_ranks(config.build("peft"), base, names, [layouts[name]])
+    start = {**base.initial, **at_ranks(base, ranks)} if ranks else base.initial
+    arena = Arena()
+    params = new_params(start, names, arena)
+    slot = Slot(name, params, make_optimizer(config), learning_rate(config, updates), arena)
+    party = client_party(
+        config, base, data, {}, name, head=head, tail=tail, slot=slot, frozen=frozen, secret=secret
+    )  # fmt: skip
+    first = {n: base.initial[n].detach() for n in names}
+    party.slot.put(framework.start(name, config.client_names, first, config.seed))
+    return party
+
+
+def _assemble(
+    config: RunConfig, base: Base, told: Mapping[str, Told], seat: Callable[..., Holder],
+    layouts: Mapping[str, Layout], costs: Costs | None = None, planner: Planner | None = None,
+    bounds: Mapping[str, range] | None = None,
+) -> Parts:  # fmt: skip
+    """The slots and the parties, for these cuts; ``seat`` makes a client's."""
     framework: Framework = config.build("framework")
     peft: Peft = config.build("peft")
     routes = routes_of(config, layouts)
-    planned = planned_steps(config, data)
+    planned = planned_steps(config, told)
     steps = foreseen_steps(config, planned, Presence(config, routes))
     make, arena = make_optimizer(config), Arena()
 
@@ -238,36 +250,18 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     for (party, name), names in held.items():
         if party not in layouts:
             ordered = [n for n in base.initial if n in set(names)]
-            updates = _updates(config, framework, steps, users[party, name])
+            updates = updates_of(config, framework, steps, users[party, name])
             slots.setdefault(party, {})[name] = slot(name, ordered, updates, users[party, name])
-    rows = _chunks(data.evaluation, config.batch_size)
-    clients = {}
+    clients: dict[str, Holder] = {}
+    lines = {}
     for name in config.client_names:
         head, _, tail = segments_of(base, layouts[name], routes[name])
         others = {n for (party, _), names in held.items() if party == name for n in names}
-        frozen = config.build("exchange").frozen_head
-        own = [*([] if frozen else head.names), *(tail.names if tail else [])]
-        if bounds and not frozen:  # it may come to train all up to the highest cut
-            highest = base.segment("head", at_cut(layouts[name], max(bounds[name])).head, bottom=True)
-            own = list(dict.fromkeys([*own, *highest.names]))
+        highest = base.segment("head", at_cut(layouts[name], max(bounds[name])).head, bottom=True) if bounds else head
+        own, frozen = own_names(config, head, tail, highest)
         names = own if not others else [n for n in base.initial if n in others | set(own)]
-        updates = sum(steps[other] for other in framework.line(name, config.client_names)) // framework.branches
-        clients[name] = ClientParty(
-            name,
-            head=head,
-            tail=tail,
-            slot=slot(name, names, updates, [name]),
-            batches=_batches(config, data, name),
-            evaluation=[partial(data.collate, part) for part in rows],
-            validation=[partial(data.collate, part) for part in _chunks(kept[name], config.batch_size)],
-            sizes={
-                "examples": len(data.train[name]),
-                "label_tokens": sum(e.label_tokens for e in data.train[name]),
-            },
-            seed=config.seed,
-            teller=_teller(config, base, data, name),
-            frozen={n: base.initial[n] for n in head.names} if frozen else None,
-        )
+        lines[name] = sum(steps[other] for other in framework.line(name, config.client_names)) // framework.branches
+        clients[name] = seat(name, head=head, tail=tail, slot=slot(name, names, lines[name], [name]), frozen=frozen)
         clients[name].slot.put(
             framework.start(name, config.client_names, {n: base.initial[n].detach() for n in own}, config.seed)
         )
@@ -276,25 +270,43 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
                 slots.setdefault(party, {})[of] = clients[name].slot
     parties = {name: TrunkParty(name, theirs, seed=config.seed) for name, theirs in slots.items()}
     parts = Parts(
-        base,
-        dict(layouts),
-        clients,
-        parties,
-        routes,
-        planned,
-        steps,
-        slot,
-        peft,
-        begun.costs,
-        begun.planner,
-        bounds,
-    )
+        base, dict(layouts), clients, parties, routes, planned, steps, lines, slot, peft, costs, planner, bounds
+    )  # fmt: skip
     begin(parts)
     return parts
 
 
-def _chunks(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def own_names(
+    config: RunConfig, head: Segment, tail: Segment | None, highest: Segment | None = None
+) -> tuple[list[str], bool]:
+    """What a client's slot trains of its own model, and whether its head is frozen; ``highest`` may its head become."""
+    frozen = bool(config.build("exchange").frozen_head)
+    own = [*([] if frozen else head.names), *(tail.names if tail else [])]
+    if not frozen and highest is not None:
+        own = list(dict.fromkeys([*own, *highest.names]))
+    return own, frozen
+
+
+def client_party(
+    config: RunConfig, base: Base, data: Data, kept: Mapping[str, Sequence[Example]], name: str, *, head: Segment,
+    tail: Segment | None, slot: Slot, frozen: bool, secret: bytes | None = None,
+) -> ClientParty:  # fmt: skip
+    """A client with its data; ``kept`` are the examples that it validates with."""
+    told = told_of(config, data, name)
+    return ClientParty(
+        name,
+        head=head,
+        tail=tail,
+        slot=slot,
+        batches=batches_of(config, data, name),
+        evaluation=[partial(data.collate, part) for part in chunks(data.evaluation, config.batch_size)],
+        validation=[partial(data.collate, part) for part in chunks(kept.get(name, []), config.batch_size)],
+        sizes={"examples": told.examples, "label_tokens": told.label_tokens},
+        seed=config.seed,
+        teller=_teller(config, base, data, name),
+        frozen={n: base.initial[n] for n in head.names} if frozen else None,
+        secret=secret,
+    )
 
 
 def own_trunks(parts: Parts) -> dict[str, frozenset[str]]:
@@ -320,14 +332,6 @@ def _teller(config: RunConfig, base: Base, data: Data, name: str) -> Teller | No
         vocabulary=base.model.get_input_embeddings().weight.shape[0], seed=config.seed,
         shared=shared, own=own, common=data.evaluation,
     )  # fmt: skip
-
-
-def _updates(config: RunConfig, framework: Framework, steps: Mapping[str, int], clients: Sequence[str]) -> int:
-    """How many optimizer steps a trunk slot will make: one for each step of its clients, or one for all of them."""
-    if not framework.pooled and config.mixing is None:
-        return sum(steps[client] for client in clients) // framework.branches
-    kind, count = config.length
-    return count * framework.round_steps if kind == "rounds" else max(steps[client] for client in clients)
 
 
 def check_somebody_trains(config: RunConfig, routes: Routes) -> None:

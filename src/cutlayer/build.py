@@ -77,7 +77,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, *, head: Callable[[str], Hea
     Raises:
         DataError: something about the data is wrong, or a client has no example.
     """
-    data, names, task = config.data, config.client_names, task_of(config)
+    data, names = config.data, config.client_names
     read = partial(load_rows, columns=data.columns, format=data.format)
     shared = [n for n in names if config.client(n).data is None]
     rows = read(data.train) if shared else []
@@ -96,7 +96,34 @@ def prepare_data(config: RunConfig, tokenizer: Any, *, head: Callable[[str], Hea
             )
         rows, held_out = split_eval(rows, data.eval_fraction, config.seed, data.shuffle)
     divided = _divide(config, tokenizer, rows, shared) | own
-    classes = None
+    return _tokenised(config, tokenizer, {name: divided[name] for name in names}, held_out, head)
+
+
+def prepare_own(config: RunConfig, tokenizer: Any, name: str, *, train: str, held_out: str | None) -> Data:
+    """Read and tokenise one client's own files, in the form that the run says.
+
+    Args:
+        config: the run.
+        tokenizer: the model's.
+        name: the client's.
+        train: its file, glob or Hub data set.
+        held_out: what it evaluates on, if anything.
+
+    Raises:
+        DataError: something about the data is wrong.
+    """
+    form = config.data_of(name)
+    rows = load_rows(train, columns=form.columns, format=form.format)
+    kept = load_rows(held_out, columns=form.columns, format=form.format, split="eval") if held_out else []
+    return _tokenised(config, tokenizer, {name: rows}, list(kept))
+
+
+def _tokenised(
+    config: RunConfig, tokenizer: Any, divided: Mapping[str, Sequence[Mapping[str, Any]]],
+    held_out: Sequence[Mapping[str, Any]], head: Callable[[str], Head | None] = head_of,
+) -> Data:  # fmt: skip
+    """The examples of rows by client."""
+    data, names, task, classes = config.data, list(divided), task_of(config), None
     if task == "classification":
         everything = [row for part in (*divided.values(), held_out) for row in part]
         classes = classes_of(everything, head(config.model), model=config.model)

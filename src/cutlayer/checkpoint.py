@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cutlayer.errors import CheckpointError, OutputError
+from cutlayer.files import move, write_text
+
+__all__ = ["load", "move", "newest", "save", "write_text"]
 
 VERSION = 1
 KEEP = 2
@@ -71,6 +73,11 @@ def _found(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return [int(m.group(1)) for p in folder.iterdir() if (m := NAME.fullmatch(p.name)) and p.is_dir()]
+
+
+def rounds(folder: Path) -> list[int]:
+    """The rounds of the checkpoints in a run's ``checkpoints`` folder, in order."""
+    return sorted(_found(folder))
 
 
 def newest(folder: Path) -> Path | None:
@@ -137,39 +144,6 @@ def _difference(key: str, saved: Any, wanted: str) -> str:
     return f"{key} differ ({', '.join(names)})" if names else f"{key} differ"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        _sync(path.parent)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-def move(draft: Path, folder: Path) -> None:
-    """Put a finished folder in its place, so that it is there whole when this returns, even if the power fails."""
-    for path in sorted(draft.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
-    _sync(folder.parent)
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -52,6 +52,38 @@ class Clock(Protocol):
         ...
 
 
+class Queue(Protocol):
+    """A lock that serves in order of arrival: ``async with queue(name):``."""
+
+    def __call__(self, key: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """Wait until ``key`` is served; the end of the block frees the queue."""
+        ...
+
+
+class RunClock(Clock, Protocol):
+    """What a run needs of its clock besides: it can be set, and says when all of an instant has happened."""
+
+    async def settle(self) -> None:
+        """Wake when all else that happens at this instant has happened."""
+        ...
+
+    def queue(self, name: str, *, capacity: int = 1) -> Queue:
+        """A lock that serves in order of arrival."""
+        ...
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        """Run ``main`` to its end and give its result."""
+        ...
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps: the time in nanoseconds."""
+        ...
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Set the time that ``state()`` gave."""
+        ...
+
+
 class VirtualClock:
     """Simulated time, kept as integer nanoseconds; it goes on from one ``run`` to the next."""
 
@@ -86,6 +118,10 @@ class VirtualClock:
             await woken
         finally:
             timer.cancel()
+
+    def queue(self, name: str, *, capacity: int = 1) -> Queue:
+        """A lock that serves in order of arrival."""
+        return Fifo(self, name, capacity=capacity)
 
     @contextlib.contextmanager
     def waiting(self, name: str, what: str | Callable[[], str] = "a signal") -> Iterator[None]:

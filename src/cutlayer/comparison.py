@@ -24,7 +24,7 @@ from typing import Any
 
 from cutlayer import checkpoint
 from cutlayer.config import RunConfig, load_config, resolved
-from cutlayer.config_check import NAME
+from cutlayer.config_types import NAME
 from cutlayer.config_words import show
 from cutlayer.config_write import tree_of
 from cutlayer.errors import CheckpointError, ConfigError, CutlayerError, MethodError, NonFinite, OutputError

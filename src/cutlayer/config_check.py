@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cutlayer import config_fit, registry  # noqa: F401 - config_fit adds its rules
 from cutlayer.config_optimizer import optimizer_problems
 from cutlayer.config_rules import RULES, listed, rule
+from cutlayer.config_types import NAME
 from cutlayer.config_words import show
 from cutlayer.errors import ConfigError, CutlayerError, suggest
 from cutlayer.method_check import PROTOCOLS
@@ -16,7 +17,6 @@ from cutlayer.method_check import PROTOCOLS
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 RESERVED = ("server",)
 

@@ -75,7 +75,9 @@ def _parse(text: str) -> tuple[Any, list[str]]:
         loader.dispose()
 
 
-def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], list[str], str]:
+def read(
+    source: str | Path | Mapping[str, Any], *, needs: str = "A run needs at least model and data.train."
+) -> tuple[dict[str, Any], list[str], str]:
     """The tree of a run, the keys given twice, and what to call the source in a message.
 
     Args:
@@ -96,7 +98,7 @@ def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     except yaml.YAMLError as error:
         raise ConfigError([f"{_place(error)}this is not YAML: {_reason(error)}."], where) from error
     if tree is None:
-        raise ConfigError(["it is empty. A run needs at least model and data.train."], where)
+        raise ConfigError([f"it is empty. {needs}"], where)
     if not isinstance(tree, dict):
         kind = "a list" if isinstance(tree, list) else f"the single value {tree!r}"
         raise ConfigError([f"the top level is {kind}; it must be a mapping of keys, such as 'model: gpt2'."], where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ class Tree(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True, ser_json_inf_nan="constants")
 
 
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")  # of a client
 Count = Annotated[int, Field(ge=1)]
 Round = Annotated[int, Field(ge=0)]
 Chance = Annotated[float, Field(gt=0, le=1)]

@@ -48,9 +48,11 @@ class Problem:
     doubtful: tuple[str, ...]
 
 
-def problems_of(error: ValidationError, tree: Mapping[str, Any], root: type[BaseModel]) -> list[Problem]:
-    """Every error of a validation as a problem, in order."""
-    return [_problem(details, tree, root) for details in error.errors(include_url=False)]
+def problems_of(
+    error: ValidationError, tree: Mapping[str, Any], root: type[BaseModel], *, what: str = "a run"
+) -> list[Problem]:
+    """Every error of a validation as a problem, in order; ``what`` is the tree as a whole."""
+    return [_problem(details, tree, root, what) for details in error.errors(include_url=False)]
 
 
 def show(value: Any) -> str:
@@ -78,7 +80,7 @@ def dotted(loc: Iterable[str | int]) -> str:
     return ".".join(str(part) for part in loc)
 
 
-def _problem(details: Mapping[str, Any], tree: Mapping[str, Any], root: type[BaseModel]) -> Problem:
+def _problem(details: Mapping[str, Any], tree: Mapping[str, Any], root: type[BaseModel], what: str) -> Problem:
     kind, context = details["type"], details.get("ctx", {})
     loc = _real(details["loc"], tree, missing=kind == "missing")
     key, value = dotted(loc), details["input"]
@@ -88,18 +90,15 @@ def _problem(details: Mapping[str, Any], tree: Mapping[str, Any], root: type[Bas
         name = str(loc[-1])
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         doubtful += [dotted((*loc[:-1], *near))]
-        inside = dotted(loc[:-1]) or "a run"
+        inside = dotted(loc[:-1]) or what
         listed = f" Keys: {', '.join(known)}." if not near or len(known) <= 15 else ""
         text = f"{key}: {inside} has no key '{name}'.{suggest(name, known)}{listed}"
     elif kind == "missing":
-        what = NEEDED.get(str(loc[-1]), "a value")
-        text = f"{key} is missing. It is {what}."
+        text = f"{key} is missing. It is {NEEDED.get(str(loc[-1]), 'a value')}."
         if loc[-1] == "name" and isinstance(value, dict) and not str(loc[0]).startswith("clients"):
             text = f"{dotted(loc[:-1])} does not say which method. Write {{name: id, option: value}}."
     elif kind == "invalid_key":
-        text = (
-            f"{dotted(loc[:-1]) or 'a run'} has the key {show(value)}, which is no text. Put it in quotes, or mend it."
-        )
+        text = f"{dotted(loc[:-1]) or what} has the key {show(value)}, which is no text. Put it in quotes, or mend it."
     elif kind == "literal_error":
         allowed = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
         near_word = suggest(value, allowed) if isinstance(value, str) else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from cutlayer.allotment import Allotter
 from cutlayer.arrangement import Arrangement
-from cutlayer.assembly import Parts, places_of
-from cutlayer.clock import VirtualClock
+from cutlayer.assembly import Parts, neighbours, places_of
+from cutlayer.clock import RunClock
 from cutlayer.config import RunConfig
 from cutlayer.contracts import Exchange, Framework, How, Joint, Mixing, Rate, StepResult
-from cutlayer.links.local import Carrier, ClientEnd, LocalLink, Queues, Station
+from cutlayer.links.local import Carrier, ClientEnd, Link, LocalLink, Queues, Station
 from cutlayer.merging import Counters, at_once
 from cutlayer.pace import Paces, workers
+from cutlayer.parties.client import ClientParty
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.parties.hops import Hosted, ServerTail, TrunkHop
 from cutlayer.presence import Lost, Presence
@@ -38,8 +39,9 @@ class Run(Updating):
     """What a framework sees and drives."""
 
     def __init__(
-        self, config: RunConfig, parts: Parts, *, meter: Meter, clock: VirtualClock, out: Path, progress: Reporter
-    ) -> None:
+        self, config: RunConfig, parts: Parts, *, meter: Meter, clock: RunClock, out: Path, progress: Reporter,
+        links: Callable[[Run], Mapping[str, Link]] | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.parts, self.meter, self.clock = config, parts, meter, clock
         self.out, self.progress = out, progress
         self.seed = config.seed
@@ -57,14 +59,10 @@ class Run(Updating):
         self.counters = Counters(steps=dict.fromkeys(self.clients, 0))
         self.paces = Paces(config, parts)
         self.presence = Presence(config, parts.routes)
-        queues = Queues(clock, self.paces.access)
-        self.links = {
-            name: LocalLink(party, meter=meter, queues=queues, pace=self.paces.client(name), asked=self.presence.asked)
-            for name, party in parts.clients.items()
-        }
+        self._queues = queues = Queues(clock, self.paces.access)
+        self.links: Mapping[str, Link] = (links or local_links)(self)
         self.ends = {name: ClientEnd(name, link) for name, link in self.links.items()}
         self.carrier = Carrier(meter, queues)
-        self._queues = queues
         self._stations: dict[str, Station] = {}
         self.metrics: list[dict[str, Any]] = []
         self.uploads: list[dict[str, Any]] = []  # of asynchronous merges
@@ -194,10 +192,9 @@ class Run(Updating):
             hops[-1] = wrap(hops[-1])
         for joint in self._joints.get(client, []):
             hops[-1] = joint.wrap(hops[-1], client)
-        between = self.mixing.between if self.mixing is not None else ""
         if self.mixing is not None and not self._joints.get(client):
             hops[-1] = self.mixing.alone(self, hops[-1])
-        first, last = between or stops[0].party, between or stops[-1].party
+        first, last = neighbours(self.config, stops)
         end = ClientEnd(client, self.links[client], first=first, last=last)
         if layout.tail_at_client:
             return end, hops, end, hops[-1]
@@ -224,8 +221,7 @@ class Run(Updating):
     def abort(self, client: str) -> None:
         """Forget what is under way of a client, everywhere."""
         self.abort_joint(client)
-        self.parts.clients[client].abort()
-        self.links[client].forget()
+        self.links[client].abort()
 
     def abort_joint(self, name: str) -> None:
         """Forget what is under way of a batch that several clients share, in their place."""
@@ -297,6 +293,19 @@ class Run(Updating):
         if not self._keeps_parts:
             await self.catch_up(names, trunks=bool(self.arrangement.clusters))
 
+    async def part(self) -> None:
+        """When all is done: give everybody what is the model's, also those who were not in the last merge or turn.
+
+        Clients who keep parts of their own have them. In one process nobody needs this, as nobody goes away.
+        """
+        if self._keeps_parts:
+            return
+        await self.catch_up(self.clients)
+        if self.framework.travels and "" in self.counters.holders:
+            giver = self.holder()
+            for client in self.clients:
+                await self.hand_over(giver, client, optimizer=False)
+
     def state(self, client: str | None = None) -> dict[str, Tensor]:
         """All trainable tensors of a client's model as it now is, by name; by default of the first evaluator's."""
         client = client or self.evaluators()[0]
@@ -339,3 +348,14 @@ class Run(Updating):
         self.sizes = {name: self.sizes[name] for name in self.clients}  # in their order, whoever answered first
         for name in self.clients:
             self.federated.sizes[name] = self.sizes[name][by] if by else 1.0
+
+
+def local_links(run: Run) -> dict[str, Link]:
+    """The links of a run whose clients are all in this process."""
+    found: dict[str, Link] = {}
+    for name, party in run.parts.clients.items():
+        assert isinstance(party, ClientParty)
+        found[name] = LocalLink(
+            party, meter=run.meter, queues=run._queues, pace=run.paces.client(name), asked=run.presence.asked
+        )
+    return found

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from cutlayer import allotting, checkpoint, moving
 from cutlayer.arrangement import Arrangement
-from cutlayer.assembly import MOST_IDLE, own_trunks
+from cutlayer.assembly import own_trunks
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED
 from cutlayer.driver import Run
 from cutlayer.errors import CheckpointError, MethodError, NonFinite, OutputError
-from cutlayer.merging import Counters
+from cutlayer.merging import Counters, at_once
 from cutlayer.models.slots import Slot
 from cutlayer.outputs import recorded
+from cutlayer.schedule import MOST_IDLE
 
 
 class Engine:
@@ -52,7 +53,7 @@ class Engine:
             if ended or (every and counters.rounds % every == 0):
                 await self._evaluate_and_judge()
             if ended or counters.stopped or counters.rounds % run.config.checkpoint_every == 0:
-                self.save()
+                await self.save()
             if ended and all(run.presence.over(client, counters.rounds) for client in run.clients):
                 run.progress.note(f"after round {counters.rounds}: nobody is left who could train")
         if not any(counters.steps.values()):
@@ -100,6 +101,7 @@ class Engine:
 
     async def set_up_and_begin(self) -> None:
         """A run's first moments: set-up and the evaluation before any step."""
+        await self._begin(0)
         await self.run.set_up()
         self.run.book_outside()
         await self._evaluate_and_judge()
@@ -107,6 +109,7 @@ class Engine:
     async def set_up_again(self) -> None:
         """A resumed run meets its clients anew, but what that takes was counted when it began."""
         run = self.run
+        await self._begin(run.counters.rounds)
         before, time_before = run.meter.state(), run.clock.state()
         folder, run.meter.folder = run.meter.folder, None
         await run.set_up()
@@ -115,7 +118,12 @@ class Engine:
         run.clock.restore(time_before)
         run.forget_spent()
         for name, link in run.links.items():
-            link.turn = run.counters.turns[name]
+            link.turn = max(link.turn, run.counters.turns[name]) if run.parts.apart else run.counters.turns[name]
+
+    async def _begin(self, rounds: int) -> None:
+        """Clients elsewhere go to where the run is; those in this process are in its checkpoint."""
+        run = self.run
+        await at_once(lambda name: run.links[name].begin(rounds, run.parts.lines[name]), run.clients)
 
     async def _evaluate_and_judge(self) -> None:
         run, counters = self.run, self.run.counters
@@ -165,9 +173,9 @@ class Engine:
         run.meter.flush()
 
     def _slots(self) -> dict[str, Slot]:
-        """Every slot of the run by the name of its file in a checkpoint; one that two parties share comes once."""
+        """Every slot that is here by the name of its file in a checkpoint; one that two parties share comes once."""
         parts = self.run.parts
-        found = {f"client-{name}": party.slot for name, party in parts.clients.items()}
+        found = {} if parts.apart else {f"client-{name}": party.slot for name, party in parts.clients.items()}
         known = {id(slot) for slot in found.values()}
         for name, party in parts.parties.items():
             for of, slot in party.slots.items():
@@ -176,9 +184,13 @@ class Engine:
                     found[SERVER if (name, of) == (SERVER, SHARED) else f"{name}-{of}"] = slot
         return found
 
-    def save(self) -> None:
-        """A checkpoint of everything, at the end of a round."""
+    async def save(self) -> None:
+        """A checkpoint of everything, at the end of a round.
+
+        Clients elsewhere write their own first: whatever this one says is over, they have.
+        """
         run = self.run
+        await at_once(lambda name: run.links[name].keep(run.counters.rounds), run.clients)
         self._flush()
         run.counters.turns = {name: link.turn for name, link in run.links.items()}
         slots = self._slots()

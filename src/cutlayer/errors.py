@@ -8,8 +8,16 @@
     │   └── NotExact         a cut model that does not equal the uncut one
     ├── WireError            a frame that is malformed, too large, or of another version
     ├── NonFinite            a loss or tensor that is NaN or infinite
+    ├── KeysError            certificates, keys and tokens: missing, expired, revoked, in the wrong hands
+    ├── PolicyRefused        what the data owner's policy does not let a client do
     ├── CheckpointError      a checkpoint that is missing, corrupt, or of another run
     ├── OutputError          the output folder cannot be written (full disk, rights, already in use)
+    ├── NetworkError         an address, a certificate or a session between two parties
+    │   ├── Disconnected     a session broke or could not be opened; trying again may help
+    │   ├── Refused          the other end turned us away; trying again does not help
+    │   ├── Dismissed        the other end has nothing more for us: the run is done
+    │   ├── RequestFailed    one request was refused by the party that was asked
+    │   └── Gone             a client stayed away for longer than it is waited for
     └── Deadlock             the virtual clock has nothing left to do while somebody waits
 
 A message says what happened, where, and what to do. Our own invariants use ``assert``.
@@ -62,12 +70,56 @@ class NonFinite(CutlayerError):
     """A loss or a tensor is NaN or infinite."""
 
 
+class KeysError(CutlayerError):
+    """A certificate, key or token is missing, does not fit, has expired or was revoked."""
+
+
+class PolicyRefused(CutlayerError):
+    """The data owner's policy does not allow it; ``rule`` is the policy's key that says so."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(f"The policy's rule {rule} refuses: {message}")
+        self.rule = rule
+
+
 class CheckpointError(CutlayerError):
     """A checkpoint is missing, corrupt, or belongs to another run."""
 
 
 class OutputError(CutlayerError):
     """The output folder cannot be written."""
+
+
+class NetworkError(CutlayerError):
+    """Something between two parties: an address, a certificate, a session."""
+
+
+class Disconnected(NetworkError):
+    """A session broke or could not be opened; trying again may help."""
+
+
+class Refused(NetworkError):
+    """The other end turned us away, or we it; trying again does not help."""
+
+
+class Dismissed(NetworkError):
+    """The other end says that there is nothing more to do."""
+
+
+class RequestFailed(NetworkError):
+    """The party that was asked refused the request of number ``turn``, and said why (``text``)."""
+
+    def __init__(self, turn: int, text: str, who: str = "The other end") -> None:
+        super().__init__(f"{who} refused request {turn}: {text}")
+        self.turn, self.text = turn, text
+
+
+class Gone(NetworkError):
+    """A client is lost to what was going on: it stayed away too long, or came back without what it held."""
+
+    def __init__(self, client: str, why: str) -> None:
+        super().__init__(f"Client '{client}' is gone: {why}")
+        self.client, self.why = client, why
 
 
 class Deadlock(CutlayerError):

@@ -48,6 +48,7 @@ async def replan(run: Run) -> None:
         await run.together(ask, there)
     measured = {client: seconds / steps for client, (seconds, steps) in counters.own.items()}
     counters.own.clear()
+    assert parts.costs is not None  # as there is a planner
     now = situation(
         parts.costs, parts.base.anatomy.num_blocks, parts.layouts,
         {name: sizes["examples"] for name, sizes in run.sizes.items()},

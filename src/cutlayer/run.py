@@ -207,7 +207,7 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
             try:
                 clock.run(engine.drive(rounds=total_rounds(config)))
             except BaseExceptionGroup as group:
-                raise _first(group) from group
+                raise first_of(group) from group
             finally:
                 progress.stop()
         kind = "adapter" if base.peft_model is not None else "model"
@@ -236,7 +236,7 @@ def _metered(record: str | None) -> Iterator[Meter]:
     meter.close()
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error behind a group of tasks that ended together."""
     found: BaseException = group
     while isinstance(found, BaseExceptionGroup):

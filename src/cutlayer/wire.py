@@ -31,8 +31,8 @@ from cutlayer._header import DTYPES, KINDS, MAGIC, PREFIX, STEP_NAMES, VERSION, 
 from cutlayer.errors import WireError
 
 __all__ = [
-    "DTYPES", "KINDS", "MAGIC", "PREFIX", "STEP_NAMES", "VERSION", "Frame", "Header", "Limits", "Meter", "Value",
-    "decode", "encode", "frame_length", "keep_lines", "read_frames",
+    "DTYPES", "KINDS", "MAGIC", "PREFIX", "STEP_NAMES", "VERSION", "Frame", "Header", "Incoming", "Limits", "Meter",
+    "Value", "decode", "encode", "frame_length", "keep_lines", "read_frames",
 ]  # fmt: skip
 
 
@@ -97,6 +97,67 @@ def decode(data: Frame | bytes | bytearray | memoryview, limits: Limits | None =
     return header, tensors
 
 
+class Incoming:
+    """A frame under way: its tensors are allocated from the head, and filled as the bytes of the body come.
+
+    Each byte is copied once. Memory is asked for when the head is accepted; the system gives it as it is filled.
+
+    Args:
+        head: the bytes before the body, whole.
+        limits: the most that is accepted.
+
+    Raises:
+        WireError: the head is truncated, malformed, damaged, of another version, or announces more than ``limits``.
+    """
+
+    def __init__(self, head: bytes | memoryview, limits: Limits | None = None) -> None:
+        view = memoryview(head).cast("B")
+        announced = int(PREFIX.unpack_from(view)[6]) if len(view) >= PREFIX.size else 0
+        self.header, shapes, dtypes, start = read(view, limits or Limits(), announced)
+        if start != len(view):
+            raise WireError(f"A frame's head announces {start} bytes, but {len(view)} came.")
+        self.length = start + announced  # bytes of the whole frame
+        self.missing = announced  # bytes of the body that have not come
+        try:
+            self._tensors = [torch.empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)]
+        except RuntimeError as error:
+            raise WireError(f"There is no memory for a frame of {announced} bytes.") from error
+        self._rooms = [_view(tensor) for tensor in self._tensors if tensor.numel()]
+        self._at = 0  # bytes that the first room already holds
+
+    def fill(self, data: bytes | memoryview) -> None:
+        """Take the next bytes of the body.
+
+        Raises:
+            WireError: they are more than the head announced.
+        """
+        view = memoryview(data).cast("B")
+        if len(view) > self.missing:
+            raise WireError(f"A frame's body lacks {self.missing} bytes, but {len(view)} more came.")
+        self.missing -= len(view)
+        while len(view):
+            room = self._rooms[0]
+            size = min(len(room) - self._at, len(view))
+            room[self._at : self._at + size] = view[:size]
+            view, self._at = view[size:], self._at + size
+            if self._at == len(room):
+                del self._rooms[0]
+                self._at = 0
+
+    def done(self) -> tuple[Header, list[Tensor]]:
+        """The frame, as ``decode`` gives it.
+
+        Raises:
+            WireError: the body is not whole, or holds what its types cannot.
+        """
+        if self.missing:
+            raise WireError(f"A frame of {self.length} bytes ends {self.missing} bytes too early.")
+        for tensor in self._tensors:
+            if tensor.dtype == torch.bool and tensor.numel():
+                _check_truth(tensor.reshape(-1).view(torch.uint8).numpy())
+        return self.header, self._tensors
+
+
 def _view(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
@@ -106,10 +167,15 @@ def _tensor(part: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tenso
     out = torch.empty(tuple(shape), dtype=dtype)
     if part.nbytes:
         raw = np.frombuffer(part, dtype=np.uint8)
-        if dtype == torch.bool and raw.max() > 1:
-            raise WireError("A frame's tensor of truth values holds other bytes than 0 and 1.")
+        if dtype == torch.bool:
+            _check_truth(raw)
         np.copyto(out.reshape(-1).view(torch.uint8).numpy(), raw)
     return out
+
+
+def _check_truth(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    if raw.max() > 1:
+        raise WireError("A frame's tensor of truth values holds other bytes than 0 and 1.")
 
 
 class Meter:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from cutlayer.clock import Clock, Fifo, VirtualClock
+from cutlayer.clock import Clock, Queue, RunClock
 from cutlayer.contracts import SERVER, How, Parcel, StepResult
 from cutlayer.costs import Profile, leg_seconds
 from cutlayer.parties.client import VERB_STEPS, ClientParty, answer
@@ -56,9 +57,9 @@ Booked = tuple[dict[str, float], dict[str, float], dict[str, float]]  # as the f
 class Queues:
     """The queues of every party: its processor (``work``) and both directions of its access to the network."""
 
-    def __init__(self, clock: VirtualClock, profiles: Mapping[str, Profile | None]) -> None:
+    def __init__(self, clock: RunClock, profiles: Mapping[str, Profile | None]) -> None:
         self.clock, self.profiles = clock, dict(profiles)
-        self._queues: dict[str, Fifo] = {}
+        self._queues: dict[str, Queue] = {}
         self.outside: dict[str, float] = {}  # seconds by step name that no step of a client was charged with
         self.busy: dict[str, float] = {}  # of a round, by party: seconds in which it or its link worked, each once
         self._until: dict[str, float] = {}  # by party: the end of what it has begun
@@ -71,11 +72,11 @@ class Queues:
         """Forget what was spent since: an evaluation takes no time."""
         self.outside, self.busy, self._until = booked
 
-    def of(self, party: str, what: str, *, workers: int = 1) -> Fifo:
+    def of(self, party: str, what: str, *, workers: int = 1) -> Queue:
         """The queue ``what`` of a party."""
         name = f"{party} {what}"
         if name not in self._queues:
-            self._queues[name] = Fifo(self.clock, name, capacity=workers)
+            self._queues[name] = self.clock.queue(name, capacity=workers)
         return self._queues[name]
 
     async def carry(self, frame: Frame) -> None:
@@ -132,6 +133,28 @@ class Queues:
             self._until[party] = max(counted, now + seconds)
 
 
+class Link(Protocol):
+    """The way to one client, wherever it is."""
+
+    turn: int  # requests sent so far
+
+    async def call(self, header: Header, tensors: Sequence[Tensor] = (), *, to: str = SERVER) -> Parcel:
+        """Send a request and give the reply, which goes to the party ``to``; first-in first-out."""
+        ...
+
+    def abort(self) -> None:
+        """Let the client forget every open micro-batch and gradient in waiting."""
+        ...
+
+    async def begin(self, rounds: int, updates: int) -> None:
+        """Let a client elsewhere be as it was after round ``rounds``; 0: anew, with so many updates before it."""
+        ...
+
+    async def keep(self, rounds: int) -> None:
+        """Let a client elsewhere write down how it is after round ``rounds``."""
+        ...
+
+
 class LocalLink:
     """Calls one client party in this process; ``asked`` is told of each message of a training step, and may raise."""
 
@@ -172,9 +195,16 @@ class LocalLink:
         with at(reply.header.step_name):
             return Parcel(*decode(reply))
 
-    def forget(self) -> None:
-        """Drop a head forward that nobody has looked at, and nobody will."""
+    def abort(self) -> None:
+        """Let the client forget what is under way; a head forward that nobody has looked at is dropped."""
+        self.party.abort()
         self._waiting = None
+
+    async def begin(self, rounds: int, updates: int) -> None:
+        """The engine's checkpoint has what is needed."""
+
+    async def keep(self, rounds: int) -> None:
+        """The engine's checkpoint has what is needed."""
 
     def _send(self, header: Header, tensors: Sequence[Tensor]) -> Frame:
         """Encode and count."""
@@ -228,7 +258,7 @@ class ClientEnd:
     ``first`` and ``last`` are the parties at the two ends of the route between: they get its activations and gradients.
     """
 
-    def __init__(self, name: str, link: LocalLink, *, first: str = SERVER, last: str = SERVER) -> None:
+    def __init__(self, name: str, link: Link, *, first: str = SERVER, last: str = SERVER) -> None:
         self.name, self.link, self.first, self.last = name, link, first, last
 
     async def head_forward(self, *, step: int, micro: int, how: How) -> Parcel:
@@ -303,4 +333,4 @@ class Station:
             return out
 
 
-__all__ = ["Carrier", "ClientEnd", "Clock", "LocalLink", "Pace", "Queues", "Station", "send"]
+__all__ = ["Carrier", "ClientEnd", "Clock", "Link", "LocalLink", "Pace", "Queues", "Station", "send"]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cutlayer.errors import ModelError, NonFinite
@@ -62,12 +63,7 @@ def save_adapter(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_
     """
     missing = set(base.initial) - set(state)
     assert not missing, f"no value for {sorted(missing)[:3]}"
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise NonFinite(
-                f"The trained tensor '{name}' has values that are not finite, so nothing was saved in {folder.parent}. "
-                "Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
-            )
+    _refuse_not_finite(state, folder)
     state = _at_least_one(state)
     base.install(None)
     with torch.no_grad():
@@ -82,6 +78,38 @@ def save_adapter(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_
             _save_full(base, state, folder)
     finally:
         base.bind(base.initial)
+
+
+def save_part(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_name: str) -> None:
+    """Write some of the trainable tensors, by name, as a PEFT adapter (else as a model's weights) that has only these.
+
+    The parts that several parties write have the keys of one adapter, each its own, so together they are that adapter.
+
+    Raises:
+        NonFinite: a value is NaN or infinite; nothing is written.
+    """
+    _refuse_not_finite(state, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _at_least_one(state).items()}
+    if base.peft_model is None:
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    base.install(None)  # PEFT looks for the layers of what it saves
+    base.peft_model.peft_config["default"].base_model_name_or_path = base_name
+    with _ranks_told(base, held):
+        inner = {f"base_model.model.{name}": tensor for name, tensor in held.items()}
+        base.peft_model.peft_config["default"].save_pretrained(folder)
+    told = get_peft_model_state_dict(base.peft_model, state_dict=inner, save_embedding_layers=False)
+    save_file(dict(told), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _refuse_not_finite(state: Mapping[str, Tensor], folder: Path) -> None:
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise NonFinite(
+                f"The trained tensor '{name}' has values that are not finite, so nothing was saved in {folder.parent}. "
+                "Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
+            )
 
 
 def _at_least_one(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

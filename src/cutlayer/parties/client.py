@@ -18,7 +18,6 @@ from cutlayer.models.slots import Slot
 from cutlayer.parties._tail import TailWork, run_tail
 from cutlayer.parties.helping import chosen, histogram, wanted
 from cutlayer.parties.holder import Answer, Holder
-from cutlayer.parties.memory import Watch
 from cutlayer.seeds import derive, segment_seed
 from cutlayer.sketches import Teller
 from cutlayer.step import at
@@ -52,6 +51,7 @@ class ClientParty(Holder):
         seed: the run's seed (for dropout).
         teller: makes the sketch of its data that it agreed to tell; None: it tells none.
         frozen: the head's parameters where it is not trained; they are not the slot's.
+        secret: of this client alone; None: one that follows from the run's seed, as of a simulated client.
     """
 
     def __init__(
@@ -68,8 +68,9 @@ class ClientParty(Holder):
         seed: int,
         teller: Teller | None = None,
         frozen: Mapping[str, Parameter] | None = None,
+        secret: bytes | None = None,
     ) -> None:
-        super().__init__(name, head=head, tail=tail, slot=slot, secret=secret_of(seed, name))
+        super().__init__(name, head=head, tail=tail, slot=slot, secret=secret or secret_of(seed, name))
         self.frozen_head = frozen is not None
         self.params = {**(frozen or {}), **slot.params}
         self.batches, self.evaluation, self.validation = batches, evaluation, validation
@@ -77,7 +78,6 @@ class ClientParty(Holder):
         self._open: dict[tuple[int, int], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
         self._tells_step_tokens = self._cached = False
-        self.watch = Watch(slot.params.values())
 
     def handle(self, header: Header, tensors: Sequence[Tensor]) -> Answer:
         """Answer a request.
@@ -285,8 +285,8 @@ class ClientParty(Holder):
 
     def abort(self) -> None:
         """Forget every open micro-batch and gradient in waiting."""
+        super().abort()
         self._open.clear()
-        self.slot.drop(self.name)
 
     def _draw(self, step: int, micro: int) -> tuple[Batch, float, bool]:
         if self._drawn is None or self._drawn[0] != step:

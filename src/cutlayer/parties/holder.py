@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cutlayer.models.importance import UNKNOWN
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties.marking import Marker
+from cutlayer.parties.memory import Watch
 from cutlayer.ranks import pairs, refit
 from cutlayer.wire import Header, Value
 
@@ -28,10 +31,19 @@ class Holder:
         secret: of this client alone; its marks and the directions in which it looks around are made from it.
     """
 
+    evaluation: Sequence[Any] = ()  # the evaluation batches that it has
+    validation: Sequence[Any] = ()  # those that it keeps from training, numbered after these
+
     def __init__(self, name: str, *, head: Segment, tail: Segment | None, slot: Slot, secret: bytes) -> None:
         self.name, self.head, self.tail, self.slot = name, head, tail, slot
         self.device = head.base.device
         self.secret, self.marker = secret, Marker(secret)
+        self.params: Mapping[str, Parameter] = slot.params
+        self.watch = Watch(slot.params.values())
+
+    def abort(self) -> None:
+        """Forget every gradient in waiting."""
+        self.slot.drop(self.name)
 
     def names(self, part: str) -> set[str]:
         """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from cutlayer.clock import Fifo, Turnstile
+from cutlayer.clock import Queue, Turnstile
 from cutlayer.contracts import How, Parcel
 
 
@@ -16,7 +16,7 @@ class Turn:
     only at ``leave``: where the update is a verb of its own that follows the backward.
     """
 
-    def __init__(self, stop: Any, turnstile: Turnstile | Fifo, client: str, *, hold: bool) -> None:
+    def __init__(self, stop: Any, turnstile: Turnstile | Queue, client: str, *, hold: bool) -> None:
         self.stop, self.turnstile, self.client, self.hold = stop, turnstile, client, hold
         self._inside: AbstractAsyncContextManager[None] | None = None
 

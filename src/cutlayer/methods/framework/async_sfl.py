@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cutlayer.clock import Fifo
+from cutlayer.clock import Queue
 from cutlayer.contracts import SHARED, Framework, Layout
 from cutlayer.errors import MethodError
 from cutlayer.methods.framework._cohort import check_options, cohort, newest
@@ -91,11 +91,11 @@ class AsyncSFL(Framework):
         """One period: everybody trains and uploads until the slowest has made its uploads."""
         clients = cohort(run, number, self.participation)
         desk = Desk(run, clients, trunks=self.trunk == "own", quota=self.uploads)
-        turns = Fifo(run.clock, "the trunk") if self.trunk == "shared" else None
+        turns = run.clock.queue("the trunk") if self.trunk == "shared" else None
         await run.catch_up([c for c in clients if c not in run.counters.unfinished], trunks=desk.trunks)
         await desk.open(lambda client: self._run_on(run, client, desk, turns))
 
-    async def _run_on(self, run: Run, client: str, desk: Desk, turns: Fifo | None) -> None:
+    async def _run_on(self, run: Run, client: str, desk: Desk, turns: Queue | None) -> None:
         """Local steps and an upload, again and again."""
         wrap = None if turns is None else (lambda stop: Turn(stop, turns, client, hold=run.clips))
         while run.steps_left(client) and not desk.over:

@@ -1,0 +1,125 @@
+"""Runs whose clients are elsewhere: what a server reads of a run file, what it offers, and what of it cannot be yet.
+
+Over the network every client brings its own data, so what a run file says of data files is only their form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cutlayer.allotment import Allotter
+from cutlayer.arrangement import Arranger
+from cutlayer.assembly import routes_of
+from cutlayer.build import layouts_of
+from cutlayer.config import DEFAULT_METHODS, FAMILY_KEYS, RunConfig, load_config
+from cutlayer.config_read import Overrides, numbered, read
+from cutlayer.config_write import tree_of
+from cutlayer.errors import ConfigError
+
+AT_CLIENT = "at the client"  # in place of every file of data
+HERE = ("record_wire", "device", "report_to")  # keys that are each party's own
+
+
+def served(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """The run of a run file, with all data at the clients.
+
+    Raises:
+        ConfigError: with all mistakes, and what cannot be over a network.
+    """
+    tree, found, where = read(source)
+    families = [*FAMILY_KEYS, "data.division", "optimizer"]
+    found += Overrides(tree, defaults=DEFAULT_METHODS, families=families).apply(overrides)
+    if found:
+        raise ConfigError(found, where)
+    config = load_config(_without_data(tree))
+    if wrong := list(problems(config)):
+        raise ConfigError(wrong, where)
+    return config
+
+
+def _without_data(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with a stand-in for every file of data; what is wrong in it is left for the check."""
+    clients, data = tree.get("clients", 3), tree.get("data", {})
+    if isinstance(clients, int) and not isinstance(clients, bool) and clients > 0:
+        clients = [{"name": name} for name in numbered(clients)]
+    if isinstance(clients, list):
+        clients = [_elsewhere(client) if isinstance(client, dict) else client for client in clients]
+    if isinstance(data, str):
+        data = {}
+    if isinstance(data, dict):
+        data = {key: AT_CLIENT if key == "eval" and value else value for key, value in data.items() if key != "train"}
+    return {**tree, "clients": clients, "data": data}
+
+
+def _elsewhere(client: dict[str, Any]) -> dict[str, Any]:
+    own = client.get("data")
+    form = {key: value for key, value in own.items() if key != "train"} if isinstance(own, dict) else {}
+    return {**client, "data": {**form, "train": AT_CLIENT}}
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """What of a run cannot be over the network, a sentence each."""
+    simulated = "is for simulated clients; those who join come and go by themselves. Leave it out."
+    if config.planner is not None:
+        yield f"planner '{config.planner.name}' cannot move cuts over the network yet. Take planner: none."
+    if isinstance(config.build("peft"), Allotter):
+        yield f"peft '{config.peft.name}' cannot change ranks over the network yet. Take peft: lora."
+    if isinstance(config.build("selection"), Arranger):
+        yield f"selection '{config.selection.name}' asks for sketches, not yet over the network. Take selection: all."
+    if config.data.eval_fraction is not None:
+        yield "data.eval_fraction divides one file. Let each client give a file of its own (cutlayer join --eval)."
+    if any(config.data_of(name).format == "classification" for name in config.client_names):
+        yield "data.format 'classification' needs the classes of all clients, which is not yet over the network."
+    if config.fails or any(client.fails for client in config.client_list):
+        yield f"fails {simulated}"
+    if config.availability != 1 or any(client.availability is not None for client in config.client_list):
+        yield f"availability {simulated}"
+    if any(client.joins or client.leaves is not None for client in config.client_list):
+        yield f"joins and leaves {simulated}"
+    for key, _, spec in config.methods():
+        if spec.name.endswith(".py"):
+            yield f"{key} is the file {spec.name}; over the network both ends need it as an installed method."
+    if config.engine != "local":
+        yield f"engine is '{config.engine}', which is for one owner's machines. serve and join need none: leave it out."
+
+
+def check_routes(config: RunConfig, num_blocks: int) -> None:
+    """Refuse a run in which clients run blocks for each other.
+
+    Raises:
+        ConfigError: they would.
+    """
+    routes = routes_of(config, layouts_of(config, num_blocks))
+    for name, stops in routes.items():
+        peer = next((stop.party for stop in stops if stop.party in routes), None)
+        if peer is not None:
+            raise ConfigError(
+                [
+                    f"framework '{config.framework.name}': client '{peer}' runs blocks for '{name}', which is not yet "
+                    "over the network. Take a framework whose trunk is at the server."
+                ],
+                "the run",
+            )
+
+
+def offer(config: RunConfig) -> dict[str, Any]:
+    """The run as the server tells it to a client: nothing of the server's own machine is in it."""
+    tree = tree_of(config)
+    tree["model"] = Path(config.model).name if Path(config.model).is_dir() else config.model
+    return {key: value for key, value in tree.items() if key not in HERE}
+
+
+def taken(tree: Mapping[str, Any], *, model: str | None, device: str) -> RunConfig:
+    """The run that a server offers, with what is the client's own.
+
+    Args:
+        tree: as ``offer`` made it.
+        model: where the client has the model; None: where the run says.
+        device: of the client.
+
+    Raises:
+        ConfigError: this version cannot read it, or has not the methods.
+    """
+    return load_config({**tree, **({"model": model} if model else {}), "device": device})

@@ -1,0 +1,46 @@
+"""``cutlayer join``: take part in a server's run with text that stays here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cutlayer.cli.console import console, guarded, hush
+
+
+@guarded()
+def join(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the server listens.")],
+    data: Annotated[str, typer.Option(help="Your text: a file, a glob, or a Hub data set.")],
+    out: Annotated[Path, typer.Option(help="Your output folder; a run that was joined from there goes on.")],
+    keys: Annotated[Path | None, typer.Option(help="Your folder that 'cutlayer keys' made.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Your policy: what may leave this machine, and how much.")] = None,
+    held_out: Annotated[str | None, typer.Option("--eval", help="Text of yours to evaluate on.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model is here; by default as the run says.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    name: Annotated[str | None, typer.Option(help="Which client of the run you are, where no keys say it.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plain text and no keys; only to a server on this machine.")
+    ] = False,
+) -> None:
+    """Take part in a run: your text, the first (and last) blocks and their adapters stay here."""
+    if insecure == (keys is not None):
+        raise typer.BadParameter("Give --keys with your folder, or --insecure for a server on this machine.")
+
+    from cutlayer.joining import join as join_run
+    from cutlayer.report.progress import RichProgress
+
+    hush()
+    where = console()
+    progress = RichProgress(where)
+    try:
+        joined = join_run(
+            address, data=data, out=out, held_out=held_out, keys=keys, name=name, policy=policy, model=model,
+            device=device, progress=progress,
+        )  # fmt: skip
+    finally:
+        progress.stop()
+    where.print(f"your part of the adapter: {joined.adapter}")
+    where.print(joined.left)

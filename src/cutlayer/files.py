@@ -1,0 +1,42 @@
+"""Files and folders that are there whole or not at all, whenever the process or the machine dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a text file whole or not at all, with the rights ``mode`` (less the process's mask) from its first byte."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.unlink(missing_ok=True)  # one that was left has rights of its own
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync(path.parent)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def move(draft: Path, folder: Path) -> None:
+    """Put a finished folder in its place, so that it is there whole when this returns, even if the power fails."""
+    for path in sorted(draft.rglob("*"), reverse=True):
+        sync(path)
+    sync(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk keep what a file or folder is now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

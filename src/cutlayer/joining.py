@@ -1,0 +1,297 @@
+"""A client that joins a server's run: it fetches the run, loads its own blocks and data, and answers what it is asked.
+
+Whatever it is asked for passes its policy's guard, before anything is computed and again before any byte is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cutlayer import checkpoint
+from cutlayer.apart import check_routes, taken
+from cutlayer.assembly import assemble_client, neighbours, routes_of
+from cutlayer.build import Data, layouts_of, prepare_own, tokenizer_of
+from cutlayer.config import RunConfig
+from cutlayer.contracts import SERVER
+from cutlayer.engine import identity
+from cutlayer.errors import CheckpointError, ConfigError, NetworkError, OutputError, PolicyRefused, Refused
+from cutlayer.files import write_text
+from cutlayer.guard import Guard, guarded
+from cutlayer.identity import fingerprint
+from cutlayer.keys import ClientKeys, client_keys
+from cutlayer.leaving import held_by
+from cutlayer.links.net.answering import Again, answer
+from cutlayer.links.net.connecting import connect
+from cutlayer.links.net.session import Session
+from cutlayer.links.net.tls import Credentials
+from cutlayer.links.network import HOUSEKEEPING
+from cutlayer.models.adapters import save_part
+from cutlayer.models.families import number_of_blocks
+from cutlayer.models.loading import Part, device_named, load_model
+from cutlayer.models.loading import load_config as load_model_config
+from cutlayer.models.segment import Base
+from cutlayer.outputs import alone
+from cutlayer.parties.client import ClientParty
+from cutlayer.parties.client import answer as answer_step
+from cutlayer.policy import Policy, load_policy
+from cutlayer.released import Counts, Log
+from cutlayer.report.progress import Reporter, reporter
+from cutlayer.schedule import told_of
+from cutlayer.wire import Header
+
+BEGINNINGS = ("head_forward", "probe")
+Answer = tuple[Header, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a client has when a run is over: its folder, its part of the adapter, and in words what left its machine."""
+
+    out: Path
+    adapter: Path
+    left: str
+
+
+def join(
+    address: str,
+    *,
+    data: str | Path,
+    out: str | Path,
+    held_out: str | Path | None = None,
+    keys: str | Path | None = None,
+    name: str | None = None,
+    policy: str | Path | None = None,
+    model: str | Path | None = None,
+    device: str = "auto",
+    again: Again | None = None,
+    progress: bool | Reporter | None = None,
+) -> Joined:
+    """Take part in a run until it is over.
+
+    Args:
+        address: the server's ``HOST:PORT``.
+        data: the client's own text: a file, a glob or a Hub data set, in the form that the run says.
+        out: the client's folder: its checkpoints, the log of what left, and its part of the adapter. A client that was
+            stopped goes on from there.
+        held_out: what it evaluates on, if anything.
+        keys: its folder of ``cutlayer keys``; None: plain text, to this machine only.
+        name: which client of the run it is, where no keys say it.
+        policy: the owner's policy file; None: the default one.
+        model: where it has the model; None: where the run says.
+        device: as in a run.
+        again: when to try again after the connection was lost.
+        progress: as of ``cutlayer.train``.
+
+    Raises:
+        CutlayerError: anything that a user can mend.
+    """
+    return asyncio.run(
+        _join(
+            address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, policy,
+            None if model is None else str(model), device, again, reporter(progress),
+        )
+    )  # fmt: skip
+
+
+async def _join(
+    address: str, data: str, out: Path, held_out: str | None, folder: str | Path | None, name: str | None,
+    policy_file: str | Path | None, model: str | None, device: str, again: Again | None, progress: Reporter,
+) -> Joined:  # fmt: skip
+    keys = client_keys(folder) if folder is not None else None
+    name = _own_name(keys, name)
+    policy = load_policy(policy_file) if policy_file is not None else Policy()
+    open_session = _opener(address, keys, policy)
+    greeting = await open_session({"client": name, "wants": "run"})
+    tree = greeting.welcome.get("run")
+    await greeting.close("It has read what the run is.")
+    if not isinstance(tree, Mapping):
+        raise Refused(f"The server at {address} offers no run.")
+    config = taken(tree, model=model, device=device)
+    if name not in config.client_names:
+        raise Refused(f"The run at {address} has no client '{name}'. It has: {', '.join(config.client_names)}.")
+    files = fingerprint(config.model)
+    if wrong := policy.problems(config, name, files=files):
+        raise PolicyRefused("the run", " ".join(wrong))
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        seat = Seat(config, name, data, held_out, out, policy, progress)
+        progress.note(f"joined the run at {address} as '{name}'; output folder: {out}")
+
+        async def open_again(extras: Mapping[str, Any]) -> Session:
+            # No turn follows from an earlier session to this one, but what was released stays counted.
+            return await open_session({"client": name, "model": files, **seat.told(), **extras})
+
+        words = await answer(open_again, seat.handle, again=again)
+        if not seat.result.is_dir():
+            raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
+        return Joined(out, seat.result, seat.guard.told())
+
+
+def _own_name(keys: ClientKeys | None, name: str | None) -> str:
+    if keys is None:
+        if name is None:
+            raise ConfigError(["without --keys, say by --name which client of the run this is."], "the call")
+        return name
+    if name not in (None, keys.name):
+        raise ConfigError(
+            [f"--name is '{name}', but the keys in {keys.folder} are those of '{keys.name}'."], "the call"
+        )
+    return keys.name
+
+
+def _opener(address: str, keys: ClientKeys | None, policy: Policy) -> Callable[[Mapping[str, Any]], Awaitable[Session]]:
+    """What opens a session with a hello."""
+    credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None
+    token, pinned = keys.token if keys else "", policy.server or ""
+
+    async def opened(hello: Mapping[str, Any]) -> Session:
+        return await connect(address, credentials, token, hello, fingerprint=pinned)
+
+    return opened
+
+
+class Seat:
+    """A client's place in a run: its blocks, its data, its checkpoints and its guard.
+
+    Args:
+        config: the run, as the server offers it.
+        name: which client it is.
+        data: its own text.
+        held_out: what it evaluates on, if anything.
+        out: its folder.
+        policy: its owner's.
+        progress: is told what happens.
+    """
+
+    def __init__(
+        self, config: RunConfig, name: str, data: str, held_out: str | None, out: Path, policy: Policy,
+        progress: Reporter,
+    ) -> None:  # fmt: skip
+        self.config, self.name, self.out, self.progress = config, name, out, progress
+        blocks = number_of_blocks(load_model_config(config.model))
+        check_routes(config, blocks)
+        layouts = layouts_of(config, blocks)
+        layout = layouts[name]
+        self.first, self.last = neighbours(config, routes_of(config, layouts)[name])
+        self.data: Data = prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
+        tail = layout.tail if layout.tail_at_client else range(0)
+        part = Part(0, len(layout.head), bottom=True, top=layout.tail_at_client, also=tail)
+        self.base = self._base(part)
+        self.secret = _secret(out / "secret")
+        self.party: ClientParty = self._party(0)
+        self.guard = Guard(
+            policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
+            held=lambda: held_by(self.party),
+        )  # fmt: skip
+        self._answer = guarded(self._answered, self.guard)
+
+    def _base(self, part: Part) -> Base:
+        """The client's own blocks, and no others."""
+        config = self.config
+        model, anatomy = load_model(
+            config.model, precision=config.precision, attn_implementation=config.attn_implementation,
+            device=device_named(config.device), seed=config.seed, part=part,
+        )  # fmt: skip
+        base: Base = config.build("peft").prepare(model, anatomy, task="causal", seed=config.seed)
+        return base
+
+    def _party(self, updates: int) -> ClientParty:
+        return assemble_client(self.config, self.base, self.data, self.name, updates=updates, secret=self.secret)
+
+    def told(self) -> dict[str, Any]:
+        """What the server is told before anything is asked: the sizes of its data, and the rounds that it holds.
+
+        Raises:
+            PolicyRefused: sizes may not leave.
+        """
+        if not self.guard.policy.may_leave.sizes:
+            raise PolicyRefused("may_leave.sizes", "a run needs to know how much data each client has.")
+        return {"data": asdict(told_of(self.config, self.data, self.name)), "rounds": checkpoint.rounds(self._kept)}
+
+    def handle(self, header: Header, tensors: list[Tensor]) -> Answer:
+        """Answer a request."""
+        if header.verb in HOUSEKEEPING:
+            getattr(self, f"_{header.verb}")(header)
+            return Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn), []
+        return self._answer(self.party, header, tensors)
+
+    def _answered(self, party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
+        """The party's answer, to whoever is next on the route."""
+        reply, shown = answer_step(party, header, tensors)
+        if header.verb in BEGINNINGS:
+            reply = reply.but(receiver=self.first)
+        elif header.verb == "tail_step" and header.value("graph"):
+            reply = reply.but(receiver=self.last)
+        return reply, shown
+
+    @property
+    def result(self) -> Path:
+        """Where this client's part of the adapter (of the model, where all weights are trained) comes to be."""
+        return self.out / ("adapter" if self.base.peft_model is not None else "model")
+
+    @property
+    def _kept(self) -> Path:
+        return self.out / "checkpoints"
+
+    def _identity(self) -> dict[str, str]:
+        return {**identity(self.config), "data": self.data.fingerprint, "client": self.name}
+
+    def _begin(self, header: Header) -> None:
+        """Be as after a round, or anew."""
+        number, updates = int(header.value("round")), int(header.value("updates"))
+        self.party = self._party(updates)
+        self.guard.begin()
+        if number == 0:
+            self.progress.note("the run begins")
+            return
+        manifest, states = checkpoint.load(self._kept / f"round-{number:06d}", expect=self._identity())
+        try:
+            self.party.slot.put(states["client"], version=int(manifest["slot_version"]), resize=True)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"The checkpoint of round {number} in {self._kept} does not fit: {error}") from error
+        self.progress.note(f"going on after round {number}")
+
+    def _keep(self, header: Header) -> None:
+        """Write a checkpoint."""
+        number, slot = int(header.value("round")), self.party.slot
+        told = {**self._identity(), "slot_version": slot.version}
+        checkpoint.save(self._kept, number, {"client": slot.get(optimizer=True)}, told)
+
+    def _abort(self, header: Header) -> None:
+        """Forget what is under way."""
+        self.party.abort()
+        self.guard.aborted()
+
+    def _finish(self, header: Header) -> None:
+        """Write this client's part of the adapter."""
+        final = self.result
+        draft = final.with_name(f".{final.name}.draft")
+        own = self.party.names("own")
+        state = {name: tensor for name, tensor in self.party.slot.get().items() if name in own}
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            save_part(self.base, state, draft, base_name=self.config.model)
+            if final.is_dir():
+                shutil.rmtree(final)
+            checkpoint.move(draft, final)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(draft)
+            raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from error
+        self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
+
+
+def _secret(file: Path) -> bytes:
+    """The client's own secret, drawn when it first joins: what it draws privately repeats after a restart."""
+    if not file.is_file():
+        write_text(file, secrets.token_hex(32), mode=0o600)
+    return file.read_bytes()

@@ -1,0 +1,278 @@
+"""The server's end: who may come in, how many at once, and that nobody who misbehaves is in another's way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from logging import getLogger
+from typing import Any
+
+import grpc
+
+from cutlayer.errors import CutlayerError, Disconnected, NetworkError, Refused, WireError
+from cutlayer.links.net.connecting import check_versions, versions
+from cutlayer.links.net.grpc_pipe import METHOD, SERVICE, GrpcPipe, Options, options
+from cutlayer.links.net.messages import Type, cut, pack, pack_bye, pack_greeting, read, read_greeting
+from cutlayer.links.net.session import FAREWELL, Heartbeat, Session
+from cutlayer.links.net.tls import Credentials, Peer, is_loopback, peer_of, split_address
+from cutlayer.wire import Limits
+
+LOG = getLogger("cutlayer.net")
+NAME = 200  # characters of a client's name
+
+Admit = Callable[[str, str, dict[str, Any]], Awaitable[dict[str, Any]]]
+OnSession = Callable[[Session], Awaitable[None]]
+
+
+class Listener:
+    """Takes sessions on one address.
+
+    A second session of the same client (certificate, tenant, run and name) replaces the first: a client that lost its
+    connection is back before the server has noticed.
+
+    Args:
+        bind: ``HOST:PORT``; port 0 lets the system choose.
+        credentials: the server's; None for plain text, which is only offered to this machine itself.
+        admit: is given the peer's common name, its token and its hello, and gives what the welcome is to say; it
+            raises ``Refused`` (do not come back) or ``Disconnected`` (come back later). It must check that the name in
+            the hello belongs to the peer and the token.
+        on_session: serves a session; the session is closed when this returns.
+        limits: the most that a frame of a client may hold.
+        heartbeat: how a lost client is noticed.
+        hello_timeout: seconds for a handshake, and again for a hello.
+        revoked: whether the certificate of this serial number is revoked; asked at each session, and by ``recheck``.
+        max_sessions: sessions at once.
+        max_waiting: streams that have not been greeted yet, at once.
+    """
+
+    def __init__(
+        self,
+        bind: str,
+        credentials: Credentials | None,
+        admit: Admit,
+        on_session: OnSession,
+        *,
+        limits: Limits | None = None,
+        heartbeat: Heartbeat | None = None,
+        hello_timeout: float = 20.0,
+        revoked: Callable[[int], bool] = lambda serial: False,
+        max_sessions: int = 256,
+        max_waiting: int = 128,
+    ) -> None:
+        self.bind, self.credentials, self.admit, self.on_session = bind, credentials, admit, on_session
+        self.limits, self.heartbeat = limits or Limits(), heartbeat or Heartbeat()
+        self.hello_timeout, self.revoked = hello_timeout, revoked
+        self.max_sessions, self.max_waiting = max_sessions, max_waiting
+        self.sessions: dict[tuple[str, ...], Session] = {}
+        self.refusals: Counter[str] = Counter()  # of those who were turned away, by their peer's name
+        self._serials: dict[Session, int | None] = {}
+        self._waiting: Counter[str] = Counter()
+        self._ending: set[asyncio.Future[None]] = set()
+        self._stopping = False
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> int:
+        """Listen; the port.
+
+        Raises:
+            NetworkError: the address cannot be had, or plain text would leave this machine.
+        """
+        host, port = split_address(self.bind)
+        if self.credentials is None and not is_loopback(host):
+            raise NetworkError(
+                f"Without keys, {self.bind} would let anybody read and join. Bind to 127.0.0.1, or make keys with "
+                "'cutlayer keys' and give them with --keys."
+            )
+        server = grpc.aio.server(options=self._options(), maximum_concurrent_rpcs=self.max_sessions + self.max_waiting)
+        handler = grpc.stream_stream_rpc_method_handler(self._handle)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        try:
+            if self.credentials is None:
+                found = server.add_insecure_port(self.bind)
+            else:
+                own = self.credentials
+                secret = grpc.ssl_server_credentials([(own.key, own.certificate)], own.ca, require_client_auth=True)
+                found = server.add_secure_port(self.bind, secret)
+        except RuntimeError as error:
+            raise NetworkError(
+                f"{self.bind} cannot be listened at. Is another server using port {port}, and is the address this "
+                "machine's?"
+            ) from error
+        self._server = server
+        await server.start()
+        return int(found)
+
+    def _options(self) -> Options:
+        return [
+            *options(self.limits, self.heartbeat),
+            ("grpc.so_reuseport", 0),  # two servers on one port would share its clients without a word
+            ("grpc.server_handshake_timeout_ms", int(self.hello_timeout * 1000)),
+            ("grpc.max_connection_idle_ms", int(max(self.hello_timeout, 1.0) * 1000)),
+        ]
+
+    async def stop(self, grace: float = FAREWELL) -> None:
+        """Say goodbye to all (they may come back to the next server), and stop within ``grace`` seconds."""
+        self._stopping = True
+        closing = [session.close("The server is going down.") for session in self.sessions.values()]
+        await asyncio.gather(*closing)
+        if self._server is not None:
+            await self._server.stop(grace)
+
+    async def recheck(self) -> None:
+        """End the sessions whose certificates have been revoked since they began."""
+        for session, serial in list(self._serials.items()):
+            if serial is not None and self.revoked(serial):
+                self.refusals[session.peer] += 1
+                await session.refuse("Your certificate has been revoked.")
+
+    async def _handle(self, _: Any, context: Any) -> None:
+        """One stream, from its hello to its end."""
+
+        async def nothing() -> None:
+            """A server says that by returning from this handler."""
+
+        pipe = GrpcPipe(context.read, context.write, nothing, lambda: None)
+        peer = Peer()
+        try:
+            peer = self._peer(context)
+            if peer.serial is not None and self.revoked(peer.serial):
+                raise Refused("Your certificate has been revoked. Ask the operator for a new one.")
+            session = await self._greeted(pipe, peer, context)
+        except (Refused, WireError) as error:
+            self.refusals[peer.name] += 1
+            LOG.warning("Refused a session of '%s' (%s): %s", peer.name, context.peer(), error)
+            await self._last_word(pipe, pack(Type.REFUSED, cut(str(error))))
+            return
+        except CutlayerError as error:
+            LOG.info("No session with '%s' (%s): %s", peer.name, context.peer(), error)
+            await self._last_word(pipe, pack_bye(str(error), done=False))
+            return
+        await self._serve(session, peer)
+
+    def _peer(self, context: Any) -> Peer:
+        if self.credentials is None:
+            return Peer()
+        found: Sequence[bytes] = context.auth_context().get("x509_pem_cert", [])
+        if len(found) != 1:
+            raise Refused("No certificate came with this connection.")
+        return peer_of(found[0])
+
+    async def _greeted(self, pipe: GrpcPipe, peer: Peer, context: Any) -> Session:
+        """Exchange greetings."""
+        most = max(self.max_waiting // 2, 1) if peer.name else self.max_waiting  # half the room for one certificate
+        if self._stopping or self._waiting.total() >= self.max_waiting or self._waiting[peer.name] >= most:
+            raise Disconnected("The server is busy or going down. Try again in a while.")
+        self._waiting[peer.name] += 1
+        try:
+            async with asyncio.timeout(self.hello_timeout):
+                data = await pipe.read()
+            if data is None:
+                raise Disconnected("The stream ended without a hello.")
+            hello = _hello(data)
+            welcome = await self._admitted(peer, _token(context), hello)
+            key = (peer.name, *(str(hello.get(name, "")) for name in ("tenant", "run", "client")))
+            if key not in self.sessions and len(self.sessions) >= self.max_sessions:
+                raise Disconnected(f"The server has its {self.max_sessions} sessions. Try again in a while.")
+            async with asyncio.timeout(self.hello_timeout):
+                await pipe.write(pack_greeting(Type.WELCOME, {**welcome, "versions": versions()}))
+        except TimeoutError as error:
+            raise Disconnected(f"No hello came within {self.hello_timeout:g} seconds.") from error
+        finally:
+            self._waiting[peer.name] -= 1
+            self._waiting += Counter()  # drops those at 0, or each name ever seen would stay
+        session = Session(
+            pipe, peer=peer.name, hello=hello, welcome=welcome, limits=self.limits, heartbeat=self.heartbeat
+        )
+        before = self.sessions.get(key)
+        self.sessions[key] = session
+        self._serials[session] = peer.serial
+        if before is not None:
+            ending = asyncio.ensure_future(_replace(before, hello))  # it may be dead; the new one does not wait for it
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+        return session
+
+    async def _admitted(self, peer: Peer, token: str, hello: dict[str, Any]) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(self.hello_timeout):
+                return await self.admit(peer.name, token, hello)
+        except CutlayerError:
+            raise
+        except Exception as error:
+            LOG.exception("Admitting '%s' failed.", peer.name)
+            raise Disconnected("The server could not take this client; its log says why.") from error
+
+    async def _serve(self, session: Session, peer: Peer) -> None:
+        """Let the owner serve a session until it is over for either of them."""
+        serving = asyncio.ensure_future(self._served(session))
+        try:
+            await session.ended.wait()
+            self._forget(session)
+            await session.finished.wait()
+            await asyncio.shield(serving)
+        except asyncio.CancelledError:  # gRPC's way to say that the client is gone
+            session.drop("The connection broke.")
+        finally:
+            self._forget(session)
+
+    def _forget(self, session: Session) -> None:
+        for key in [key for key, held in self.sessions.items() if held is session]:
+            del self.sessions[key]
+        self._serials.pop(session, None)
+
+    async def _served(self, session: Session) -> None:
+        words = ""
+        try:
+            await self.on_session(session)
+        except Refused as error:
+            await session.refuse(str(error))
+        except (NetworkError, WireError) as error:
+            LOG.info("The session with '%s' is over: %s", session.peer, error)
+            words = str(error)
+        except Exception:
+            LOG.exception("Serving '%s' failed.", session.peer)
+            words = "The server failed; its log says why."
+        await session.close(words)
+
+    async def _last_word(self, pipe: GrpcPipe, message: bytes) -> None:
+        with contextlib.suppress(TimeoutError, NetworkError):  # who does not listen is not waited for long
+            async with asyncio.timeout(FAREWELL):
+                await pipe.write(message)
+                while await pipe.read() is not None:  # see ``Session._part``
+                    continue
+
+
+def _token(context: Any) -> str:
+    found = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+    if len(found) != 1 or not isinstance(found[0], str) or not found[0].startswith("Bearer "):
+        return ""
+    return found[0].removeprefix("Bearer ")
+
+
+def _hello(data: bytes) -> dict[str, Any]:
+    """The first message of a client.
+
+    Raises:
+        Refused, WireError: it is no hello that this server can answer.
+    """
+    message = read(data)
+    if message.type is not Type.HELLO:
+        raise WireError(f"A {message.type.name} came before the HELLO.")
+    hello = read_greeting(message)
+    check_versions(hello, "This client")
+    name = hello.get("client")
+    if not isinstance(name, str) or not name.strip() or len(name) > NAME or not name.isprintable():
+        raise Refused(f"A client needs a name of 1 to {NAME} printable characters.")
+    return hello
+
+
+async def _replace(before: Session, hello: dict[str, Any]) -> None:
+    """End a client's earlier session: the same process has forgotten it, another one is told to stay away."""
+    if before.hello.get("instance") == hello.get("instance"):
+        await before.close("The same client has come back on a new connection.")
+    else:
+        await before.refuse(
+            "Another process has joined with this client's name and keys. Only one can; that one goes on."
+        )

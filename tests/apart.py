@@ -1,0 +1,175 @@
+"""Runs between processes, for the tests of the network: a server, its clients, and the same run in one process."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cutlayer.cli.main import main
+from spine import model
+from tiny import text_rows, write_rows
+
+LONG = 400.0  # seconds after which a process that hangs fails its test
+ROWS = {"ann": text_rows(7, seed=1), "bob": text_rows(4, seed=2)}
+
+
+FORKS = multiprocessing.get_context("forkserver")  # imports once, which takes seconds, and forks for each command
+FORKS.set_forkserver_preload(["cutlayer.serving", "cutlayer.joining", "cutlayer.cli.main"])
+
+
+def _carry_out(log: str, arguments: Sequence[str]) -> None:
+    """The command line, in a process of its own."""
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.argv = ["cutlayer", *arguments]
+    main()
+
+
+class Command:
+    """A command that runs, as ``subprocess.Popen`` has it."""
+
+    def __init__(self, log: Path, arguments: Sequence[str]) -> None:
+        self.process = FORKS.Process(target=_carry_out, args=(str(log), arguments))
+        self.process.start()
+
+    def poll(self) -> int | None:
+        """The exit code, once it has ended."""
+        return self.process.exitcode
+
+    def wait(self, seconds: float = LONG) -> int | None:
+        """The exit code; None if it has not ended by then."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """End it, without a word to it."""
+        self.process.kill()
+
+
+class Apart:
+    """A run's files, and its processes.
+
+    Args:
+        root: an empty folder.
+        changes: keys of the run.
+    """
+
+    def __init__(self, root: Path, **changes: Any) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+        self.files = {
+            name: str(write_rows(root / f"{name}.jsonl", [dict(r) for r in rows])) for name, rows in ROWS.items()
+        }
+        self.valid = str(write_rows(root / "valid.jsonl", text_rows(4, seed=9)))
+        self.tree: dict[str, Any] = {
+            "model": str(model(num_hidden_layers=4)),
+            "data": {"max_length": 64, "eval": self.valid}, "clients": [{"name": name} for name in ROWS],
+            "partition": {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 1},
+            "peft": {"name": "lora", "rank": 2}, "optimizer": {"name": "adamw", "lr": 0.01},
+            "rounds": 3, "batch_size": 3, "device": "cpu", **changes,
+        }  # fmt: skip
+        self.file = root / "run.yaml"
+        self.file.write_text(yaml.safe_dump(self.tree))
+        self.port = 0
+
+    @property
+    def simulated(self) -> dict[str, Any]:
+        """The same run with all clients in one process."""
+        return {**self.tree, "clients": [{"name": name, "data": file} for name, file in self.files.items()]}
+
+    def start(self, who: str, *arguments: str) -> Command:
+        """A command of ``who``, whose words go to its log."""
+        return Command(self.root / f"{who}.log", arguments)
+
+    def said(self, who: str) -> str:
+        """All that ``who`` has said so far."""
+        return (self.root / f"{who}.log").read_text()
+
+    def serve(self, *, keys: Path | None = None) -> Command:
+        """A server, once it listens; one that is started again takes the same port."""
+        own = ["--keys", str(keys / "server")] if keys else ["--insecure"]
+        before = len(re.findall("listening", self.said("server"))) if (self.root / "server.log").exists() else 0
+        bind = f"localhost:{self.port}"
+        process = self.start(
+            "server", "serve", str(self.file), "--bind", bind, "--out", str(self.root / "server"), *own
+        )
+        until = time.monotonic() + LONG
+        while not (self.root / "server.log").exists() or (
+            len(found := re.findall(r"listening at localhost:(\d+)", self.said("server"))) <= before
+        ):
+            assert process.poll() is None, self.said("server")
+            assert time.monotonic() < until, self.said("server")
+            time.sleep(0.05)
+        self.port = int(found[-1])
+        return process
+
+    def join(self, name: str, *, keys: Path | None = None) -> Command:
+        """A client."""
+        own = ["--keys", str(keys / name)] if keys else ["--insecure", "--name", name]
+        return self.start(
+            name, "join", f"localhost:{self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
+            str(self.root / name), "--model", self.tree["model"], *own,
+        )  # fmt: skip
+
+    def ended(self, processes: Mapping[str, Command]) -> None:
+        """Wait for these; all must end well."""
+        for who, process in processes.items():
+            code = process.wait()
+            if code is None:
+                process.kill()
+            assert code == 0, f"{who} (None: it hangs): {code}: {self.said(who)}\n\nserver: {self.said('server')}"
+
+    def kill_after(self, who: str, process: Command, rounds: int) -> None:
+        """Kill a process as soon as it holds the checkpoint of a round."""
+        there, until = self.root / who / "checkpoints", time.monotonic() + LONG
+        while not there.is_dir() or not any(int(f.name[6:]) >= rounds for f in there.glob("round-*")):
+            assert process.poll() is None, self.said(who)
+            assert time.monotonic() < until, self.said(who)
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+
+    def adapter(self, who: str, of: str = "") -> dict[str, Tensor]:
+        """What a party has of the adapter (or of all weights); a server, where each client has a model: for one."""
+        out = self.root / who
+        places = [out / "adapters" / of, out / "adapter", out / "models" / of, out / "model"]
+        folder = next(place for place in places if any(place.glob("*.safetensors")))
+        return load_file(next(folder.glob("*.safetensors")))
+
+    def same(self, one: Path) -> bool:
+        """Whether each client's part, and the server's for it, are the bits of the run in one process; all of it."""
+        for name in self.files:
+            places = [one / "adapters" / name, one / "adapter", one / "models" / name, one / "model"]
+            whole = load_file(next(file for place in places for file in place.glob("*.safetensors")))
+            own, trunk = self.adapter(name), self.adapter("server", name)
+            together = {**trunk, **own}
+            if together.keys() != whole.keys() or not all(torch.equal(together[n], whole[n]) for n in whole):
+                return False
+            if not own or not trunk or not all(torch.equal(trunk[n], whole[n]) for n in trunk):
+                return False
+        return True
+
+    def summary(self) -> dict[str, Any]:
+        """The server's."""
+        found: dict[str, Any] = json.loads((self.root / "server" / "summary.json").read_text())
+        return found
+
+
+def steps(out: Path) -> list[tuple[Any, ...]]:
+    """Round, client, step, loss and bytes of each step, whoever was first."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return sorted((m["round"], m["client"], m["step"], m["loss"], m["bytes_up"], m["bytes_down"]) for m in found)

@@ -1,0 +1,150 @@
+"""Between processes: the same losses, weights and bytes as in one, whoever is killed, and nobody else comes in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cutlayer
+from apart import ROWS, Apart, steps
+from cutlayer.apart import served
+from cutlayer.errors import ConfigError, CutlayerError, OutputError, PolicyRefused, Refused
+from cutlayer.joining import join
+from cutlayer.serving import serve
+from spine import TWO, U, often
+from tiny import make_model, text_rows, write_rows
+
+SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
+
+
+CASES = [
+    ("sfl-v1", {}), ("sequential-sl", {}), ("sfl-v2", {}), ("psl", {}), ("gsfl", {}), ("p-sl", {}), ("hsfl", {}),
+    ("multisfl", {}), ("sfl-v1", {"peft": "full"}), ("sfl-v1", {"mixing": "minibatch-sfl"}),
+    ("sfl-v2", {"max_grad_norm": 0.1, "gradient_accumulation": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("framework", "changes", "partition"),
+    often(
+        [(framework, changes, kind) for framework, changes in CASES for kind in ("two-part", "u-shape")],
+        ("sfl-v2", {}, "u-shape"), ("sequential-sl", {}, "two-part"), ("psl", {}, "two-part"),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_the_network_changes_no_number(
+    framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
+) -> None:  # fmt: skip
+    """The same losses by client and step, the same weights, the same bytes and frames."""
+    kind = {"two-part": TWO, "u-shape": U}[partition]
+    run = Apart(tmp_path / "apart", framework=framework, partition=kind, eval_every=1, **changes)
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one")
+    server = run.serve()
+    run.ended({**{name: run.join(name) for name in ROWS}, "server": server})
+    summary = run.summary()
+    assert steps(run.root / "server") == steps(tmp_path / "one")
+    for key in SAME:
+        assert summary[key] == alone.summary[key], key
+    losses = [[e["loss"] for e in one["eval"]["history"]] for one in (summary, alone.summary)]
+    assert losses[0] == losses[1]
+    assert run.same(tmp_path / "one")
+
+
+def keys_of(folder: Path) -> Path:
+    """Keys for a server and all clients."""
+    clients = [word for name in ROWS for word in ("--client", name)]
+    command = [sys.executable, "-m", "cutlayer", "keys", "--out", str(folder), "--host", "localhost", *clients]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def test_killed_parties_change_nothing(tmp_path: Path) -> None:
+    """Over TLS between processes: a client is killed, then the server; each comes back, and the end is the same."""
+    run = Apart(tmp_path / "apart", framework="sfl-v2", rounds=12)
+    keys = keys_of(tmp_path / "keys")
+    server = run.serve(keys=keys)
+    clients = {name: run.join(name, keys=keys) for name in ROWS}
+    run.kill_after("ann", clients["ann"], 3)
+    clients["ann"] = run.join("ann", keys=keys)
+    run.kill_after("server", server, 7)
+    server = run.serve(keys=keys)
+    run.ended({**clients, "server": server})
+    assert "All go back to the last round that everybody holds" in run.said("server")
+    assert "going on after round" in run.said("bob")
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one")
+    assert run.same(alone.out)
+    assert steps(run.root / "server") == steps(tmp_path / "one")
+
+
+def test_a_policy_is_kept(tmp_path: Path) -> None:
+    """A client whose owner forbids labels is not in a two-part run; nothing is loaded, and nothing leaves."""
+    run = Apart(tmp_path / "apart", partition=TWO)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("may_leave: {labels: false}\n")
+    server = run.serve()
+    try:
+        with pytest.raises(PolicyRefused, match="labels"):
+            join(
+                f"localhost:{run.port}", data=run.files["ann"], out=run.root / "ann", name="ann",
+                model=run.tree["model"], policy=policy, progress=False,
+            )  # fmt: skip
+        assert not (run.root / "ann" / "sent.jsonl").exists()
+        with pytest.raises(Refused, match="has no client 'eve'"):
+            join(
+                f"localhost:{run.port}", data=run.files["ann"], out=run.root / "eve", name="eve",
+                model=run.tree["model"], progress=False,
+            )  # fmt: skip
+        other = make_model(tmp_path / "other", "llama", num_hidden_layers=4, seed=5)
+        with pytest.raises(Refused, match="The model is another here"):
+            join(
+                f"localhost:{run.port}", data=run.files["ann"], out=run.root / "ann", name="ann", model=str(other),
+                progress=False,
+            )  # fmt: skip
+        assert server.poll() is None
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"planner": "capability-cut", "profile": "laptop"}, "cannot move cuts over the network yet"),
+        ({"fails": 0.5}, "is for simulated clients"),
+        ({"data": {"eval_fraction": 0.5}}, "cutlayer join --eval"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_over_a_network_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    run = Apart(tmp_path / "apart", **changes)
+    with pytest.raises(ConfigError, match=said):
+        served(str(run.file))
+
+
+def test_clients_that_run_blocks_for_others_are_refused(tmp_path: Path) -> None:
+    run = Apart(tmp_path / "apart", framework="ringsfl")
+    with pytest.raises(CutlayerError, match="not yet over the network"):
+        serve(str(run.file), bind="localhost:0", out=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    run = Apart(tmp_path / "apart")
+    cutlayer.train(run.simulated, out=tmp_path / "one")
+    before = (tmp_path / "one" / "run.yaml").read_text()
+    with pytest.raises(OutputError, match="holds another run"):
+        serve(str(run.file), bind="localhost:0", out=tmp_path / "one", progress=False)
+    assert (tmp_path / "one" / "run.yaml").read_text() == before
+
+
+def test_nothing_of_the_server_s_machine_is_offered(tmp_path: Path) -> None:
+    from cutlayer.apart import offer
+
+    run = Apart(tmp_path / "apart", record_wire=str(tmp_path / "wire"))
+    told = str(offer(served(str(run.file))))
+    assert str(tmp_path) not in told
+    assert write_rows(tmp_path / "x.jsonl", text_rows(1)).name not in told
