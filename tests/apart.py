@@ -99,13 +99,13 @@ class Apart:
         """All that ``who`` has said so far."""
         return (self.root / f"{who}.log").read_text()
 
-    def serve(self, *, keys: Path | None = None) -> Command:
+    def serve(self, *more: str, keys: Path | None = None) -> Command:
         """A server, once it listens; one that is started again takes the same port."""
         own = ["--keys", str(keys / "server")] if keys else ["--insecure"]
         before = len(re.findall("listening", self.said("server"))) if (self.root / "server.log").exists() else 0
         bind = f"localhost:{self.port}"
         process = self.start(
-            "server", "serve", str(self.file), "--bind", bind, "--out", str(self.root / "server"), *own
+            "server", "serve", str(self.file), "--bind", bind, "--out", str(self.root / "server"), *own, *more
         )
         until = time.monotonic() + LONG
         while not (self.root / "server.log").exists() or (
@@ -133,15 +133,15 @@ class Apart:
                 process.kill()
             assert code == 0, f"{who} (None: it hangs): {code}: {self.said(who)}\n\nserver: {self.said('server')}"
 
-    def kill_after(self, who: str, process: Command, rounds: int) -> None:
-        """Kill a process as soon as it holds the checkpoint of a round."""
+    def kill_after(self, who: str, process: Command, rounds: int, *, gently: bool = False) -> int | None:
+        """Kill a process as soon as it holds the checkpoint of a round (or ask it to end); its exit code."""
         there, until = self.root / who / "checkpoints", time.monotonic() + LONG
         while not there.is_dir() or not any(int(f.name[6:]) >= rounds for f in there.glob("round-*")):
             assert process.poll() is None, self.said(who)
             assert time.monotonic() < until, self.said(who)
             time.sleep(0.005)
-        process.kill()
-        process.wait()
+        (process.process.terminate if gently else process.kill)()
+        return process.wait()
 
     def adapter(self, who: str, of: str = "") -> dict[str, Tensor]:
         """What a party has of the adapter (or of all weights); a server, where each client has a model: for one."""

@@ -126,10 +126,10 @@ def test_readme_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ran = []
     for text in blocks_of("README.md", "sh"):
         for program, *arguments in commands_of(text):
-            if program == "cutlayer":
+            if program == "cutlayer" and arguments[0] not in ("serve", "join"):  # which wait for each other
                 cut(*arguments)
                 ran.append(arguments[0])
-    assert {"train", "plan", "generate", "verify", "methods"} == set(ran)
+    assert {"train", "plan", "generate", "verify", "methods", "keys"} == set(ran)
     assert len(ran) >= 8
     python = [text for text in blocks_of("README.md", "python") if not re.match(r"# [\w.]+\.py\n", text)]
     assert len(python) >= 3
@@ -139,6 +139,19 @@ def test_readme_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(summaries) == {"first", "second", "third", "fourth", "median"}
     assert (place / "outputs/first/adapter/adapter_model.safetensors").is_file()
     assert "send_activations clinic" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/network.md"])
+def test_what_waits_for_another_has_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``serve`` and ``join`` are run in test_network.py; here their documented options exist."""
+    found = [words for text in blocks_of(name, "sh") for words in commands_of(text) if words[1] in ("serve", "join")]
+    assert {words[1] for words in found} == {"serve", "join"}
+    for _, command, *arguments in found:
+        cut(command, "--help")
+        known = capsys.readouterr().out
+        options = [word for word in arguments if word.startswith("--")]
+        assert options
+        assert all(f"{option} " in known for option in options), (command, options)
 
 
 def test_readme_aggregator_is_the_median(place: Path) -> None:

@@ -45,6 +45,7 @@ from cutlayer.parties.client import answer as answer_step
 from cutlayer.policy import Policy, load_policy
 from cutlayer.released import Counts, Log
 from cutlayer.report.progress import Reporter, reporter
+from cutlayer.run import Interrupted
 from cutlayer.schedule import told_of
 from cutlayer.wire import Header
 
@@ -94,12 +95,15 @@ def join(
     Raises:
         CutlayerError: anything that a user can mend.
     """
-    return asyncio.run(
-        _join(
-            address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, policy,
-            None if model is None else str(model), device, again, reporter(progress),
-        )
-    )  # fmt: skip
+    try:
+        return asyncio.run(
+            _join(
+                address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, policy,
+                None if model is None else str(model), device, again, reporter(progress),
+            )
+        )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        raise Interrupted("this client was stopped; the same command goes on with the run") from stop
 
 
 async def _join(

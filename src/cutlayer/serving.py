@@ -13,6 +13,8 @@ import asyncio
 import hmac
 import json
 import shutil
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from cutlayer.build import load_base, open_model
 from cutlayer.config import RunConfig, dump
 from cutlayer.driver import Run
 from cutlayer.engine import Engine
-from cutlayer.errors import CutlayerError, Gone, OutputError, Refused
+from cutlayer.errors import Gone, MethodError, NonFinite, OutputError, Refused
 from cutlayer.identity import fingerprint
 from cutlayer.keys import ServerKeys, server_keys
 from cutlayer.links.local import Link
@@ -46,10 +48,11 @@ from cutlayer.preflight import preflight
 from cutlayer.real_clock import RealClock
 from cutlayer.report.progress import Reporter, reporter
 from cutlayer.report.summary import summarize
-from cutlayer.run import Result, first_of, total_rounds
+from cutlayer.run import Interrupted, Result, first_of, total_rounds
 from cutlayer.schedule import Told
 from cutlayer.wire import Frame, Header, Meter, keep_lines
 
+FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
 PATIENCE = 600.0  # seconds that a client may stay away before the run gives it up
 MOST_EXAMPLES = 2**40  # that a client may claim to have
 
@@ -92,7 +95,22 @@ def serve(
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         checkpoint.write_text(folder / "run.yaml", text)
-        return asyncio.run(_Service(config, folder, own, bind, patience, shown).run())
+        try:
+            return asyncio.run(_until_stopped(_Service(config, folder, own, bind, patience, shown)))
+        except (KeyboardInterrupt, asyncio.CancelledError) as stop:
+            raise Interrupted(
+                "the server was stopped; its clients wait for it. The same command goes on with the run, from the last "
+                "round that everybody holds"
+            ) from stop
+
+
+async def _until_stopped(service: _Service) -> Result:
+    """Serve to the end, or until the operator (or the system, by SIGTERM) stops it."""
+    task = asyncio.current_task()
+    assert task is not None
+    if threading.current_thread() is threading.main_thread():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await service.run()
 
 
 def _placed(config: RunConfig, source: object) -> RunConfig:
@@ -138,21 +156,37 @@ class _Service:
         self.progress.note(f"listening at {host}:{port} for {len(self.remotes)} clients: {names}")
         rechecks = asyncio.ensure_future(self._recheck(listener))
         try:
-            while True:
-                await self._all_here()
-                try:
-                    result = await asyncio.to_thread(self._attempt, asyncio.get_running_loop())
-                    break
-                except Gone as gone:
-                    if gone.client not in self.ready or self.remotes[gone.client].session is None:
-                        raise
-                    self.progress.note(f"{gone} All go back to the last round that everybody holds.")
+            result = await self._driven()
             for remote in self.remotes.values():
                 await remote.close("The run is done.")
+            heard = [asyncio.ensure_future(remote.heard.wait()) for remote in self.remotes.values()]
+            await asyncio.wait(heard, timeout=FAREWELL)  # who missed the goodbye comes back for it
             return result
+        except (NonFinite, MethodError) as error:  # trying again would not help
+            for remote in self.remotes.values():
+                if remote.session is not None:
+                    await remote.session.refuse(f"The run failed at the server: {type(error).__name__}.")
+            raise
         finally:
             rechecks.cancel()
             await listener.stop()
+
+    async def _driven(self) -> Result:
+        """Drive the run; again from the last common round when a client has come back without what it held."""
+        while True:
+            await self._all_here()
+            attempt = asyncio.ensure_future(asyncio.to_thread(self._attempt, asyncio.get_running_loop()))
+            try:
+                return await asyncio.shield(attempt)
+            except Gone as gone:
+                if self.remotes[gone.client].session is None:
+                    raise
+                self.progress.note(f"{gone} All go back to the last round that everybody holds.")
+            except asyncio.CancelledError:  # its thread ends with the next thing that it asks a client
+                for remote in self.remotes.values():
+                    await remote.close("The server was stopped.", done=False)
+                await asyncio.wait({attempt})
+                raise
 
     async def _recheck(self, listener: Listener) -> None:
         """End the sessions of clients that were revoked meanwhile."""
@@ -313,6 +347,3 @@ def _rounds(rounds: object) -> list[int]:
     if not isinstance(rounds, list) or any(type(number) is not int or number < 1 for number in rounds):
         raise Refused("The hello names rounds that cannot be.")
     return rounds[-100:]
-
-
-__all__ = ["CutlayerError", "serve"]
