@@ -185,7 +185,7 @@ class _Service:
             except asyncio.CancelledError:  # its thread ends with the next thing that it asks a client
                 for remote in self.remotes.values():
                     await remote.close("The server was stopped.", done=False)
-                await asyncio.wait({attempt})
+                await asyncio.gather(attempt, return_exceptions=True)
                 raise
 
     async def _recheck(self, listener: Listener) -> None:
