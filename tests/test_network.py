@@ -52,6 +52,8 @@ def test_the_network_changes_no_number(
     losses = [[e["loss"] for e in one["eval"]["history"]] for one in (summary, alone.summary)]
     assert losses[0] == losses[1]
     assert run.same(tmp_path / "one")
+    assert all("peak_memory_bytes" not in summary["parties"][name] for name in ROWS), "nobody has measured it here"
+    assert summary["parties"]["server"]["peak_memory_bytes"] == alone.summary["parties"]["server"]["peak_memory_bytes"]
 
 
 def keys_of(folder: Path) -> Path:

@@ -145,6 +145,8 @@ def _parties(run: Run) -> dict[str, Any]:
         elif stretches[name]:
             slots = {slot: used[slot] for slot in party.slots.values() if slot in used}
             found[name] = _party(list(stretches[name]), slots, saved)
+    if parts.apart:  # what clients elsewhere need was not measured here
+        found |= {name: {k: v for k, v in found[name].items() if "memory" not in k} for name in parts.clients}
     return found
 
 
