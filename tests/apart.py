@@ -36,6 +36,7 @@ def _carry_out(log: str, arguments: Sequence[str]) -> None:
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["cutlayer", *arguments]
+    torch.set_num_threads(torch.get_num_threads())  # makes its thread pool anew, before two threads do so at once
     main()
 
 

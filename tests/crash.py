@@ -183,6 +183,10 @@ def instrument(fate: Fate) -> None:
 
 def child(order: dict[str, Any]) -> int:
     """What the forked process does."""
+    import torch
+
+    # PyTorch makes its thread pool anew after a fork, and fails where two of its own threads do so at once.
+    torch.set_num_threads(torch.get_num_threads())
     for number, suffix in ((1, ".out"), (2, ".err")):
         handle = os.open(order["base"] + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
