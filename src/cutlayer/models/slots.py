@@ -277,6 +277,7 @@ class Slot:
                 if isinstance(value, Tensor) and loaded.dtype != value.dtype:
                     # PyTorch casts what it loads to the parameter's type, but NAdam and ASGD keep float32 numbers.
                     self.optimizer.state[parameter][key] = value.to(loaded.device)
+        self._move_home()  # at once: with a trunk for each client, merged moments would lie twice until the next step
 
 
 def parameter_of(name: str) -> str:
