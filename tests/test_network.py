@@ -94,21 +94,6 @@ def test_a_server_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     assert run.same(cutlayer.train(run.simulated, out=tmp_path / "one").out)
 
 
-@pytest.mark.slow
-def test_a_client_that_stays_away_ends_the_run(tmp_path: Path) -> None:
-    """By its name, and the same command goes on once it is back."""
-    run = Apart(tmp_path / "apart", framework="sfl-v1", rounds=12)
-    server = run.serve("--patience", "3")
-    clients = {name: run.join(name) for name in ROWS}
-    run.kill_after("bob", clients["bob"], 3)
-    assert server.wait() == 2
-    assert "Client 'bob' is gone" in run.said("server")
-    assert "Traceback" not in run.said("server")
-    clients["bob"] = run.join("bob")
-    run.ended({"server": run.serve(), **clients})
-    assert run.same(cutlayer.train(run.simulated, out=tmp_path / "one").out)
-
-
 def test_a_policy_is_kept(tmp_path: Path) -> None:
     """A client whose owner forbids labels is not in a two-part run; nothing is loaded, and nothing leaves."""
     run = Apart(tmp_path / "apart", partition=TWO)
