@@ -36,7 +36,7 @@ def _carry_out(log: str, arguments: Sequence[str]) -> None:
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["cutlayer", *arguments]
-    torch.set_num_threads(torch.get_num_threads())  # makes its thread pool anew, before two threads do so at once
+    torch.set_num_threads(1)  # as the tests have it; also makes the thread pool anew, before two threads do so at once
     main()
 
 
@@ -118,12 +118,12 @@ class Apart:
         self.port = int(found[-1])
         return process
 
-    def join(self, name: str, *, keys: Path | None = None) -> Command:
+    def join(self, name: str, *more: str, keys: Path | None = None) -> Command:
         """A client."""
         own = ["--keys", str(keys / name)] if keys else ["--insecure", "--name", name]
         return self.start(
             name, "join", f"localhost:{self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
-            str(self.root / name), "--model", self.tree["model"], *own,
+            str(self.root / name), "--model", self.tree["model"], *own, *more,
         )  # fmt: skip
 
     def ended(self, processes: Mapping[str, Command]) -> None:

@@ -14,6 +14,7 @@ from apart import ROWS, Apart, steps
 from cutlayer.apart import served
 from cutlayer.errors import ConfigError, CutlayerError, OutputError, PolicyRefused, Refused
 from cutlayer.joining import join
+from cutlayer.keys import server_keys
 from cutlayer.serving import serve
 from spine import TWO, U, often
 from tiny import make_model, text_rows, write_rows
@@ -92,6 +93,37 @@ def test_a_server_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in run.said("server")
     run.ended({"server": run.serve(), **clients})
     assert run.same(cutlayer.train(run.simulated, out=tmp_path / "one").out)
+
+
+@pytest.mark.slow
+def test_a_client_that_stays_away_ends_the_run(tmp_path: Path) -> None:
+    """Its name is told; serving again goes on from the last common round, and the end is the same."""
+    run = Apart(tmp_path / "apart", framework="sfl-v2", rounds=12)
+    server = run.serve("--patience", "3")
+    clients = {name: run.join(name) for name in ROWS}
+    run.kill_after("bob", clients["bob"], 3)
+    assert server.wait() == 2, run.said("server")
+    assert "Client 'bob' is gone: it has been away for 3 seconds" in run.said("server")
+    server = run.serve()
+    clients["bob"] = run.join("bob")
+    run.ended({**clients, "server": server})
+    assert run.same(cutlayer.train(run.simulated, out=tmp_path / "one").out)
+
+
+def test_a_policy_names_the_server(tmp_path: Path) -> None:
+    """A client whose owner pinned another server's certificate tells this one nothing; the right pin lets it in."""
+    run = Apart(tmp_path / "apart", rounds=1)
+    keys = keys_of(tmp_path / "keys")
+    right = server_keys(keys / "server").fingerprint
+    server = run.serve(keys=keys)
+    pins = {name: tmp_path / f"{name}.yaml" for name in ("right", "wrong")}
+    pins["right"].write_text(f"server: '{right}'\n")
+    pins["wrong"].write_text(f"server: '{right[:-2] + ('00' if right[-2:] != '00' else '01')}'\n")
+    refused = run.join("ann", "--policy", str(pins["wrong"]), keys=keys)
+    assert refused.wait() == 2
+    assert "is expected. Ask the operator whether the certificate was renewed" in run.said("ann")
+    assert "client 'ann' is here" not in run.said("server")
+    run.ended({**{name: run.join(name, "--policy", str(pins["right"]), keys=keys) for name in ROWS}, "server": server})
 
 
 def test_a_policy_is_kept(tmp_path: Path) -> None:

@@ -23,7 +23,16 @@ from cutlayer.build import Data, layouts_of, prepare_own, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
 from cutlayer.engine import identity
-from cutlayer.errors import CheckpointError, ConfigError, NetworkError, OutputError, PolicyRefused, Refused
+from cutlayer.errors import (
+    CheckpointError,
+    ConfigError,
+    CutlayerError,
+    NetworkError,
+    OutputError,
+    PolicyRefused,
+    Refused,
+    WireError,
+)  # fmt: skip
 from cutlayer.files import write_text
 from cutlayer.guard import Guard, guarded
 from cutlayer.identity import fingerprint
@@ -192,6 +201,7 @@ class Seat:
         self.base = self._base(part)
         self.secret = _secret(out / "secret")
         self.party: ClientParty = self._party(0)
+        self._begun = False  # a server has said which round it goes on from
         self.guard = Guard(
             policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
             held=lambda: held_by(self.party),
@@ -222,7 +232,20 @@ class Seat:
         return {"data": asdict(told_of(self.config, self.data, self.name)), "rounds": checkpoint.rounds(self._kept)}
 
     def handle(self, header: Header, tensors: list[Tensor]) -> Answer:
-        """Answer a request."""
+        """Answer a request.
+
+        Raises:
+            CutlayerError: it is refused; the owner was told why, and the server reads what the policy lets it read.
+        """
+        try:
+            return self._handled(header, tensors)
+        except CutlayerError as error:
+            self.progress.note(f"'{header.verb}' was refused: {error}")
+            raise CutlayerError(self.guard.words(error)) from error
+
+    def _handled(self, header: Header, tensors: list[Tensor]) -> Answer:
+        if not self._begun and header.verb != "begin":
+            raise WireError(f"'{header.verb}' came before 'begin': this client does not know where the run is.")
         if header.verb in HOUSEKEEPING:
             getattr(self, f"_{header.verb}")(header)
             return Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn), []
@@ -256,12 +279,14 @@ class Seat:
         self.guard.begin()
         if number == 0:
             self.progress.note("the run begins")
+            self._begun = True
             return
         manifest, states = checkpoint.load(self._kept / f"round-{number:06d}", expect=self._identity())
         try:
             self.party.slot.put(states["client"], version=int(manifest["slot_version"]), resize=True)
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint of round {number} in {self._kept} does not fit: {error}") from error
+        self._begun = True
         self.progress.note(f"going on after round {number}")
 
     def _keep(self, header: Header) -> None:

@@ -175,11 +175,14 @@ class _Service:
         """Drive the run; again from the last common round when a client has come back without what it held."""
         while True:
             await self._all_here()
+            for remote in self.remotes.values():
+                remote.renew()
             attempt = asyncio.ensure_future(asyncio.to_thread(self._attempt, asyncio.get_running_loop()))
             try:
                 return await asyncio.shield(attempt)
             except Gone as gone:
-                if self.remotes[gone.client].session is None:
+                remote = self.remotes[gone.client]
+                if remote.session is None and not remote.stale:
                     raise
                 self.progress.note(f"{gone} All go back to the last round that everybody holds.")
             except asyncio.CancelledError:  # its thread ends with the next thing that it asks a client
@@ -255,6 +258,7 @@ class _Service:
             else:
                 meter.restore(None)
             keep_lines(out / "metrics.jsonl", run.counters.lines)
+            keep_lines(out / "uploads.jsonl", run.counters.uploads)
             self.progress.start(sum(parts.foreseen.values()) - sum(run.counters.steps.values()))
             try:
                 clock.run(self._drive(run, engine))
