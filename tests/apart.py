@@ -151,12 +151,12 @@ class Apart:
         folder = next(place for place in places if any(place.glob("*.safetensors")))
         return load_file(next(folder.glob("*.safetensors")))
 
-    def same(self, one: Path) -> bool:
+    def same(self, one: Path, *, server: str = "server", names: Sequence[str] = ()) -> bool:
         """Whether each client's part, and the server's for it, are the bits of the run in one process; all of it."""
-        for name in self.files:
+        for name in names or self.files:
             places = [one / "adapters" / name, one / "adapter", one / "models" / name, one / "model"]
             whole = load_file(next(file for place in places for file in place.glob("*.safetensors")))
-            own, trunk = self.adapter(name), self.adapter("server", name)
+            own, trunk = self.adapter(name), self.adapter(server, name)
             together = {**trunk, **own}
             if together.keys() != whole.keys() or not all(torch.equal(together[n], whole[n]) for n in whole):
                 return False

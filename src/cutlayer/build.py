@@ -22,6 +22,7 @@ from cutlayer.models.heads import Head, head_of
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.loading import load_model, load_tokenizer
 from cutlayer.models.segment import Base
+from cutlayer.models.sharing import SharedModels
 from cutlayer.profiles import profile_from
 from cutlayer.report.division import describe
 
@@ -164,13 +165,27 @@ def _divide(
     return {name: [rows[i] for i in dealt[name]] for name in names}
 
 
-def load_base(config: RunConfig, *, labels: Sequence[str] | None, device: str) -> Base:
-    """The whole model, once, with its adapters: every simulated party runs its own part of it."""
+def load_base(
+    config: RunConfig, *, labels: Sequence[str] | None, device: str, models: SharedModels | None = None
+) -> Base:
+    """The whole model, once, with its adapters: every simulated party runs its own part of it.
+
+    Args:
+        config: the run.
+        labels: a classifier's classes.
+        device: where it is to be.
+        models: where its weights are shared with other runs of this process; it cannot be a classifier's then.
+    """
     task = task_of(config)
-    model, anatomy = load_model(
-        config.model, task=task, precision=config.precision, attn_implementation=config.attn_implementation,
-        labels=labels, device="cpu", seed=config.seed,
+    load = partial(
+        load_model, config.model, task=task, precision=config.precision, labels=labels, seed=config.seed,
+        attn_implementation=config.attn_implementation,
     )  # fmt: skip
+    if models is None:
+        model, anatomy = load(device="cpu")
+    else:
+        key = (config.model, config.precision, config.attn_implementation, device)
+        model, anatomy = models.model(key, partial(load, device=device))
     if config.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ModelError(

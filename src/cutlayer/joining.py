@@ -79,6 +79,7 @@ def join(
     held_out: str | Path | None = None,
     keys: str | Path | None = None,
     name: str | None = None,
+    run: str | None = None,
     policy: str | Path | None = None,
     model: str | Path | None = None,
     device: str = "auto",
@@ -95,6 +96,7 @@ def join(
         held_out: what it evaluates on, if anything.
         keys: its folder of ``cutlayer keys``; None: plain text, to this machine only.
         name: which client of the run it is, where no keys say it.
+        run: which of the server's runs, where this client is in several.
         policy: the owner's policy file; None: the default one.
         model: where it has the model; None: where the run says.
         device: as in a run.
@@ -107,7 +109,7 @@ def join(
     try:
         return asyncio.run(
             _join(
-                address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, policy,
+                address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, run, policy,
                 None if model is None else str(model), device, again, reporter(progress),
             )
         )  # fmt: skip
@@ -117,14 +119,15 @@ def join(
 
 async def _join(
     address: str, data: str, out: Path, held_out: str | None, folder: str | Path | None, name: str | None,
-    policy_file: str | Path | None, model: str | None, device: str, again: Again | None, progress: Reporter,
+    run: str | None, policy_file: str | Path | None, model: str | None, device: str, again: Again | None,
+    progress: Reporter,
 ) -> Joined:  # fmt: skip
     keys = client_keys(folder) if folder is not None else None
     name = _own_name(keys, name)
     policy = load_policy(policy_file) if policy_file is not None else Policy()
     open_session = _opener(address, keys, policy)
-    greeting = await open_session({"client": name, "wants": "run"})
-    tree = greeting.welcome.get("run")
+    greeting = await open_session({"client": name, "wants": "run", **({"run": run} if run else {})})
+    tree, run = greeting.welcome.get("run"), greeting.welcome.get("name")
     await greeting.close("It has read what the run is.")
     if not isinstance(tree, Mapping):
         raise Refused(f"The server at {address} offers no run.")
@@ -141,7 +144,7 @@ async def _join(
 
         async def open_again(extras: Mapping[str, Any]) -> Session:
             # No turn follows from an earlier session to this one, but what was released stays counted.
-            return await open_session({"client": name, "model": files, **seat.told(), **extras})
+            return await open_session({"client": name, "run": run, "model": files, **seat.told(), **extras})
 
         words = await answer(open_again, seat.handle, again=again)
         if not seat.result.is_dir():
