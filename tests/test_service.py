@@ -94,6 +94,7 @@ def test_a_client_learns_nothing_of_runs_that_it_is_not_in(tmp_path: Path) -> No
         server.wait()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_other_alone(tmp_path: Path) -> None:
     both = Two(tmp_path / "apart", rounds=2)
     both.write(["flu", {"run": "fraud.yaml", "name": "fraud", "set": {"optimizer.lr": 1e30, "rounds": 9}}])
@@ -108,6 +109,7 @@ def test_a_run_that_fails_leaves_the_other_alone(tmp_path: Path) -> None:
     assert both.same(alone.out, server="server/flu", names=NAMES["flu"])
 
 
+@pytest.mark.slow
 def test_runs_come_and_go_while_the_server_serves(tmp_path: Path) -> None:
     both = Two(tmp_path / "apart", stay=True, rounds=2)
     both.write(["flu"])
