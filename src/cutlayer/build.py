@@ -19,8 +19,8 @@ from cutlayer.data.formats import pack, token_lengths, tokenize
 from cutlayer.data.sources import load_rows
 from cutlayer.errors import DataError, MethodError, ModelError
 from cutlayer.models.heads import Head, head_of
+from cutlayer.models.loading import Part, load_model, load_tokenizer
 from cutlayer.models.loading import load_config as load_model_config
-from cutlayer.models.loading import load_model, load_tokenizer
 from cutlayer.models.segment import Base
 from cutlayer.profiles import profile_from
 from cutlayer.report.division import describe
@@ -138,12 +138,18 @@ def _tokenised(
         train = {name: pack(part, data.max_length) for name, part in train.items()}
         evaluation = pack(evaluation, data.max_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    together = partial(collate, pad_id=pad or 0, padding_side=data.padding_side, causal=task == "causal")
+    together = collating(config, pad or 0)
     prints = [fingerprint(train[name]) for name in names] + [fingerprint(evaluation)]
     return Data(
         train, evaluation, together, classes.names if classes else None, "-".join(p[:16] for p in prints), pad or 0,
         picture,
     )  # fmt: skip
+
+
+def collating(config: RunConfig, pad_id: int) -> Callable[[Sequence[Example]], Batch]:
+    """What makes batches of a run's examples."""
+    side, causal = config.data.padding_side, task_of(config) == "causal"
+    return partial(collate, pad_id=pad_id, padding_side=side, causal=causal)
 
 
 def _divide(
@@ -164,12 +170,12 @@ def _divide(
     return {name: [rows[i] for i in dealt[name]] for name in names}
 
 
-def load_base(config: RunConfig, *, labels: Sequence[str] | None, device: str) -> Base:
-    """The whole model, once, with its adapters: every simulated party runs its own part of it."""
+def load_base(config: RunConfig, *, labels: Sequence[str] | None, device: str, part: Part | None = None) -> Base:
+    """The whole model (or a ``part``), once, with its adapters: every simulated party runs its own part of it."""
     task = task_of(config)
     model, anatomy = load_model(
         config.model, task=task, precision=config.precision, attn_implementation=config.attn_implementation,
-        labels=labels, device="cpu", seed=config.seed,
+        labels=labels, device="cpu", seed=config.seed, part=part,
     )  # fmt: skip
     if config.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):

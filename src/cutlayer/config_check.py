@@ -216,10 +216,18 @@ def _device(config: RunConfig) -> Iterator[str]:
         yield f"device is '{config.device}'.{near} Allowed: auto, cpu, cuda, cuda:0, ..."
 
 
-@rule("engine")
+@rule("engine", "device")
 def _engine(config: RunConfig) -> Iterator[str]:
-    if config.engine != "local":
-        yield f"engine is '{config.engine}', which does not work yet. Take engine: local."
+    engine = config.engine
+    if engine.name == "local":
+        given = [key for key in type(engine).model_fields if getattr(engine, key) != getattr(type(engine)(), key)]
+        for key in given:
+            yield f"engine.{key} is given, but engine is 'local', which has no such option. Set engine.name: ray."
+    elif config.device.startswith("cuda") and not engine.num_gpus:
+        yield (
+            f"device is '{config.device}', but the actors of engine 'ray' get no GPU. Set engine.num_gpus, or take "
+            "device: auto, which gives each process what it has."
+        )
 
 
 @rule("report_to")
