@@ -176,8 +176,11 @@ MISTAKES = {
     "option that is needed": ("data.division=by-column", ["data.division: data 'by-column' needs the option"]),
     "method without a name": ("partition: {head_blocks: 2}\n", ["partition does not say which method."]),
     "method file that is not there": ("codec=nope.py", ["codec.up: The method file nope.py does", "codec.down: The"]),
-    "engine to come": ("engine=ray", ["engine is 'ray', which does not work yet. Take engine: local."]),
     "unknown engine": ("engine=locl", ["engine is 'locl'. Did you mean 'local'?"]),
+    "unknown option of an engine": ("engine.gpus=1", ["engine.gpus: engine has no key 'gpus'."]),
+    "option of another engine": ("engine.num_gpus=1", ["engine.num_gpus is given, but engine is 'local'"]),
+    "actors without a GPU": ("engine: ray\ndevice: cuda\n", ["device is 'cuda', but the actors of engine"]),
+    "an engine that is no name": ("engine=3", ["engine is 3: must be local or ray, or {name: ray, option: value}."]),
     "reports to come": ("report_to=wandb", ["report_to is wandb, which does not work yet."]),
     "a server that does nothing": (
         "profiles={server: {flops: 1.0e+12, workers: 0}}",

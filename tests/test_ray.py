@@ -220,7 +220,7 @@ def test_an_address_without_a_cluster(tmp_path: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"framework": "ringsfl"}, "runs blocks for"),
     ({"fails": 0.5}, "sets a client back"),
-    ({"peft": {"name": "hsplitlora", "rank": 2}}, "cannot change ranks"),
+    ({"peft": "hsplitlora", "aggregator": "lora-products"}, "cannot change ranks"),
     ({"device": "cuda"}, "the actors of engine 'ray' get no GPU"),
     ({"engine": {"name": "local", "num_gpus": 1}}, "engine is 'local', which has no such option"),
 ]

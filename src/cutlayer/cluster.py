@@ -23,11 +23,11 @@ from cutlayer.arrangement import Arranger
 from cutlayer.assembly import Parts, routes_of
 from cutlayer.build import layouts_of
 from cutlayer.config import RunConfig, dump
-from cutlayer.crew import Crew, Failed, packed, versions
+from cutlayer.crew import Crew, packed, versions
 from cutlayer.driver import Links, Run
 from cutlayer.errors import ConfigError, Gone
 from cutlayer.links.local import Link
-from cutlayer.links.ray import ActorLink
+from cutlayer.links.ray import ActorLink, Failed
 from cutlayer.parties.shadow import Shadow
 from cutlayer.report.progress import Reporter
 

@@ -8,44 +8,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load, save
+from torch import Tensor
 
 from cutlayer.assembly import client_party, own_names
 from cutlayer.build import Data, collating, layouts_of, load_base, open_model
 from cutlayer.config import load_config
 from cutlayer.contracts import SERVER, Example, Layout
-from cutlayer.errors import CutlayerError, NonFinite, WireError
+from cutlayer.errors import CutlayerError
+from cutlayer.links.ray import HOUSEKEEPING, Bytes, Failed, replied
 from cutlayer.models.arena import Arena
 from cutlayer.models.loading import Part, device_named
 from cutlayer.models.segment import Base
 from cutlayer.models.slots import Slot, new_params
 from cutlayer.parties.client import ClientParty, answer
+from cutlayer.parties.holder import Answer
 from cutlayer.planning import at_cut
 from cutlayer.schedule import learning_rate, make_optimizer
-from cutlayer.wire import Frame, Header, decode, encode
+from cutlayer.wire import Header
 
-HOUSEKEEPING = ("begin", "keep", "abort")  # what keeps an actor and the driver together, and is not counted
 FIELDS = ("input_ids", "labels", "position_ids")  # of an example, each a sequence or None
 PACKAGES = ("cutlayer", "torch", "transformers", "peft")  # of one version in all processes of a run
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A mistake that a user can mend, in words: the name of its error, and what it says."""
-
-    kind: str
-    text: str
-
-    def error(self) -> CutlayerError:
-        """The error, in another process."""
-        return {"NonFinite": NonFinite, "WireError": WireError}.get(self.kind, CutlayerError)(self.text)
 
 
 class Crew:
@@ -94,20 +82,17 @@ class Crew:
 
     def answer(self, request: Bytes, to: str) -> Bytes | Failed:
         """The reply to a frame, for the party ``to``."""
-        try:
-            header, tensors = decode(request.data)
-            if header.verb in HOUSEKEEPING:
-                reply = getattr(self, f"_{header.verb}")(header, dict(zip(header.names, tensors, strict=True)))
-            else:
-                told, shown = answer(self._parties[header.receiver], header, tensors)
-                reply = encode(told.but(receiver=to), shown)
-        except CutlayerError as error:
-            return Failed(type(error).__name__, str(error))
-        return in_one_piece(reply)
+        return replied(request, to, self._handle)
 
-    def _begin(self, header: Header, state: Mapping[str, torch.Tensor]) -> Frame:
+    def _handle(self, header: Header, tensors: list[Tensor]) -> Answer:
+        if header.verb in HOUSEKEEPING:
+            told: Answer = getattr(self, f"_{header.verb}")(header, dict(zip(header.names, tensors, strict=True)))
+            return told
+        return answer(self._parties[header.client], header, tensors)
+
+    def _begin(self, header: Header, state: Mapping[str, Tensor]) -> Answer:
         """Be as the driver says: its cut, its slot, and how many updates its part will have in the run."""
-        name, config, base = header.receiver, self.config, self.base
+        name, config, base = header.client, self.config, self.base
         layout = at_cut(self.layouts[name], int(header.value("head_blocks")))
         highest = base.segment("head", range(self._task["highest"][name]), bottom=True)
         head = base.segment("head", layout.head, bottom=True)
@@ -124,22 +109,22 @@ class Crew:
         )
         return _ack(header)
 
-    def _keep(self, header: Header, _: Mapping[str, torch.Tensor]) -> Frame:
+    def _keep(self, header: Header, _: Mapping[str, Tensor]) -> Answer:
         """What the driver's checkpoint needs of a client, and the bytes of activations that it has held."""
-        party = self._parties[header.receiver]
+        party = self._parties[header.client]
         state = party.slot.get(optimizer=True)
         values = {"version": party.slot.version, "saved": party.watch.saved}
         told = Header("partition", "state", "", party.name, SERVER, party.name, values=values, names=tuple(state))
-        return encode(told, list(state.values()))
+        return told, list(state.values())
 
-    def _abort(self, header: Header, _: Mapping[str, torch.Tensor]) -> Frame:
+    def _abort(self, header: Header, _: Mapping[str, Tensor]) -> Answer:
         """Forget what is under way of a client."""
-        self._parties[header.receiver].abort()
+        self._parties[header.client].abort()
         return _ack(header)
 
 
-def _ack(header: Header) -> Frame:
-    return encode(Header("partition", "ack", "", header.receiver, SERVER, header.receiver))
+def _ack(header: Header) -> Answer:
+    return Header("partition", "ack", "", header.client, SERVER, header.client), []
 
 
 def _part(layouts: Sequence[Layout]) -> Part:
@@ -147,17 +132,6 @@ def _part(layouts: Sequence[Layout]) -> Part:
     first = layouts[0]
     also = min((layout.tail for layout in layouts), key=lambda tail: tail.start) if first.tail_at_client else range(0)
     return Part(0, max(len(layout.head) for layout in layouts), bottom=True, top=first.tail_at_client, also=also)
-
-
-def in_one_piece(frame: Frame) -> Bytes:
-    """A frame's bytes, as an array that Ray passes on without a copy of its own."""
-    whole = np.empty(frame.length, dtype=np.uint8)
-    start = 0
-    for chunk in frame.chunks():
-        size = len(chunk)
-        whole[start : start + size] = np.frombuffer(chunk, dtype=np.uint8)
-        start += size
-    return whole
 
 
 def versions() -> dict[str, str]:
@@ -203,6 +177,3 @@ def _rows(arrays: Mapping[str, np.ndarray[Any, Any]], group: str) -> list[Exampl
 
 def _whole(numbers: Sequence[int]) -> np.ndarray[Any, Any]:
     return np.array(numbers, dtype=np.int64)
-
-
-__all__ = ["HOUSEKEEPING", "Bytes", "Crew", "Failed", "in_one_piece", "packed", "unpacked", "versions"]

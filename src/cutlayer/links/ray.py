@@ -10,21 +10,37 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from cutlayer.contracts import SERVER, Parcel
-from cutlayer.crew import Bytes, Failed, in_one_piece
+from cutlayer.errors import CutlayerError, NonFinite, WireError
 from cutlayer.links.local import BEGINNINGS, ENDS, STEP_VERBS, Pace, Queues, send
 from cutlayer.parties.client import VERB_STEPS
+from cutlayer.parties.holder import Answer
 from cutlayer.parties.shadow import Shadow
 from cutlayer.step import at
 from cutlayer.wire import Frame, Header, Meter, Value, decode, encode
 
+HOUSEKEEPING = ("begin", "keep", "abort")  # what keeps an actor and the driver together, and is not counted
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Ask = Callable[[Bytes, str], Any]  # submits a frame for the party that gets the reply; gives a Ray reference
 Explain = Callable[[Exception], Exception]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A mistake that a user can mend, in words: the name of its error, and what it says."""
+
+    kind: str
+    text: str
+
+    def error(self) -> CutlayerError:
+        """The error, in another process."""
+        return {"NonFinite": NonFinite, "WireError": WireError}.get(self.kind, CutlayerError)(self.text)
 
 
 class _Submitted(Executor):
@@ -104,6 +120,7 @@ class ActorLink:
     def _told(self, verb: str, values: Mapping[str, Value], state: Mapping[str, Tensor] | None = None) -> Frame:
         """A request that keeps both ends together; it is no part of split learning and not counted."""
         name, state = self.mirror.name, state or {}
+        assert verb in HOUSEKEEPING
         kind = "state" if state else "control"
         header = Header("partition", kind, verb, SERVER, name, name, values=values, names=tuple(state))
         return encode(header, list(state.values()))
@@ -126,6 +143,26 @@ class ActorLink:
             raise found.error()
         assert isinstance(found, np.ndarray)
         return decode(found.data)
+
+
+def replied(request: Bytes, to: str, handle: Callable[[Header, list[Tensor]], Answer]) -> Bytes | Failed:
+    """The other end: the reply to a frame, for the party ``to``, made by ``handle``."""
+    try:
+        header, shown = handle(*decode(request.data))
+        return in_one_piece(encode(header.but(receiver=to), shown))
+    except CutlayerError as error:
+        return Failed(type(error).__name__, str(error))
+
+
+def in_one_piece(frame: Frame) -> Bytes:
+    """A frame's bytes, as an array that Ray passes on without a copy of its own."""
+    whole = np.empty(frame.length, dtype=np.uint8)
+    start = 0
+    for chunk in frame.chunks():
+        size = len(chunk)
+        whole[start : start + size] = np.frombuffer(chunk, dtype=np.uint8)
+        start += size
+    return whole
 
 
 def decoded(frame: Frame) -> dict[str, Tensor]:
