@@ -21,6 +21,7 @@ from cutlayer.errors import DataError, MethodError, ModelError
 from cutlayer.models.heads import Head, head_of
 from cutlayer.models.loading import Part, load_model, load_tokenizer
 from cutlayer.models.loading import load_config as load_model_config
+from cutlayer.models.placement import placed
 from cutlayer.models.segment import Base
 from cutlayer.profiles import profile_from
 from cutlayer.report.division import describe
@@ -194,7 +195,7 @@ def load_base(config: RunConfig, *, labels: Sequence[str] | None, device: str, p
             f"data.packing needs a family that is known to keep packed examples apart; "
             f"'{model.config.model_type}' is not. Set data.packing: false."
         )
-    model.to(device)
+    placed(model, device)
     base: Base = config.build("peft").prepare(model, anatomy, task=task, seed=config.seed)
     if not base.initial:
         raise ModelError("Nothing is trained: the adapter matches no layer. Check peft.targets.")

@@ -17,7 +17,7 @@ from cutlayer.method_check import PROTOCOLS
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
 
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|balanced|sequential")
 RESERVED = ("server",)
 
 
@@ -212,8 +212,9 @@ def _length(config: RunConfig) -> Iterator[str]:
 @rule("device")
 def _device(config: RunConfig) -> Iterator[str]:
     if not DEVICE.fullmatch(config.device):
-        near = suggest(config.device, ["auto", "cpu", "cuda"])
-        yield f"device is '{config.device}'.{near} Allowed: auto, cpu, cuda, cuda:0, ..."
+        near = suggest(config.device, ["auto", "cpu", "cuda", "balanced", "sequential"])
+        allowed = "auto, cpu, cuda, cuda:0, ..., balanced, sequential"
+        yield f"device is '{config.device}'.{near} Allowed: {allowed}."
 
 
 @rule("engine", "device")

@@ -24,6 +24,7 @@ from cutlayer.errors import CutlayerError
 from cutlayer.links.ray import HOUSEKEEPING, Bytes, Failed, replied
 from cutlayer.models.arena import Arena
 from cutlayer.models.loading import Part, device_named
+from cutlayer.models.placement import MAPS
 from cutlayer.models.segment import Base
 from cutlayer.models.slots import Slot, new_params
 from cutlayer.parties.client import ClientParty, answer
@@ -77,8 +78,9 @@ class Crew:
         _, blocks = open_model(config)
         given = layouts_of(config, blocks)
         self.layouts = {name: at_cut(given[name], task["cuts"][name]) for name in task["clients"]}
+        device = "auto" if config.device in MAPS else config.device  # the trunk alone is spread
         part = _part([at_cut(layout, task["highest"][name]) for name, layout in self.layouts.items()])
-        self.base: Base = load_base(config, labels=task["labels"], device=device_named(config.device), part=part)
+        self.base: Base = load_base(config, labels=task["labels"], device=device_named(device), part=part)
 
     def answer(self, request: Bytes, to: str) -> Bytes | Failed:
         """The reply to a frame, for the party ``to``."""

@@ -29,6 +29,7 @@ from cutlayer.engine import Engine
 from cutlayer.errors import CheckpointError, ConfigError, CutlayerError, Gone, OutputError
 from cutlayer.models.adapters import save_adapter
 from cutlayer.models.loading import device_named
+from cutlayer.models.placement import gpus_of
 from cutlayer.models.verify import check_unknown_family
 from cutlayer.outputs import OURS, alone, holds_a_run, undoing
 from cutlayer.preflight import preflight
@@ -177,10 +178,10 @@ def _new_folder(source: object) -> Path:
 def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
     """From a configuration and a folder to the result."""
     device = device_named(config.device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    for gpu in gpus_of(device):
+        torch.cuda.reset_peak_memory_stats(gpu)
     data: Data = prepare_data(config, tokenizer_of(config))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if gpus_of(device) else []):
         base = load_base(config, labels=data.labels, device=device)
         _ = config.identity  # of the files as they are now
         parts = assemble(config, base, data)
