@@ -20,7 +20,7 @@ from cutlayer.contracts import IGNORE, Example
 from cutlayer.crew import packed, unpacked
 from cutlayer.errors import ConfigError, CutlayerError, Gone
 from cutlayer.wire import read_frames
-from spine import TWO, U, adapter, equal, resumed
+from spine import TWO, U, adapter, equal, model, resumed
 from tiny import write_rows
 
 ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
@@ -73,8 +73,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("multisfl", {"engine": TWO_IN_ONE}),
     ("sfl-v1", {"peft": "full", "engine": TWO_IN_ONE}),
     ("sfl-v1", {"mixing": "minibatch-sfl"}),
-    ("async-sfl", {"profile": ["laptop", "phone+4g"]}),
-    ("sfl-v1", {"profile": "laptop", "exchange": "fsl-sage", "engine": TWO_IN_ONE}),
+    ("async-sfl", {"profile": ["laptop", "phone+4g"], "aggregator": "dt-asfl"}),
+    ("sfl-v2", {"profile": "laptop", "exchange": "splitfrozen", "engine": TWO_IN_ONE}),
 ]
 
 
@@ -86,8 +86,6 @@ def test_every_framework_is_the_same_in_actors(
 ) -> None:
     changes = {"engine": "ray", **changes}
     run = Apart(tmp_path, framework=framework, partition=partition, eval_every=1, **changes)
-    if framework == "sfl-v1" and "exchange" in changes and partition == U:
-        pytest.skip("its losses are the server's")
     one = cutlayer.train({**run.simulated, "engine": "local"}, out=tmp_path / "one")
     same_kind = "model" if changes.get("peft") == "full" else "adapter"
     two = cutlayer.train(run.simulated, out=tmp_path / "two")
@@ -111,7 +109,11 @@ def test_other_runs(tmp_path: Path, here: None) -> None:
     goings = [{**client, "leaves": 2} if n else client for n, client in enumerate(run.simulated["clients"])]
     cases: dict[str, dict[str, Any]] = {
         "planner": {"framework": "sfl-v1", "planner": {"name": "capability-cut", "every": 1}, **cut},
-        "classes": {"data": {**classes, "eval_fraction": 0.25, "max_length": 64}, "clients": 2},
+        "classes": {
+            "data": {**classes, "eval_fraction": 0.25, "max_length": 64},
+            "clients": 2,
+            "model": str(model("bert", num_hidden_layers=4)),
+        },
         "packing": {"data": {**run.simulated["data"], "packing": True}},
         "unequal": {"clients": unequal, "framework": "sfl-v1"},
         "goings": {"clients": goings, "framework": "sfl-v2", "availability": 0.7, "rounds": 5},
@@ -144,15 +146,15 @@ def test_a_run_goes_on_with_either_engine(tmp_path: Path, here: None) -> None:
 class _Killer:
     """A reporter that kills an actor at the first step of a round."""
 
-    def __init__(self, actors: list[Any], number: int, *, again: bool = False) -> None:
-        self.actors, self.number, self.again, self.notes = actors, number, again, list[str]()
+    def __init__(self, actors: list[Any], number: int) -> None:
+        self.actors, self.number, self.done, self.notes = actors, number, False, list[str]()
 
     def start(self, total: int) -> None: ...
 
     def update(self, record: dict[str, Any]) -> None:
-        if record["round"] == self.number and self.actors:
+        if record["round"] == self.number and not self.done:
+            self.done = True
             ray.kill(self.actors[0].handle)
-            self.actors.clear()
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -206,15 +208,21 @@ def test_errors_at_an_actor_are_told_in_words(tmp_path: Path, here: None, monkey
 
 
 @pytest.mark.slow
-def test_an_address_without_a_cluster(tmp_path: Path) -> None:
+def test_an_address(tmp_path: Path, here: None) -> None:
+    """The command line joins the cluster that runs, and says where it has found none."""
     run = Apart(tmp_path)
     file = tmp_path / "simulated.yaml"
     file.write_text(json.dumps(run.simulated, indent=1))
-    command = [sys.executable, "-m", "cutlayer", "train", str(file), "engine=ray", "engine.address=auto", "--out"]
-    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "cutlayer", "train", str(file), "engine=ray", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "engine.address=127.0.0.1:9"], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "no Ray cluster answers at 'auto'" in done.stderr
+    assert "no Ray cluster answers at '127.0.0.1:9'" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run([*command, "engine.address=auto"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert equal(adapter(tmp_path / "out"), adapter(cutlayer.train(run.simulated, out=tmp_path / "one").out))
+    assert ray.is_initialized(), "it is not ours to end"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
