@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from cutlayer.contracts import SERVER
-from cutlayer.errors import ConfigError, NetworkError
+from cutlayer.errors import ConfigError, NetworkError, PolicyRefused
 from cutlayer.flower.records import OURS, arrays_of, reply_of
 from cutlayer.joining import Seat, fetched, opener, own_name
 from cutlayer.keys import client_keys
@@ -74,6 +74,8 @@ async def _round(
     keys = client_keys(places["keys"]) if "keys" in places else None
     name = own_name(keys, places.get("name"))
     policy = load_policy(places["policy"]) if "policy" in places else Policy()
+    if training and not policy.may_leave.head_adapter:
+        raise PolicyRefused("may_leave.head_adapter", "Flower's strategy gets this client's part of the model.")
     open_session = opener(address, keys, policy)
     config, files = await fetched(
         open_session, address, name, policy, model=places.get("model"), device=places.get("device", "auto")

@@ -11,6 +11,7 @@ import hmac
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +54,7 @@ from cutlayer.step import split_evaluate
 from cutlayer.wire import Frame, Header, Meter
 
 T = TypeVar("T")
+POLL = 1.0  # seconds between looks for replies
 UNKNOWN = Told(1, 1, 1, 0)  # of a client that has not come yet; in a run of so many rounds nothing depends on it
 
 
@@ -152,10 +154,25 @@ class _Rounds:
         number, done = self._trunk.open(len(listed), training=training)
         for message in listed:
             message.content[OURS] = ConfigRecord({"address": self._address, "round": number})
-        replies = list(self._grid.send_and_receive(listed, timeout=timeout))
+        replies = self._replies(listed, timeout)
         self._trunk.over()
         done.result()
         return replies
+
+    def _replies(self, messages: Sequence[Any], timeout: float | None) -> list[Any]:
+        """All replies; of a node that has failed our side hears at once, and does not wait for it."""
+        open_, found = set(self._grid.push_messages(messages)), list[Any]()
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            came = list(self._grid.pull_messages(open_))
+            found += came
+            open_ -= {message.metadata.reply_to_message_id for message in came}
+            for message in came:
+                if message.has_error():
+                    self._trunk.lacks_one()
+            if not open_ or time.monotonic() > until:
+                return found
+            time.sleep(POLL)
 
 
 class _FlowerRun(Run):
@@ -231,6 +248,15 @@ class _Federation:
         self._count = count
         self._came, self._closed = asyncio.Event(), asyncio.Event()
         self.remotes = {name: Remote(name, patience=self.patience) for name in self.config.client_names}
+
+    def lacks_one(self) -> None:
+        """One client fewer will come; if it is here already, its session says so."""
+
+        def told() -> None:
+            self._count -= 1
+            self._came.set()
+
+        self._network.call_soon_threadsafe(told)
 
     def over(self) -> None:
         """All replies that there will be are here: nobody else is waited for."""
