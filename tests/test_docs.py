@@ -308,13 +308,17 @@ def test_pins_cover_what_the_project_names() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *(one for extra in ("dev", "ray") for one in extras[extra])]
     for requirement in map(Requirement, named):
         name = requirement.name.lower()
         assert name in pins, f"no pin for {name}"
         assert requirement.specifier.contains(pins[name]), name
     assert pins["torch"] == "2.13.0"
     assert not {"pip", "setuptools", "cutlayer"} & set(pins)
+    other = dict(line.split("==") for line in (ROOT / "constraints-flower.txt").read_text().splitlines()[1:])
+    for requirement in map(Requirement, [*project["dependencies"], *extras["flower"]]):
+        assert requirement.specifier.contains(other[requirement.name.lower().replace("_", "-")]), requirement
 
 
 def tracked() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,14 @@ def test_what_flower_cannot_carry_is_refused(changes: dict[str, Any], said: str,
     with pytest.raises(ConfigError, match=said):
         federated(run, nodes_of(run), FedAvg(fraction_evaluate=0.0))
     assert not (run.root / "server").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("server_app", "ServerApp"), ("client_app", "ClientApp")])
+def test_the_app_of_the_demo_loads(name: str, kind: str) -> None:
+    file = Path(__file__).parents[1] / "demo" / "flower" / "cutlayer_federation" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert type(module.app).__name__ == kind

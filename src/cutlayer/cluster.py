@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -123,6 +124,8 @@ def _connect(config: RunConfig) -> None:
     address = config.engine.address
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run tells nobody outside that it is
+    elif address != "auto":
+        _look_for(address)
     try:
         ray.init(
             address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
@@ -132,6 +135,26 @@ def _connect(config: RunConfig) -> None:
         said = " ".join(str(error).split())[:400] or type(error).__name__
         what = f"no Ray cluster answers at '{address}'" if address else "Ray cannot be started on this machine"
         raise ConfigError([f"engine.address: {what}: {said}"], "the run") from error
+
+
+def _look_for(address: str) -> None:
+    """Refuse an address at which nobody listens; Ray itself would try for minutes.
+
+    Raises:
+        ConfigError: it is no address, or nobody answers.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or "/" in host:
+        raise ConfigError(
+            [f"engine.address is '{address}'. Write HOST:PORT of the cluster's head (without ray://), or auto."],
+            "the run",
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            [f"engine.address: no Ray cluster answers at '{address}': {error.strerror or error}."], "the run"
+        ) from error
 
 
 def _crew_size(config: RunConfig) -> int:

@@ -11,25 +11,23 @@ import hmac
 import json
 import math
 import threading
-import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from flwr.app import ConfigRecord
 
 from cutlayer import checkpoint
 from cutlayer.apart import offer, served
-from cutlayer.assembly import assemble_server, routes_of
-from cutlayer.build import layouts_of, load_base, open_model
+from cutlayer.assembly import assemble_server
+from cutlayer.build import load_base, open_model
 from cutlayer.config import RunConfig, dump
-from cutlayer.contracts import SERVER, SHARED, Framework
 from cutlayer.driver import Run
 from cutlayer.engine import Engine
-from cutlayer.errors import ConfigError, CutlayerError, Gone, Refused
-from cutlayer.flower.records import OURS, record_of
+from cutlayer.errors import CutlayerError, Gone, Refused
+from cutlayer.flower.records import record_of
+from cutlayer.flower.rounds import Rounds, check
 from cutlayer.identity import fingerprint
 from cutlayer.keys import ServerKeys, server_keys
 from cutlayer.links.local import Link
@@ -41,8 +39,7 @@ from cutlayer.links.network import Carry, NetworkLink
 from cutlayer.merging import at_once
 from cutlayer.models.adapters import save_part
 from cutlayer.models.loading import device_named
-from cutlayer.outputs import OURS as MARK
-from cutlayer.outputs import alone
+from cutlayer.outputs import OURS, alone
 from cutlayer.preflight import preflight
 from cutlayer.real_clock import RealClock
 from cutlayer.report.progress import Reporter, reporter
@@ -54,7 +51,6 @@ from cutlayer.step import split_evaluate
 from cutlayer.wire import Frame, Header, Meter
 
 T = TypeVar("T")
-POLL = 1.0  # seconds between looks for replies
 UNKNOWN = Told(1, 1, 1, 0)  # of a client that has not come yet; in a run of so many rounds nothing depends on it
 
 
@@ -96,83 +92,16 @@ def train(
     check(config, blocks)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
-        checkpoint.write_text(folder / "run.yaml", MARK + dump(config))
+        checkpoint.write_text(folder / "run.yaml", OURS + dump(config))
         meter = Meter(Path(config.record_wire) if config.record_wire else None)
-        with meter, _Federation(config, folder, server_keys(keys) if keys else None, meter, patience, shown) as trunk:
+        with meter, Federation(config, folder, server_keys(keys) if keys else None, meter, patience, shown) as trunk:
             port = trunk.listen(bind)
             host, _, said = address.rpartition(":")
-            rounds = _Rounds(grid, trunk, f"{host}:{port if said == '0' else said}")
+            rounds = Rounds(grid, trunk, f"{host}:{port if said == '0' else said}")
             result = strategy.start(
                 grid=rounds, initial_arrays=record_of(trunk.initial()), num_rounds=config.length[1], timeout=timeout
             )
             return trunk.finished(dict(result.arrays.to_torch_state_dict()))
-
-
-def check(config: RunConfig, blocks: int) -> None:
-    """Refuse runs whose step 11 is more than one merge of equal parts, which is what a strategy of Flower's does.
-
-    Raises:
-        ConfigError: with all that does not fit.
-    """
-    wrong, layouts = [], layouts_of(config, blocks)
-    framework: Framework = config.build("framework")
-    stops = {(stop.party, stop.slot) for route in routes_of(config, layouts).values() for stop in route}
-    if framework.travels or framework.asynchronous or framework.personal or stops != {(SERVER, SHARED)}:
-        wrong.append(
-            f"framework '{config.framework.name}': Flower merges the clients' parts once a round and no trunks. Take "
-            "sfl-v2, or another with one trunk for all whose clients' parts are merged."
-        )
-    if config.length[0] != "rounds":
-        wrong.append(f"{config.length[0]} is given, but Flower counts rounds. Set rounds.")
-    if config.selection.name != "all" or framework.participation != 1.0:
-        wrong.append("Flower's strategy draws the clients of a round. Take selection: all and participation: 1.0.")
-    if config.aggregator.name != "fedavg":
-        wrong.append(f"aggregator is '{config.aggregator.name}', but Flower's strategy merges. Leave it out.")
-    if len(set(layouts.values())) > 1:
-        wrong.append("the clients have different cuts, but Flower's strategies merge equal parts. Give all the same.")
-    if config.mixing is not None or config.early_stop is not None or config.profile is not None:
-        wrong.append("mixing, early_stop and profile are not there with Flower. Leave them out.")
-    if wrong:
-        raise ConfigError(wrong, "the run")
-
-
-class _Rounds:
-    """Flower's grid, which tells our side of each round that its messages are sent for."""
-
-    def __init__(self, grid: Any, trunk: _Federation, address: str) -> None:
-        self._grid, self._trunk, self._address = grid, trunk, address
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)
-
-    def send_and_receive(self, messages: Iterable[Any], *, timeout: float | None = None) -> Any:
-        """Send the messages of a round; meanwhile its steps are made over our stream."""
-        listed = list(messages)
-        if not listed:
-            return self._grid.send_and_receive(listed, timeout=timeout)
-        training = str(listed[0].metadata.message_type).startswith("train")
-        number, done = self._trunk.open(len(listed), training=training)
-        for message in listed:
-            message.content[OURS] = ConfigRecord({"address": self._address, "round": number})
-        replies = self._replies(listed, timeout)
-        self._trunk.over()
-        done.result()
-        return replies
-
-    def _replies(self, messages: Sequence[Any], timeout: float | None) -> list[Any]:
-        """All replies; of a node that has failed our side hears at once, and does not wait for it."""
-        open_, found = set(self._grid.push_messages(messages)), list[Any]()
-        until = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            came = list(self._grid.pull_messages(open_))
-            found += came
-            open_ -= {message.metadata.reply_to_message_id for message in came}
-            for message in came:
-                if message.has_error():
-                    self._trunk.lacks_one()
-            if not open_ or time.monotonic() > until:
-                return found
-            time.sleep(POLL)
 
 
 class _FlowerRun(Run):
@@ -185,7 +114,7 @@ class _FlowerRun(Run):
         """Each client of a round begins with the strategy's arrays."""
 
 
-class _Federation:
+class Federation:
     """The trunk of a run, the clients of its present round, and the threads that serve them."""
 
     def __init__(
@@ -210,7 +139,7 @@ class _Federation:
         self._runner = asyncio.Runner()
         self._listener: Listener | None = None
 
-    def __enter__(self) -> _Federation:
+    def __enter__(self) -> Federation:
         self._thread.start()
         return self
 
