@@ -34,7 +34,7 @@ from cutlayer.report.progress import Reporter
 
 
 def check(config: RunConfig, num_blocks: int) -> None:
-    """Refuse what cannot be on a cluster yet.
+    """Refuse what cannot be on a cluster yet, and an address without a cluster.
 
     Raises:
         ConfigError: with all of it.
@@ -45,6 +45,8 @@ def check(config: RunConfig, num_blocks: int) -> None:
         )
     if wrong := list(problems(config, num_blocks)):
         raise ConfigError(wrong, "the run")
+    if config.engine.address not in (None, "auto"):
+        _look_for(str(config.engine.address))
 
 
 def problems(config: RunConfig, num_blocks: int) -> Iterator[str]:
@@ -76,6 +78,8 @@ def started(config: RunConfig, parts: Parts, pad_id: int, progress: Reporter) ->
     ours = not ray.is_initialized()
     if ours:
         _connect(config)
+    elif config.engine.address not in (None, "auto", here := ray.get_runtime_context().gcs_address):
+        raise ConfigError([f"engine.address is '{config.engine.address}', but this program is at '{here}'."], "the run")
     actors: list[_Actor] = []
     try:
         crews = dealt(config.client_names, _crew_size(config))
@@ -124,8 +128,6 @@ def _connect(config: RunConfig) -> None:
     address = config.engine.address
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run tells nobody outside that it is
-    elif address != "auto":
-        _look_for(address)
     try:
         ray.init(
             address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
