@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,19 @@ def test_flower_s_average_is_ours(partition: dict[str, Any], tmp_path: Path) -> 
     assert two.summary["bytes"]["aggregate"] == 0, "step 11 is not on our wire"
     left = [json.loads(line) for line in (run.root / "ann" / "sent.jsonl").read_text().splitlines()]
     assert [line["verb"] for line in left].count("get_state") == 3, "what Flower gets passes the guard, too"
+
+
+def test_over_tls_with_keys(tmp_path: Path) -> None:
+    """Each node is who its keys say it is."""
+    run = Apart(tmp_path, framework="sfl-v2", rounds=1)
+    keys = tmp_path / "keys"
+    clients = [word for name in ROWS for word in ("--client", name)]
+    command = [sys.executable, "-m", "cutlayer", "keys", "--out", str(keys), "--host", "localhost", *clients]
+    subprocess.run(command, check=True, capture_output=True)
+    nodes = nodes_of(run, **{name: {"keys": str(keys / name)} for name in ROWS})
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0), keys=keys / "server")
+    assert nodes.errors == []
+    assert result.summary["steps"] == {"ann": 1, "bob": 1}
 
 
 def test_any_strategy_and_evaluation(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def started(config: RunConfig, parts: Parts, pad_id: int, progress: Reporter) ->
     actors: list[_Actor] = []
     try:
         crews = dealt(config.client_names, _crew_size(config))
-        progress.note(f"engine 'ray': {len(config.client_names)} clients in {len(crews)} actors")
+        progress.note(f"engine 'ray': {len(config.client_names)} clients in {len(crews)} actor{'s' * (len(crews) > 1)}")
         actors += [_actor(config, parts, names, pad_id) for names in crews]
         _opened(actors)
         yield partial(_links, actors=actors)
