@@ -304,9 +304,36 @@ def test_a_client_that_was_started_again_does_not_hold_what_it_was_asked() -> No
             go_on.set()
             with pytest.raises(Refused, match="Another process"):
                 await clients[0]
+            remote.renew()
             assert (await remote.call(small(2)))[0].turn == 2
             await remote.close()
             assert await clients[1] == "The run is done."
+
+    run(ask())
+
+
+def test_a_client_that_was_started_again_between_two_requests_is_not_asked_until_it_is_taken_back() -> None:
+    async def ask() -> None:
+        remote = Remote("c", patience=60.0)
+        async with serving(on=remote.serve) as served:
+            ends = Ends(served, remote)
+            first = asyncio.ensure_future(answer(ends.connect, Doubler(), again=SOON))
+            await remote.call(small(1))
+            first.cancel()  # nothing is in flight to it
+            await asyncio.wait({first})
+            work = Doubler()
+            second = asyncio.ensure_future(answer(ends.connect, work, again=SOON))
+            while remote.reconnects == 0 or remote.session is None:
+                await asyncio.sleep(0.01)
+            assert remote.stale
+            for turn in (2, 3):
+                with pytest.raises(Gone, match="started again"):
+                    await remote.call(small(turn))
+            assert work.turns == []
+            remote.renew()
+            assert (await remote.call(small(4)))[0].turn == 4
+            await remote.close()
+            assert await second == "The run is done."
 
     run(ask())
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import socket
 import ssl
 import subprocess
-import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from cutlayer.cli.main import app
 from cutlayer.errors import KeysError
 from cutlayer.issuing import Authority, authority
-from cutlayer.keys import client_keys, fingerprint_of, server_fingerprint, server_keys, token_hash
+from cutlayer.keys import client_keys, fingerprint_of, server_keys, token_hash
 
 
 @pytest.fixture
@@ -151,33 +148,6 @@ def test_the_tls_library_takes_them_and_no_others(made: Path, tmp_path: Path) ->
             handshake(made, client, host)
     with pytest.raises(ssl.SSLError):
         handshake(made, made / "server")  # a server's certificate does not make a client
-
-
-def test_a_client_learns_the_servers_fingerprint_before_it_joins(made: Path, tmp_path: Path) -> None:
-    accepting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    accepting.load_cert_chain(made / "server/cert.pem", made / "server/key.pem")
-    accepting.load_verify_locations(made / "server/ca.pem")
-    accepting.verify_mode = ssl.CERT_REQUIRED
-    Authority(tmp_path / "foreign", make=True).add(hosts=["localhost"], clients=["ann"])
-
-    def answer(calls: int) -> None:
-        for _ in range(calls):
-            plain, _ = listening.accept()
-            with plain, contextlib.suppress(OSError):
-                accepting.wrap_socket(plain, server_side=True).close()
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-        thread = threading.Thread(target=answer, args=(2,), daemon=True)
-        thread.start()
-        found = server_fingerprint("127.0.0.1", port, client_keys(made / "ann"))
-        assert found == server_keys(made / "server").fingerprint
-        with pytest.raises(KeysError, match=r"did not show a certificate that .*ca.pem vouches for"):
-            server_fingerprint("127.0.0.1", port, client_keys(tmp_path / "foreign/ann"))
-        thread.join(60)
-        assert not thread.is_alive()
-    with pytest.raises(KeysError, match="refused"):
-        server_fingerprint("127.0.0.1", port, client_keys(made / "ann"))
 
 
 # ---------------------------------------------------------------- again: add, revoke, renew

@@ -14,6 +14,7 @@ from apart import ROWS, Apart, steps
 from cutlayer.apart import served
 from cutlayer.errors import ConfigError, CutlayerError, OutputError, PolicyRefused, Refused
 from cutlayer.joining import join
+from cutlayer.keys import server_keys
 from cutlayer.serving import serve
 from spine import TWO, U, often
 from tiny import make_model, text_rows, write_rows
@@ -53,7 +54,11 @@ def test_the_network_changes_no_number(
     assert losses[0] == losses[1]
     assert run.same(tmp_path / "one")
     assert all("peak_memory_bytes" not in summary["parties"][name] for name in ROWS), "nobody has measured it here"
-    assert summary["parties"]["server"]["peak_memory_bytes"] == alone.summary["parties"]["server"]["peak_memory_bytes"]
+    peaks = [one["parties"]["server"]["peak_memory_bytes"] for one in (summary, alone.summary)]
+    if framework in ("sequential-sl", "sfl-v2"):
+        assert peaks[0] == peaks[1]
+    else:  # clients at once: how many graphs are open together depends on who is fast
+        assert min(peaks) > 0
 
 
 def keys_of(folder: Path) -> Path:
@@ -94,6 +99,37 @@ def test_a_server_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     assert run.same(cutlayer.train(run.simulated, out=tmp_path / "one").out)
 
 
+@pytest.mark.slow
+def test_a_client_that_stays_away_ends_the_run(tmp_path: Path) -> None:
+    """Its name is told; serving again goes on from the last common round, and the end is the same."""
+    run = Apart(tmp_path / "apart", framework="sfl-v2", rounds=12)
+    server = run.serve("--patience", "3")
+    clients = {name: run.join(name) for name in ROWS}
+    run.kill_after("bob", clients["bob"], 3)
+    assert server.wait() == 2, run.said("server")
+    assert "Client 'bob' is gone: it has been away for 3 seconds" in run.said("server")
+    server = run.serve()
+    clients["bob"] = run.join("bob")
+    run.ended({**clients, "server": server})
+    assert run.same(cutlayer.train(run.simulated, out=tmp_path / "one").out)
+
+
+def test_a_policy_names_the_server(tmp_path: Path) -> None:
+    """A client whose owner pinned another server's certificate tells this one nothing; the right pin lets it in."""
+    run = Apart(tmp_path / "apart", rounds=1)
+    keys = keys_of(tmp_path / "keys")
+    right = server_keys(keys / "server").fingerprint
+    server = run.serve(keys=keys)
+    pins = {name: tmp_path / f"{name}.yaml" for name in ("right", "wrong")}
+    pins["right"].write_text(f"server: '{right}'\n")
+    pins["wrong"].write_text(f"server: '{right[:-2] + ('00' if right[-2:] != '00' else '01')}'\n")
+    refused = run.join("ann", "--policy", str(pins["wrong"]), keys=keys)
+    assert refused.wait() == 2
+    assert "is expected. Ask the operator whether the certificate was renewed" in run.said("ann")
+    assert "client 'ann' is here" not in run.said("server")
+    run.ended({**{name: run.join(name, "--policy", str(pins["right"]), keys=keys) for name in ROWS}, "server": server})
+
+
 def test_a_policy_is_kept(tmp_path: Path) -> None:
     """A client whose owner forbids labels is not in a two-part run; nothing is loaded, and nothing leaves."""
     run = Apart(tmp_path / "apart", partition=TWO)
@@ -107,7 +143,7 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
                 model=run.tree["model"], policy=policy, progress=False,
             )  # fmt: skip
         assert not (run.root / "ann" / "sent.jsonl").exists()
-        with pytest.raises(Refused, match="has no client 'eve'"):
+        with pytest.raises(Refused, match="No run here has a client 'eve'"):
             join(
                 f"localhost:{run.port}", data=run.files["ann"], out=run.root / "eve", name="eve",
                 model=run.tree["model"], progress=False,

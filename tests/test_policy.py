@@ -360,12 +360,8 @@ def test_a_model_may_be_allowed_by_the_checksum_of_its_weights() -> None:
 
 def test_the_servers_fingerprint() -> None:
     told = ":".join(["3D", "B7"] * 16)
-    policy = load_policy({"server": told})
-    assert policy.server_problems(told) == []
-    assert load_policy({"server": f"sha256:{told.replace(':', '').lower()}"}).server_problems(told) == []
-    (said,) = policy.server_problems(told.replace("3D", "3E"))
-    assert said.startswith("server: the certificate has the fingerprint 3E:B7")
-    assert Policy().server_problems(told) == []
+    plain = told.replace(":", "").lower()
+    assert {load_policy({"server": form}).server for form in (told, plain, f"sha256:{plain}")} == {plain}
 
 
 @pytest.mark.parametrize(

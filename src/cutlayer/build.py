@@ -17,12 +17,13 @@ from cutlayer.data.batches import collate, fingerprint, split_eval
 from cutlayer.data.classes import classes_of
 from cutlayer.data.formats import pack, token_lengths, tokenize
 from cutlayer.data.sources import load_rows
-from cutlayer.errors import DataError, MethodError, ModelError
+from cutlayer.errors import ConfigError, DataError, MethodError, ModelError
 from cutlayer.models.heads import Head, head_of
 from cutlayer.models.loading import Part, load_model, load_tokenizer
 from cutlayer.models.loading import load_config as load_model_config
-from cutlayer.models.placement import placed
+from cutlayer.models.placement import MAPS, placed
 from cutlayer.models.segment import Base
+from cutlayer.models.sharing import SharedModels
 from cutlayer.profiles import profile_from
 from cutlayer.report.division import describe
 
@@ -171,13 +172,36 @@ def _divide(
     return {name: [rows[i] for i in dealt[name]] for name in names}
 
 
-def load_base(config: RunConfig, *, labels: Sequence[str] | None, device: str, part: Part | None = None) -> Base:
-    """The whole model (or a ``part``), once, with its adapters: every simulated party runs its own part of it."""
+def load_base(
+    config: RunConfig, *, labels: Sequence[str] | None, device: str, models: SharedModels | None = None,
+    part: Part | None = None,
+) -> Base:  # fmt: skip
+    """The whole model, once, with its adapters: every simulated party runs its own part of it.
+
+    Args:
+        config: the run.
+        labels: a classifier's classes.
+        device: where it is to be.
+        models: where its weights are shared with other runs of this process; it cannot be a classifier's then.
+        part: of the model, where not all of it is needed.
+
+    Raises:
+        ConfigError: weights that are shared cannot be spread over several devices.
+    """
     task = task_of(config)
-    model, anatomy = load_model(
-        config.model, task=task, precision=config.precision, attn_implementation=config.attn_implementation,
-        labels=labels, device="cpu", seed=config.seed, part=part,
+    load = partial(
+        load_model, config.model, task=task, precision=config.precision, labels=labels, seed=config.seed,
+        attn_implementation=config.attn_implementation, part=part,
     )  # fmt: skip
+    if models is None:
+        model, anatomy = load(device="cpu")
+    else:
+        if device in MAPS:
+            raise ConfigError(
+                [f"device is '{device}', which is not for several runs on one base. Take cuda."], "the run"
+            )
+        key = (config.model, config.precision, config.attn_implementation, device)
+        model, anatomy = models.model(key, partial(load, device=device))
     if config.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ModelError(

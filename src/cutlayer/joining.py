@@ -23,7 +23,16 @@ from cutlayer.build import Data, layouts_of, prepare_own, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
 from cutlayer.engine import identity
-from cutlayer.errors import CheckpointError, ConfigError, NetworkError, OutputError, PolicyRefused, Refused
+from cutlayer.errors import (
+    CheckpointError,
+    ConfigError,
+    CutlayerError,
+    NetworkError,
+    OutputError,
+    PolicyRefused,
+    Refused,
+    WireError,
+)  # fmt: skip
 from cutlayer.files import write_text
 from cutlayer.guard import Guard, guarded
 from cutlayer.identity import fingerprint
@@ -71,6 +80,7 @@ def join(
     held_out: str | Path | None = None,
     keys: str | Path | None = None,
     name: str | None = None,
+    run: str | None = None,
     policy: str | Path | None = None,
     model: str | Path | None = None,
     device: str = "auto",
@@ -87,6 +97,7 @@ def join(
         held_out: what it evaluates on, if anything.
         keys: its folder of ``cutlayer keys``; None: plain text, to this machine only.
         name: which client of the run it is, where no keys say it.
+        run: which of the server's runs, where this client is in several.
         policy: the owner's policy file; None: the default one.
         model: where it has the model; None: where the run says.
         device: as in a run.
@@ -99,7 +110,7 @@ def join(
     try:
         return asyncio.run(
             _join(
-                address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, policy,
+                address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, run, policy,
                 None if model is None else str(model), device, again, reporter(progress),
             )
         )  # fmt: skip
@@ -109,13 +120,14 @@ def join(
 
 async def _join(
     address: str, data: str, out: Path, held_out: str | None, folder: str | Path | None, name: str | None,
-    policy_file: str | Path | None, model: str | None, device: str, again: Again | None, progress: Reporter,
+    run: str | None, policy_file: str | Path | None, model: str | None, device: str, again: Again | None,
+    progress: Reporter,
 ) -> Joined:  # fmt: skip
     keys = client_keys(folder) if folder is not None else None
     name = own_name(keys, name)
     policy = load_policy(policy_file) if policy_file is not None else Policy()
     open_session = opener(address, keys, policy)
-    config, files = await fetched(open_session, address, name, policy, model=model, device=device)
+    config, files, run = await fetched(open_session, address, name, policy, run=run, model=model, device=device)
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
         seat = Seat(config, name, data, held_out, out, policy, progress)
@@ -123,7 +135,7 @@ async def _join(
 
         async def open_again(extras: Mapping[str, Any]) -> Session:
             # No turn follows from an earlier session to this one, but what was released stays counted.
-            return await open_session({"client": name, "model": files, **seat.told(), **extras})
+            return await open_session({"client": name, "run": run, "model": files, **seat.told(), **extras})
 
         words = await answer(open_again, seat.handle, again=again)
         if not seat.result.is_dir():
@@ -132,16 +144,17 @@ async def _join(
 
 
 async def fetched(
-    open_session: Open, address: str, name: str, policy: Policy, *, model: str | None, device: str
-) -> tuple[RunConfig, dict[str, str]]:
-    """The run that a server offers to a client, and what the client's files of the model are.
+    open_session: Open, address: str, name: str, policy: Policy, *, run: str | None = None, model: str | None,
+    device: str,
+) -> tuple[RunConfig, dict[str, str], str | None]:  # fmt: skip
+    """The run that a server offers to a client, what the client's files of the model are, and the run's name.
 
     Raises:
         Refused: it offers none, or none with this client.
         PolicyRefused: the owner does not allow such a run.
     """
-    greeting = await open_session({"client": name, "wants": "run"})
-    tree = greeting.welcome.get("run")
+    greeting = await open_session({"client": name, "wants": "run", **({"run": run} if run else {})})
+    tree, run = greeting.welcome.get("run"), greeting.welcome.get("name")
     await greeting.close("It has read what the run is.")
     if not isinstance(tree, Mapping):
         raise Refused(f"The server at {address} offers no run.")
@@ -151,7 +164,7 @@ async def fetched(
     files = fingerprint(config.model)
     if wrong := policy.problems(config, name, files=files):
         raise PolicyRefused("the run", " ".join(wrong))
-    return config, files
+    return config, files, run
 
 
 def own_name(keys: ClientKeys | None, name: str | None) -> str:
@@ -207,6 +220,7 @@ class Seat:
         self.base = self._base(part)
         self.secret = _secret(out / "secret")
         self.party: ClientParty = self._party(0)
+        self._begun = False  # a server has said which round it goes on from
         self.guard = Guard(
             policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
             held=lambda: held_by(self.party),
@@ -237,7 +251,20 @@ class Seat:
         return {"data": asdict(told_of(self.config, self.data, self.name)), "rounds": checkpoint.rounds(self._kept)}
 
     def handle(self, header: Header, tensors: list[Tensor]) -> Answer:
-        """Answer a request."""
+        """Answer a request.
+
+        Raises:
+            CutlayerError: it is refused; the owner was told why, and the server reads what the policy lets it read.
+        """
+        try:
+            return self._handled(header, tensors)
+        except CutlayerError as error:
+            self.progress.note(f"'{header.verb}' was refused: {error}")
+            raise CutlayerError(self.guard.words(error)) from error
+
+    def _handled(self, header: Header, tensors: list[Tensor]) -> Answer:
+        if not self._begun and header.verb != "begin":
+            raise WireError(f"'{header.verb}' came before 'begin': this client does not know where the run is.")
         if header.verb in HOUSEKEEPING:
             getattr(self, f"_{header.verb}")(header)
             return Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn), []
@@ -271,12 +298,14 @@ class Seat:
         self.guard.begin()
         if number == 0:
             self.progress.note("the run begins")
+            self._begun = True
             return
         manifest, states = checkpoint.load(self._kept / f"round-{number:06d}", expect=self._identity())
         try:
             self.party.slot.put(states["client"], version=int(manifest["slot_version"]), resize=True)
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint of round {number} in {self._kept} does not fit: {error}") from error
+        self._begun = True
         self.progress.note(f"going on after round {number}")
 
     def _keep(self, header: Header) -> None:

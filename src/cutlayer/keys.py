@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import socket
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -166,39 +164,14 @@ def client_keys(folder: str | Path) -> ClientKeys:
     return ClientKeys(**vars(found), token=token)
 
 
-def server_fingerprint(host: str, port: int, keys: ClientKeys, *, seconds: float = 30.0) -> str:
-    """The fingerprint of the certificate that a server shows, after a handshake in which both sides were verified.
-
-    For a policy that names the server's: gRPC tells its clients the server's certificate nowhere.
-
-    Raises:
-        KeysError: nobody answers, or one side does not trust the other.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_verify_locations(cadata=keys.ca.decode("ascii"))
-    context.load_cert_chain(keys.folder / CERTIFICATE, keys.folder / KEY)
-    context.set_alpn_protocols(["h2"])
-    try:
-        with (
-            socket.create_connection((host, port), timeout=seconds) as plain,
-            context.wrap_socket(plain, server_hostname=host) as secure,
-        ):
-            shown = secure.getpeercert(binary_form=True)
-    except (OSError, ssl.SSLError) as error:
-        raise KeysError(
-            f"The server at {host}:{port} did not show a certificate that {keys.folder / CA} vouches for: {error}. "
-            "Check the address, and that your folder is from the same cutlayer keys as the server's."
-        ) from error
-    assert shown is not None, "a handshake that verifies the server has its certificate"
-    return fingerprint_of(shown)
-
-
-def fingerprint_of(certificate: bytes) -> str:
-    """The SHA-256 of a certificate (PEM or DER), as ``openssl x509 -fingerprint -sha256`` writes it."""
-    pem = certificate.lstrip().startswith(b"-----")
-    read = _certificate(certificate, "The certificate") if pem else x509.load_der_x509_certificate(certificate)
-    return _fingerprint(read)
+def fingerprint_of(certificate: bytes | x509.Certificate) -> str:
+    """The SHA-256 of a certificate (bytes: PEM or DER), as ``openssl x509 -fingerprint -sha256`` writes it."""
+    if isinstance(certificate, bytes):
+        pem = certificate.lstrip().startswith(b"-----")
+        certificate = (
+            _certificate(certificate, "The certificate") if pem else x509.load_der_x509_certificate(certificate)
+        )
+    return certificate.fingerprint(SHA256()).hex(":").upper()
 
 
 def token_hash(token: str) -> str:
@@ -238,7 +211,7 @@ def _load(folder: Path, role: str) -> Keys:
         raise KeysError(
             f"{folder / CERTIFICATE} is good from {begins:%Y-%m-%d %H:%M} UTC only. Check this machine's clock."
         )
-    return Keys(folder, ca, pem, key, name, _fingerprint(certificate), until)
+    return Keys(folder, ca, pem, key, name, fingerprint_of(certificate), until)
 
 
 def _check_role(folder: Path, certificate: x509.Certificate, role: str) -> None:
@@ -306,7 +279,3 @@ def _issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
 def _name(certificate: x509.Certificate) -> str:
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if names else ""
-
-
-def _fingerprint(certificate: x509.Certificate) -> str:
-    return certificate.fingerprint(SHA256()).hex(":").upper()

@@ -153,12 +153,6 @@ class Policy(Tree):
     most: Most = Most()
     told: Told = Told()
 
-    def server_problems(self, fingerprint: str) -> list[str]:
-        """What is wrong with a server that shows a certificate with this fingerprint."""
-        if self.server is None or _fingerprint(fingerprint) == self.server:
-            return []
-        return [f"server: the certificate has the fingerprint {fingerprint}, which is not the one that is allowed."]
-
     def problems(self, config: RunConfig, client: str, *, files: Mapping[str, str] | None = None) -> list[str]:
         """Why the client may not take part in a run, as sentences; none if it may.
 

@@ -21,6 +21,7 @@ def join(
     model: Annotated[str | None, typer.Option(help="Where the model is here; by default as the run says.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     name: Annotated[str | None, typer.Option(help="Which client of the run you are, where no keys say it.")] = None,
+    run: Annotated[str | None, typer.Option(help="Which of the server's runs, where you are in several.")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Plain text and no keys; only to a server on this machine.")
     ] = False,
@@ -37,8 +38,8 @@ def join(
     progress = RichProgress(where)
     try:
         joined = join_run(
-            address, data=data, out=out, held_out=held_out, keys=keys, name=name, policy=policy, model=model,
-            device=device, progress=progress,
+            address, data=data, out=out, held_out=held_out, keys=keys, name=name, run=run, policy=policy,
+            model=model, device=device, progress=progress,
         )  # fmt: skip
     finally:
         progress.stop()

@@ -77,7 +77,7 @@ async def _round(
     if training and not policy.may_leave.head_adapter:
         raise PolicyRefused("may_leave.head_adapter", "Flower's strategy gets this client's part of the model.")
     open_session = opener(address, keys, policy)
-    config, files = await fetched(
+    config, files, _ = await fetched(
         open_session, address, name, policy, model=places.get("model"), device=places.get("device", "auto")
     )
     seat = _RoundSeat(config, name, places["data"], places.get("eval"), out, policy, progress)

@@ -46,7 +46,7 @@ from cutlayer.report.progress import Reporter, reporter
 from cutlayer.report.summary import summarize
 from cutlayer.run import Result, first_of
 from cutlayer.schedule import Told
-from cutlayer.serving import read_rounds, read_told
+from cutlayer.served_run import read_rounds, read_told
 from cutlayer.step import split_evaluate
 from cutlayer.wire import Frame, Header, Meter
 

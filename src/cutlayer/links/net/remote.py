@@ -39,7 +39,8 @@ class Remote:
 
     A request is sent again, byte for byte, on each new session until its reply has come; the client answers a turn
     once. A client that comes back as another process (another ``instance`` in its hello) no longer holds what it was
-    asked about: requests in flight then end with ``Gone``, and the run must take it back from a round that it holds.
+    asked about: it is ``stale``, and requests to it end with ``Gone``, those in flight and later ones, until ``renew``
+    says that it is taken back from a round that it holds.
 
     ``retries`` counts requests sent again, ``dropped`` replies that nobody waited for any more (late or duplicate),
     ``reconnects`` sessions after the first, ``seconds_away`` the time without one. ``last_turn`` is the newest turn
@@ -64,6 +65,7 @@ class Remote:
         self._places = asyncio.Semaphore(window)
         self._new, self._here = asyncio.Event(), asyncio.Event()
         self._gone: Gone | None = None
+        self._stale: Gone | None = None
         self._farewell: tuple[str, bool] | None = None
         self.heard = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -78,6 +80,15 @@ class Remote:
     def session(self) -> Session | None:
         """The session there is now."""
         return self._session
+
+    @property
+    def stale(self) -> bool:
+        """Whether it has come back as another process, and nobody has taken it back yet."""
+        return self._stale is not None
+
+    def renew(self) -> None:
+        """It is taken back: what it is asked from now on begins with what it holds."""
+        self._stale = None
 
     async def attached(self) -> Session:
         """Wait until the client is here."""
@@ -111,7 +122,8 @@ class Remote:
             self._timer = None
         instance = session.hello.get("instance")
         if self._sessions and instance != self._instance:
-            self._fail(Gone(self.name, "it was started again, without what it held when it was asked."))
+            self._stale = Gone(self.name, "it was started again, without what it held before.")
+            self._fail(self._stale)
         self.last_turn = max(self.last_turn, turn)
         self.reconnects += bool(self._sessions)
         self._sessions += 1
@@ -150,8 +162,8 @@ class Remote:
         self.last_turn = turn
         packed = pack_whole(frame)
         async with self._places:
-            if self._gone is not None:
-                raise self._gone
+            if gone := self._stale or self._gone:
+                raise gone
             request = _Request(packed, asyncio.get_running_loop().create_future())
             self._requests[turn] = request
             self._new.set()

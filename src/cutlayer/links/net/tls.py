@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from cutlayer.errors import Disconnected, NetworkError, Refused
+from cutlayer.keys import fingerprint_of
 
 EXPIRED, NOT_YET, WRONG_NAMES, UNKNOWN = 10, 9, (62, 64), (2, 18, 19, 20, 21)  # OpenSSL's numbers of X.509 errors
 
@@ -74,9 +74,8 @@ def peer_of(pem: bytes) -> Peer:
     return Peer(str(names[0].value), found.serial_number)
 
 
-def fingerprint_of(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate, 64 hexadecimal digits."""
-    return certificate.fingerprint(hashes.SHA256()).hex()
+def _digits(fingerprint: str) -> str:
+    return fingerprint.lower().removeprefix("sha256:").replace(":", "")
 
 
 async def pinned(address: str, credentials: Credentials, fingerprint: str, seconds: float) -> bytes:
@@ -92,11 +91,11 @@ async def pinned(address: str, credentials: Credentials, fingerprint: str, secon
         Refused: another certificate, or one that does not verify.
         Disconnected: no connection, or no answer.
     """
-    wanted = fingerprint.lower().replace(":", "").removeprefix("sha256")
     found = x509.load_der_x509_certificate(await _fetch(address, credentials, seconds))
-    if fingerprint_of(found) != wanted:
+    own = fingerprint_of(found)
+    if _digits(own) != _digits(fingerprint):
         raise Refused(
-            f"The server at {address} has the fingerprint {fingerprint_of(found)}, but {wanted} is expected. "
+            f"The server at {address} has the fingerprint {own}, but {fingerprint} is expected. "
             "Ask the operator whether the certificate was renewed; if not, this is not your server."
         )
     try:
