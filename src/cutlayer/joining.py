@@ -60,6 +60,7 @@ from cutlayer.wire import Header
 
 BEGINNINGS = ("head_forward", "probe")
 Answer = tuple[Header, list[Tensor]]
+Open = Callable[[Mapping[str, Any]], Awaitable[Session]]
 
 
 @dataclass(frozen=True)
@@ -123,20 +124,10 @@ async def _join(
     progress: Reporter,
 ) -> Joined:  # fmt: skip
     keys = client_keys(folder) if folder is not None else None
-    name = _own_name(keys, name)
+    name = own_name(keys, name)
     policy = load_policy(policy_file) if policy_file is not None else Policy()
-    open_session = _opener(address, keys, policy)
-    greeting = await open_session({"client": name, "wants": "run", **({"run": run} if run else {})})
-    tree, run = greeting.welcome.get("run"), greeting.welcome.get("name")
-    await greeting.close("It has read what the run is.")
-    if not isinstance(tree, Mapping):
-        raise Refused(f"The server at {address} offers no run.")
-    config = taken(tree, model=model, device=device)
-    if name not in config.client_names:
-        raise Refused(f"The run at {address} has no client '{name}'. It has: {', '.join(config.client_names)}.")
-    files = fingerprint(config.model)
-    if wrong := policy.problems(config, name, files=files):
-        raise PolicyRefused("the run", " ".join(wrong))
+    open_session = opener(address, keys, policy)
+    config, files, run = await fetched(open_session, address, name, policy, run=run, model=model, device=device)
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
         seat = Seat(config, name, data, held_out, out, policy, progress)
@@ -152,7 +143,32 @@ async def _join(
         return Joined(out, seat.result, seat.guard.told())
 
 
-def _own_name(keys: ClientKeys | None, name: str | None) -> str:
+async def fetched(
+    open_session: Open, address: str, name: str, policy: Policy, *, run: str | None = None, model: str | None,
+    device: str,
+) -> tuple[RunConfig, dict[str, str], str | None]:  # fmt: skip
+    """The run that a server offers to a client, what the client's files of the model are, and the run's name.
+
+    Raises:
+        Refused: it offers none, or none with this client.
+        PolicyRefused: the owner does not allow such a run.
+    """
+    greeting = await open_session({"client": name, "wants": "run", **({"run": run} if run else {})})
+    tree, run = greeting.welcome.get("run"), greeting.welcome.get("name")
+    await greeting.close("It has read what the run is.")
+    if not isinstance(tree, Mapping):
+        raise Refused(f"The server at {address} offers no run.")
+    config = taken(tree, model=model, device=device)
+    if name not in config.client_names:
+        raise Refused(f"The run at {address} has no client '{name}'. It has: {', '.join(config.client_names)}.")
+    files = fingerprint(config.model)
+    if wrong := policy.problems(config, name, files=files):
+        raise PolicyRefused("the run", " ".join(wrong))
+    return config, files, run
+
+
+def own_name(keys: ClientKeys | None, name: str | None) -> str:
+    """The name that a client's keys give it, or without any the one that it was given."""
     if keys is None:
         if name is None:
             raise ConfigError(["without --keys, say by --name which client of the run this is."], "the call")
@@ -164,7 +180,7 @@ def _own_name(keys: ClientKeys | None, name: str | None) -> str:
     return keys.name
 
 
-def _opener(address: str, keys: ClientKeys | None, policy: Policy) -> Callable[[Mapping[str, Any]], Awaitable[Session]]:
+def opener(address: str, keys: ClientKeys | None, policy: Policy) -> Open:
     """What opens a session with a hello."""
     credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None
     token, pinned = keys.token if keys else "", policy.server or ""

@@ -169,7 +169,7 @@ class ServedRun:
                 f"The model is another here: its files ({', '.join(self.files)}) have other checksums than those of "
                 f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends."
             )
-        ready = _Ready(_told(hello.get("data")), _rounds(hello.get("rounds")))
+        ready = _Ready(read_told(hello.get("data")), read_rounds(hello.get("rounds")))
         before = self.ready.get(name)
         if before is not None and before.told != ready.told:
             raise Refused("Your data are of another size than when you first joined this run. Bring the same data.")
@@ -294,7 +294,7 @@ def _carrier(remote: Remote, network: asyncio.AbstractEventLoop) -> Carry:
     return carry
 
 
-def _told(data: object) -> Told:
+def read_told(data: object) -> Told:
     """What a client says of its data, if it can be."""
     names = ("examples", "label_tokens", "steps_per_epoch", "evaluation_batches")
     if not isinstance(data, dict) or set(data) != set(names):
@@ -305,7 +305,8 @@ def _told(data: object) -> Told:
     return Told(**data)
 
 
-def _rounds(rounds: object) -> list[int]:
+def read_rounds(rounds: object) -> list[int]:
+    """The rounds that a client says it holds, if they can be."""
     if not isinstance(rounds, list) or any(type(number) is not int or number < 1 for number in rounds):
         raise Refused("The hello names rounds that cannot be.")
     return rounds[-100:]

@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from cutlayer.errors import ConfigError, ModelError
 from cutlayer.models.families import Anatomy, anatomy, number_of_blocks
+from cutlayer.models.placement import MAPS, check_map, placed
 from cutlayer.models.standins import Skip, stand_in
 from cutlayer.seeds import derive
 
@@ -53,13 +54,16 @@ class Part:
 
 
 def device_named(name: str) -> str:
-    """The device of a name: ``auto`` is CUDA when there is one.
+    """The device of a name: ``auto`` is CUDA when there is one; ``balanced`` and ``sequential`` are all GPUs.
 
     Raises:
         ConfigError: this machine does not have it.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name in MAPS:
+        check_map(name)
+        return name
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -150,7 +154,7 @@ def load_model(
     _fill_missing(loaded, info, shape, seed, str(model), causal)
     loaded.requires_grad_(False)
     loaded.eval()
-    return loaded.to(device), shape
+    return placed(loaded, device), shape
 
 
 def class_of(model: str | os.PathLike[str], config: Any, task: str) -> Any:
