@@ -16,7 +16,9 @@ from cutlayer.build import layouts_of
 from cutlayer.config import DEFAULT_METHODS, FAMILY_KEYS, RunConfig, load_config
 from cutlayer.config_read import Overrides, numbered, read
 from cutlayer.config_write import tree_of
+from cutlayer.contracts import Layout
 from cutlayer.errors import ConfigError
+from cutlayer.models.loading import Part
 
 AT_CLIENT = "at the client"  # in place of every file of data
 HERE = ("record_wire", "device", "report_to")  # keys that are each party's own
@@ -102,6 +104,12 @@ def check_routes(config: RunConfig, num_blocks: int) -> None:
                 ],
                 "the run",
             )
+
+
+def part_of(layout: Layout) -> Part:
+    """What a client holds of the model: its head, and in the U-shape its tail."""
+    tail = layout.tail if layout.tail_at_client else range(0)
+    return Part(0, len(layout.head), bottom=True, top=layout.tail_at_client, also=tail)
 
 
 def offer(config: RunConfig) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer import checkpoint
-from cutlayer.apart import check_routes, taken
+from cutlayer.apart import check_routes, part_of, taken
 from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import Data, layouts_of, prepare_own, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
 from cutlayer.engine import identity
 from cutlayer.errors import CheckpointError, ConfigError, NetworkError, OutputError, PolicyRefused, Refused
+from cutlayer.fetching import SERVED, Fetch, is_served
 from cutlayer.files import write_text
 from cutlayer.guard import Guard, guarded
 from cutlayer.identity import fingerprint
@@ -31,6 +32,7 @@ from cutlayer.keys import ClientKeys, client_keys
 from cutlayer.leaving import held_by
 from cutlayer.links.net.answering import Again, answer
 from cutlayer.links.net.connecting import connect
+from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.session import Session
 from cutlayer.links.net.tls import Credentials
 from cutlayer.links.network import HOUSEKEEPING
@@ -47,7 +49,7 @@ from cutlayer.released import Counts, Log
 from cutlayer.report.progress import Reporter, reporter
 from cutlayer.run import Interrupted
 from cutlayer.schedule import told_of
-from cutlayer.wire import Header
+from cutlayer.wire import Header, Limits
 
 BEGINNINGS = ("head_forward", "probe")
 Answer = tuple[Header, list[Tensor]]
@@ -87,7 +89,8 @@ def join(
         keys: its folder of ``cutlayer keys``; None: plain text, to this machine only.
         name: which client of the run it is, where no keys say it.
         policy: the owner's policy file; None: the default one.
-        model: where it has the model; None: where the run says.
+        model: where it has the model; ``served``: its part comes from the server; None: where the run says, or from the
+            server where that is a folder of the server's own.
         device: as in a run.
         again: when to try again after the connection was lost.
         progress: as of ``cutlayer.train``.
@@ -119,15 +122,25 @@ async def _join(
     await greeting.close("It has read what the run is.")
     if not isinstance(tree, Mapping):
         raise Refused(f"The server at {address} offers no run.")
-    config = taken(tree, model=model, device=device)
+    config = taken(tree, model=None if model == SERVED else model, device=device)
     if name not in config.client_names:
         raise Refused(f"The run at {address} has no client '{name}'. It has: {', '.join(config.client_names)}.")
-    files = fingerprint(config.model)
-    if wrong := policy.problems(config, name, files=files):
+    fetch = listing = None
+    files: Mapping[str, str]
+    if is_served(model, config, own=greeting.welcome.get("own_model") is True):
+        fetch = Fetch(_opener(address, keys, policy, limits=LIMITS), name, again=again, progress=progress)
+        listing = await fetch.listing()
+        files = {"handed": listing.checksum}
+    else:
+        files = fingerprint(config.model)
+    if wrong := policy.problems(config, name, files=files, served=listing.checksum if listing else None):
         raise PolicyRefused("the run", " ".join(wrong))
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
-        seat = Seat(config, name, data, held_out, out, policy, progress)
+        base_name = config.model
+        if fetch is not None and listing is not None:
+            config = config.model_copy(update={"model": str(await fetch.into(out, listing, config))})
+        seat = Seat(config, name, data, held_out, out, policy, progress, base_name=base_name)
         progress.note(f"joined the run at {address} as '{name}'; output folder: {out}")
 
         async def open_again(extras: Mapping[str, Any]) -> Session:
@@ -152,13 +165,15 @@ def _own_name(keys: ClientKeys | None, name: str | None) -> str:
     return keys.name
 
 
-def _opener(address: str, keys: ClientKeys | None, policy: Policy) -> Callable[[Mapping[str, Any]], Awaitable[Session]]:
+def _opener(
+    address: str, keys: ClientKeys | None, policy: Policy, limits: Limits | None = None
+) -> Callable[[Mapping[str, Any]], Awaitable[Session]]:
     """What opens a session with a hello."""
     credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None
     token, pinned = keys.token if keys else "", policy.server or ""
 
     async def opened(hello: Mapping[str, Any]) -> Session:
-        return await connect(address, credentials, token, hello, fingerprint=pinned)
+        return await connect(address, credentials, token, hello, limits=limits, fingerprint=pinned)
 
     return opened
 
@@ -174,12 +189,14 @@ class Seat:
         out: its folder.
         policy: its owner's.
         progress: is told what happens.
+        base_name: what its adapter calls the model that it is of; None: where the model lies.
     """
 
     def __init__(
         self, config: RunConfig, name: str, data: str, held_out: str | None, out: Path, policy: Policy,
-        progress: Reporter,
+        progress: Reporter, base_name: str | None = None,
     ) -> None:  # fmt: skip
+        self.base_name = base_name or config.model
         self.config, self.name, self.out, self.progress = config, name, out, progress
         blocks = number_of_blocks(load_model_config(config.model))
         check_routes(config, blocks)
@@ -187,9 +204,7 @@ class Seat:
         layout = layouts[name]
         self.first, self.last = neighbours(config, routes_of(config, layouts)[name])
         self.data: Data = prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
-        tail = layout.tail if layout.tail_at_client else range(0)
-        part = Part(0, len(layout.head), bottom=True, top=layout.tail_at_client, also=tail)
-        self.base = self._base(part)
+        self.base = self._base(part_of(layout))
         self.secret = _secret(out / "secret")
         self.party: ClientParty = self._party(0)
         self.guard = Guard(
@@ -283,7 +298,7 @@ class Seat:
         state = {name: tensor for name, tensor in self.party.slot.get().items() if name in own}
         try:
             shutil.rmtree(draft, ignore_errors=True)
-            save_part(self.base, state, draft, base_name=self.config.model)
+            save_part(self.base, state, draft, base_name=self.base_name)
             if final.is_dir():
                 shutil.rmtree(final)
             checkpoint.move(draft, final)

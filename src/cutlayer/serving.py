@@ -31,6 +31,7 @@ from cutlayer.config import RunConfig, dump
 from cutlayer.driver import Run
 from cutlayer.engine import Engine
 from cutlayer.errors import Gone, MethodError, NonFinite, OutputError, Refused
+from cutlayer.handing import WANTS, Handing
 from cutlayer.identity import fingerprint
 from cutlayer.keys import ServerKeys, server_keys
 from cutlayer.links.local import Link
@@ -138,6 +139,7 @@ class _Service:
     ) -> None:
         self.config, self.out, self.keys, self.bind, self.progress = config, out, keys, bind, progress
         self.files = fingerprint(config.model)
+        self.handing = Handing(config)
         self.device = device_named(config.device)
         self.remotes = {name: Remote(name, patience=patience) for name in config.client_names}
         self.ready: dict[str, _Ready] = {}
@@ -202,8 +204,11 @@ class _Service:
         if self.keys is not None and (not hmac.compare_digest(peer, name) or not self.keys.token_ok(name, token)):
             raise Refused("The certificate and the token do not belong to this client, or were revoked.")
         if hello.get("wants") == "run":
-            return {"run": offer(self.config)}
-        if hello.get("model") != self.files:
+            return {"run": offer(self.config), "own_model": Path(self.config.model).is_dir()}
+        if hello.get("wants") == WANTS:
+            return {"client": name}
+        model = hello.get("model")
+        if model != self.files and not await self.handing.is_same(name, model):
             raise Refused(
                 f"The model is another here: its files ({', '.join(self.files)}) have other checksums than those of "
                 f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends."
@@ -219,6 +224,9 @@ class _Service:
         """Serve a session that was admitted."""
         if session.hello.get("wants") == "run":
             await session.ended.wait()
+            return
+        if session.hello.get("wants") == WANTS:
+            await self.handing.serve(session)
             return
         name = session.hello["client"]
         self.progress.note(f"client '{name}' is here")
@@ -268,7 +276,7 @@ class _Service:
         summary["network"] = {
             name: {
                 "reconnects": remote.reconnects, "retries": remote.retries, "dropped": remote.dropped,
-                "seconds_away": round(remote.seconds_away, 3),
+                "seconds_away": round(remote.seconds_away, 3), "model_bytes": self.handing.bytes[name],
             }
             for name, remote in self.remotes.items()
         }  # fmt: skip
