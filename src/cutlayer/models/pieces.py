@@ -79,8 +79,9 @@ class Listing:
 
     @property
     def checksum(self) -> str:
-        """SHA-256 of what is said here: of every byte that is handed, and of every name."""
-        return hashlib.sha256(self.to_json()).hexdigest()
+        """SHA-256 of what is said here (so of every byte and every name), whatever its order."""
+        ordered = sorted(self.items, key=lambda item: (item.dtype != "", item.name))
+        return hashlib.sha256(Listing(tuple(ordered)).to_json()).hexdigest()
 
     def to_json(self) -> bytes:
         """As it is sent."""
