@@ -26,6 +26,7 @@ from cutlayer.engine import identity
 from cutlayer.errors import CheckpointError, ConfigError, NetworkError, OutputError, PolicyRefused, Refused
 from cutlayer.fetching import SERVED, Fetch, is_served
 from cutlayer.files import write_text
+from cutlayer.frames import limits_of
 from cutlayer.guard import Guard, guarded
 from cutlayer.identity import fingerprint
 from cutlayer.keys import ClientKeys, client_keys
@@ -116,8 +117,8 @@ async def _join(
     keys = client_keys(folder) if folder is not None else None
     name = _own_name(keys, name)
     policy = load_policy(policy_file) if policy_file is not None else Policy()
-    open_session = _opener(address, keys, policy)
-    greeting = await open_session({"client": name, "wants": "run"})
+    open_small = _opener(address, keys, policy, limits=LIMITS)
+    greeting = await open_small({"client": name, "wants": "run"})
     tree = greeting.welcome.get("run")
     await greeting.close("It has read what the run is.")
     if not isinstance(tree, Mapping):
@@ -128,7 +129,7 @@ async def _join(
     fetch = listing = None
     files: Mapping[str, str]
     if is_served(model, config, own=greeting.welcome.get("own_model") is True):
-        fetch = Fetch(_opener(address, keys, policy, limits=LIMITS), name, again=again, progress=progress)
+        fetch = Fetch(open_small, name, again=again, progress=progress)
         listing = await fetch.listing()
         files = {"handed": listing.checksum}
     else:
@@ -141,6 +142,8 @@ async def _join(
         if fetch is not None and listing is not None:
             config = config.model_copy(update={"model": str(await fetch.into(out, listing, config))})
         seat = Seat(config, name, data, held_out, out, policy, progress, base_name=base_name)
+        limits = limits_of(config, load_model_config(config.model))
+        open_session = _opener(address, keys, policy, limits=limits)
         progress.note(f"joined the run at {address} as '{name}'; output folder: {out}")
 
         async def open_again(extras: Mapping[str, Any]) -> Session:
@@ -166,7 +169,7 @@ def _own_name(keys: ClientKeys | None, name: str | None) -> str:
 
 
 def _opener(
-    address: str, keys: ClientKeys | None, policy: Policy, limits: Limits | None = None
+    address: str, keys: ClientKeys | None, policy: Policy, limits: Limits
 ) -> Callable[[Mapping[str, Any]], Awaitable[Session]]:
     """What opens a session with a hello."""
     credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None

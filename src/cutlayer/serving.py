@@ -31,6 +31,7 @@ from cutlayer.config import RunConfig, dump
 from cutlayer.driver import Run
 from cutlayer.engine import Engine
 from cutlayer.errors import Gone, MethodError, NonFinite, OutputError, Refused
+from cutlayer.frames import limits_of
 from cutlayer.handing import WANTS, Handing
 from cutlayer.identity import fingerprint
 from cutlayer.keys import ServerKeys, server_keys
@@ -42,6 +43,7 @@ from cutlayer.links.net.tls import Credentials
 from cutlayer.links.network import Carry, NetworkLink
 from cutlayer.models.adapters import save_part
 from cutlayer.models.loading import device_named
+from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
 from cutlayer.models.slots import parameter_of
 from cutlayer.outputs import OURS, alone, holds_a_run
@@ -151,7 +153,10 @@ class _Service:
         """Listen, wait for all, drive, and part."""
         credentials = Credentials(self.keys.ca, self.keys.certificate, self.keys.key) if self.keys else None
         revoked = self.keys.revoked if self.keys else lambda serial: False
-        listener = Listener(self.bind, credentials, self._admit, self._session, revoked=revoked)
+        listener = Listener(
+            self.bind, credentials, self._admit, self._session, revoked=revoked,
+            limits=limits_of(self.config, load_model_config(self.config.model)),
+        )  # fmt: skip
         port = await listener.start()
         host = self.bind.rpartition(":")[0]
         names = ", ".join(self.remotes)
