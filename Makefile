@@ -1,7 +1,7 @@
 # make demo    fine-tune a small model, split between three clinics and a server
 # make test    the tests (not those marked slow)
 # make check   format, lint, types, then the tests
-# make bench   what the split costs against plain Transformers and PEFT
+# make bench   what the split costs against plain Transformers and PEFT, and the network against one process
 #
 # The first of them makes .venv; it needs Python 3.11 or later and nothing else. `make PYTHON=/path/to/python` picks one.
 
@@ -33,6 +33,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/network.py
 
 venv: $(STAMP)
 

@@ -1,14 +1,14 @@
 """What the network costs: CPU-seconds of a client-step over TLS, and a client's peak memory beside its own blocks.
 
     python benchmarks/network.py                  # both
-    python benchmarks/network.py --only cpu       # the CPU-seconds: about 20 minutes on one core
-    python benchmarks/network.py --only memory    # the memory: about 3 minutes, and 4 GB of the temporary folder
+    python benchmarks/network.py --only cpu       # the CPU-seconds: some ten minutes on one core
+    python benchmarks/network.py --only memory    # the memory: five minutes, and 4 GB of the temporary folder
 
-CPU-seconds: the same run in one process (``cutlayer train``) and between processes over loopback TLS (``cutlayer
-serve`` and ``cutlayer join``), of GPT-2 small's shape. They are user and system time of all processes of a run; start-up
-goes out by the difference between a long run and a short one. The runs are made in turn, several times. Memory is the
-peak of a fresh client process with a model of some 400M numbers in shards, against the same with a tiny one plus the
-bytes of its own blocks. Numbers are printed, never asserted.
+CPU-seconds: the same run in one process and between processes over loopback TLS (a server and a client), of GPT-2
+small's shape; user and system time of all their processes, from the second step on. Both go on at once, but each is
+stopped while the other has its turn of some seconds, so a machine whose speed drifts slows both. Memory is the peak of
+a fresh client process with a model of some 400M numbers in shards, against the same with a tiny one plus the bytes of
+its own blocks. Numbers are printed, never asserted. Linux only.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import argparse
 import json
 import os
 import re
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,99 +35,177 @@ HERE = Path(__file__).resolve()
 CUTLAYER = [sys.executable, "-m", "cutlayer"]
 GPT2 = "GPT-2 small (12 blocks, H=768)"
 MIB = 1 << 20
+SLICE = 6.0  # seconds of a turn, well within the silence after which a session counts as lost
+PARTITIONS = ["two-part-split", "u-shaped-split"]
 
 
 class Process:
-    """A process of a run, and what it used when it ended."""
+    """A process of a run."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self.log = log
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with log.open("wb") as file:
-            self.pid = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment).pid
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
     def said(self, pattern: str) -> str:
         """Wait until it says that; what is in the pattern's group."""
         while (found := re.search(pattern, self.log.read_text())) is None:
-            assert os.waitpid(self.pid, os.WNOHANG) == (0, 0), self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.05)
         return found[1]
 
+    def ended(self) -> str:
+        """Wait for its end; all that it said."""
+        assert self.process.wait() == 0, self.log.read_text()
+        return self.log.read_text()
+
+    @property
     def cpu_seconds(self) -> float:
-        """Wait for its end; user and system time."""
-        _, status, used = os.wait4(self.pid, 0)
-        assert status == 0, self.log.read_text()
-        return used.ru_utime + used.ru_stime
+        """User and system time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Setting:
     """A folder with a model, texts, keys and run files."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.count = root, 0
+        self.root, self.started = root, list[Process]()
         subprocess.run(
             [*CUTLAYER, "keys", "--out", root / "keys", "--host", "localhost", "--client", "client-0"],
             check=True, capture_output=True,
         )  # fmt: skip
 
-    def run_file(self, tree: dict[str, Any]) -> Path:
-        """A run file of its own."""
-        self.count += 1
-        file = self.root / f"run-{self.count}.yaml"
+    def start(self, what: str, tree: dict[str, Any], *more: str) -> Process:
+        """A process of ``worker``."""
+        file = self.root / f"{len(self.started)}.yaml"
         file.write_text(yaml.safe_dump(tree))
-        return file
+        out = str(file.with_suffix(".out"))
+        command = [sys.executable, str(HERE), "--worker", what, str(file), out, *more]
+        self.started.append(Process(command, file.with_suffix(".log")))
+        return self.started[-1]
 
-    def alone(self, tree: dict[str, Any]) -> float:
-        """CPU-seconds of the run in one process."""
-        file = self.run_file(tree)
-        command = [*CUTLAYER, "train", str(file), "--out", str(self.root / f"out-{self.count}")]
-        return Process(command, file.with_suffix(".log")).cpu_seconds()
-
-    def apart(self, tree: dict[str, Any], client: Sequence[str]) -> tuple[float, float, str]:
-        """CPU-seconds of the server and the client over TLS, and what the client said."""
-        file = self.run_file(tree)
-        out = self.root / f"out-{self.count}"
-        command = [*CUTLAYER, "serve", str(file), "--bind", "localhost:0", "--keys", str(self.root / "keys/server")]
-        server = Process([*command, "--out", str(out / "server")], file.with_suffix(".server.log"))
+    def apart(self, tree: dict[str, Any], model: str) -> tuple[Process, Process]:
+        """A server and a client over TLS."""
+        server = self.start("serve", tree, str(self.root / "keys" / "server"))
         port = server.said(r"listening at localhost:(\d+)")
-        own = [
-            "--data",
-            tree["data"]["train"],
-            "--keys",
-            str(self.root / "keys/client-0"),
-            "--out",
-            str(out / "client"),
-        ]
-        joined = Process([*client, f"localhost:{port}", *own], file.with_suffix(".client.log"))
-        theirs, ours = joined.cpu_seconds(), server.cpu_seconds()
-        return ours, theirs, joined.log.read_text()
+        return server, self.start("join", tree, str(self.root / "keys" / "client-0"), port, model)
+
+    def __enter__(self) -> Setting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.started:
+            one.process.kill()
+            one.process.wait()
 
 
-def cpu(partition: str, steps: int, repeats: int) -> None:
+class Steps:
+    """Says each step as it is done."""
+
+    def start(self, total_steps: int) -> None:
+        pass
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        print("step", flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def stop(self) -> None:
+        pass
+
+
+def worker(what: str, file: str, out: str, *more: str) -> None:
+    """In a fresh process: a run, or a server or client of one; a client tells its peak and the bytes of its blocks."""
+    if what == "train":
+        from cutlayer.run import train
+
+        train(file, out=out, progress=Steps())
+    elif what == "serve":
+        from cutlayer.serving import serve
+
+        serve(file, bind="localhost:0", out=out, keys=more[0], progress=Steps())
+    else:
+        from cutlayer import joining
+        from cutlayer.report.summary import peak_rss
+
+        keys, port, model = more
+        seats = []
+
+        class Noted(joining.Seat):
+            def __init__(self, *given: Any, **options: Any) -> None:
+                super().__init__(*given, **options)
+                seats.append(self)
+
+        joining.Seat = Noted  # type: ignore[misc]
+        data = yaml.safe_load(Path(file).read_text())["data"]["train"]
+        joining.join(f"localhost:{port}", data=data, keys=keys, out=out, model=model, progress=Steps())
+        own = sum(p.numel() * p.element_size() for p in seats[0].base.model.parameters() if not p.requires_grad)
+        print(json.dumps([peak_rss(), own]))
+
+
+class Turns:
+    """Processes that are stopped while they do not have their turn, and what they used for how many steps."""
+
+    def __init__(self, *processes: Process) -> None:
+        self.processes = processes
+        while self.steps < 2:  # the first ones load what is loaded late
+            assert all(p.process.poll() is None for p in processes), [p.log.read_text() for p in processes]
+            time.sleep(0.02)
+        self.from_steps, self.from_cpu = self.steps, self.cpu
+        self._signal(signal.SIGSTOP)
+
+    @property
+    def steps(self) -> int:
+        """Done so far, as the first process says."""
+        return self.processes[0].log.read_text().count("step\n")
+
+    @property
+    def cpu(self) -> list[float]:
+        """CPU-seconds so far, by process."""
+        return [process.cpu_seconds for process in self.processes]
+
+    def turn(self, seconds: float) -> None:
+        """Let them work."""
+        self._signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self._signal(signal.SIGSTOP)
+
+    def end(self) -> list[float]:
+        """CPU-seconds of a step by process, up to a step's end; they stay stopped."""
+        self._signal(signal.SIGCONT)
+        steps = self.steps
+        while self.steps == steps:
+            time.sleep(0.01)
+        used, steps = self.cpu, self.steps
+        self._signal(signal.SIGSTOP)
+        return [(now - before) / (steps - self.from_steps) for now, before in zip(used, self.from_cpu, strict=True)]
+
+    def _signal(self, number: int) -> None:
+        for process in self.processes:
+            process.process.send_signal(number)
+
+
+def cpu(shape: str, partition: str, steps: int) -> None:
     """Print the CPU-seconds of a step in one process and over TLS."""
-    with tempfile.TemporaryDirectory() as name:
-        setting = Setting(Path(name))
-        make_model(setting.root / "model", SHAPES[GPT2])
+    with tempfile.TemporaryDirectory() as name, Setting(Path(name)) as setting:
+        make_model(setting.root / "model", SHAPES[shape])
         make_rows(setting.root / "rows.jsonl", 64)
-        found: list[tuple[float, float, float]] = []
-        client = [*CUTLAYER, "join", "--model", str(setting.root / "model")]
-        for _ in range(repeats):
-            one, server, joined = [], [], []
-            for rounds in (2, 2 + steps):
-                tree = run_config(
-                    setting.root / "model", setting.root / "rows.jsonl", partition, clients=1, rounds=rounds
-                )
-                one.append(setting.alone(tree))
-                ours, theirs, _ = setting.apart(tree, client)
-                server.append(ours)
-                joined.append(theirs)
-            found.append(tuple((long - short) / steps for short, long in (one, server, joined)))  # type: ignore[arg-type]
-            a, b, c = found[-1]
-            print(f"  {partition}: alone {a:.3f}, server {b:.3f} + client {c:.3f}, ratio {(b + c) / a:.3f}", flush=True)
-    one_s, both_s = statistics.median(a for a, _, _ in found), statistics.median(b + c for _, b, c in found)
+        model = setting.root / "model"
+        tree = run_config(model, setting.root / "rows.jsonl", partition, clients=1, rounds=100_000)
+        alone = Turns(setting.start("train", tree))
+        apart = Turns(*setting.apart(tree, str(model)))
+        while min(alone.steps - alone.from_steps, apart.steps - apart.from_steps) < steps:
+            alone.turn(SLICE)
+            apart.turn(SLICE)
+        (one,), (server, client) = alone.end(), apart.end()
+    ratio = (server + client) / one
     print(
-        f"{GPT2:32} {partition:15} one process {one_s:.3f}  over TLS {both_s:.3f} CPU-s a client-step (batch {ROWS} x "
-        f"{LENGTH}; medians of {repeats} runs in turn)  ratio {both_s / one_s:.3f}"
+        f"{shape:32} {partition:15} one process {one:.3f}  over TLS {server:.3f} + {client:.3f} CPU-s a client-step "
+        f"(batch {ROWS} x {LENGTH}; {steps} steps and more, in turns of {SLICE:g} s)  ratio {ratio:.3f}",
+        flush=True,
     )
 
 
@@ -148,8 +226,8 @@ def make_large(folder: Path, *, tiny: bool) -> None:
 
 def memory(partition: str, rounds: int) -> None:
     """Print a client's peak memory with a large model, from local files and from the server."""
-    with tempfile.TemporaryDirectory() as name:
-        setting, peaks = Setting(Path(name)), {}
+    with tempfile.TemporaryDirectory() as name, Setting(Path(name)) as setting:
+        peaks = {}
         for size in ("tiny", "large"):
             subprocess.run([sys.executable, HERE, "--make", setting.root / size, size], check=True, capture_output=True)
         (setting.root / "rows.jsonl").write_text("\n".join(json.dumps({"text": "w5 w6 w7 " * 10}) for _ in range(8)))
@@ -158,9 +236,9 @@ def memory(partition: str, rounds: int) -> None:
             tree |= {"batch_size": 1, "peft": {"name": "lora", "rank": 4}}
             tree["partition"] |= {"head_blocks": 2} | ({"tail_blocks": 1} if partition == "u-shaped-split" else {})
             model = str(setting.root / size) if where == "local" else "served"
-            *_, said = setting.apart(tree, [sys.executable, str(HERE), "--join", model])
-            told = json.loads(said.splitlines()[-1])
-            peaks[size, where] = told
+            server, client = setting.apart(tree, model)
+            peaks[size, where] = json.loads(client.ended().splitlines()[-1])
+            server.ended()
         for where in ("local", "served"):
             runtime, (rss, own) = peaks["tiny", where][0], peaks["large", where]
             print(
@@ -171,47 +249,25 @@ def memory(partition: str, rounds: int) -> None:
             )
 
 
-def joined(arguments: list[str]) -> None:
-    """In a fresh process: take part in a run, then tell the peak and the bytes of what is frozen of the model."""
-    parser = argparse.ArgumentParser()
-    for option in ("model", "address", "--data", "--keys", "--out"):
-        parser.add_argument(option)
-    given = parser.parse_args(arguments)
-    from cutlayer import joining
-    from cutlayer.report.summary import peak_rss
-
-    seats = []
-
-    class Noted(joining.Seat):
-        def __init__(self, *more: Any, **options: Any) -> None:
-            super().__init__(*more, **options)
-            seats.append(self)
-
-    joining.Seat = Noted  # type: ignore[misc]
-    joining.join(given.address, data=given.data, keys=given.keys, out=given.out, model=given.model, progress=False)
-    own = sum(p.numel() * p.element_size() for p in seats[0].base.model.parameters() if not p.requires_grad)
-    print(json.dumps([peak_rss(), own]))
-
-
 def main() -> None:
     """Parse the command line and print what was measured."""
-    if sys.argv[1:2] == ["--join"]:
-        joined(sys.argv[2:])
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:])
         return
     if sys.argv[1:2] == ["--make"]:
         make_large(Path(sys.argv[2]), tiny=sys.argv[3] == "tiny")
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["cpu", "memory"])
-    parser.add_argument("--steps", type=int, default=12, help="between the short and the long run")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--partition", choices=["two-part-split", "u-shaped-split"], help="only this one")
+    parser.add_argument("--quick", action="store_true", help="CPU-seconds of the small shape only")
+    parser.add_argument("--steps", type=int, default=30, help="of each run, at least")
+    parser.add_argument("--partition", choices=PARTITIONS, help="only this one")
     given = parser.parse_args()
-    partitions = [given.partition] if given.partition else ["two-part-split", "u-shaped-split"]
-    for partition in partitions if given.only != "cpu" else []:
+    partitions = [given.partition] if given.partition else PARTITIONS
+    for partition in partitions if given.only != "cpu" and not given.quick else []:
         memory(partition, 3)
     for partition in partitions if given.only != "memory" else []:
-        cpu(partition, given.steps, given.repeats)
+        cpu(next(iter(SHAPES)) if given.quick else GPT2, partition, given.steps)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ CASES: list[dict[str, Any]] = [
     {}, {"peft": "full"}, {"framework": "sequential-sl"}, {"framework": "sfl-v1", "peft": "full", "partition": TWO},
     {"framework": "psl", "partition": TWO}, {"peft": {"name": "splitft-cut-rank", "rank": 4, "cut_rank": 2}},
     {"peft": {"name": "lora", "rank": 2, "rank_pattern": {"q_proj": 7}}}, {"framework": "hsfl"},
-    {"exchange": {"name": "mu-splitfed", "perturbations": 3}, "partition": TWO, "optimizer": "sgd"},
+    {"exchange": {"name": "mu-splitfed", "perturbations": 3}, "framework": "sfl-v1", "partition": TWO},
     {"peft": {"name": "lora", "rank": 2, "targets": ["embed_tokens", "q_proj"]}}, {"precision": "bfloat16"},
 ]  # fmt: skip
 
