@@ -27,14 +27,16 @@ from cutlayer.handing import Handing
 from cutlayer.joining import join
 from cutlayer.links.net.answering import Again
 from cutlayer.links.net.handing import LIMITS, hand
+from cutlayer.links.net.messages import Type, pack, read
 from cutlayer.links.net.session import Session
 from cutlayer.models import pieces
 from cutlayer.models.loading import Part
 from cutlayer.models.pieces import Item, Listing, Source, source_of
 from cutlayer.policy import load_policy
 from cutlayer.report.progress import reporter
+from cutlayer.wire import Header, encode
+from network import Raw, echo, serving
 from network import run as complete
-from network import serving
 from spine import TWO, U, model, often
 from tiny import make_model
 
@@ -340,6 +342,37 @@ def test_a_disk_that_fills_up_is_said(tmp_path: Path, source: Source, monkeypatc
         fetched(tmp_path / "out", config, source.read, source.listing.to_json())
     folder, _, _ = fetched(tmp_path / "out", config, source.read, source.listing.to_json())
     assert same_as(folder, source)
+
+
+def test_who_does_not_read_is_in_nobody_s_way(tmp_path: Path, source: Source) -> None:
+    """A client asks for pieces and takes none; another gets its part, and a third is answered."""
+    config = the_run(tmp_path)
+    (tmp_path / "out").mkdir()
+    listing = source.listing.to_json()
+
+    async def on(session: Session) -> None:
+        await (hand(session, source.read, listing) if session.hello.get("wants") else echo(session))
+
+    async def whole() -> tuple[Path, bool]:
+        async with serving(on=on) as there:
+            idle = Raw(there.port)
+            await idle.greet("idle", wants="model")
+            assert read(await idle.call.read()).type is Type.CREDIT
+            for turn in range(1, 5):
+                values = {"entry": len(source.listing.items) - 1, "start": 0}
+                header = Header("partition", "control", "hand", "idle", "server", "idle", turn=turn, values=values)
+                await idle.write(pack(Type.FRAME_HEAD, encode(header).head))
+            fetch = Fetch(
+                lambda hello: there.join(hello["client"], hello=dict(hello), limits=LIMITS), "ann", again=SOON,
+                progress=reporter(False),
+            )  # fmt: skip
+            found = await fetch.into(tmp_path / "out", await fetch.listing(), config), await there.works()
+            await idle.close()
+            return found
+
+    folder, works = complete(whole())
+    assert same_as(folder, source)
+    assert works
 
 
 def test_of_shards_only_own_tensors_are_handed(tmp_path: Path) -> None:
