@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from cutlayer.apart import part_of
 from cutlayer.build import layouts_of
@@ -30,7 +30,7 @@ from cutlayer.links.net.handing import listing_of, pieces
 from cutlayer.links.net.session import Session
 from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import load_config, own_tensors
-from cutlayer.models.pieces import PIECE, WEIGHTS, Item, Listing, foreign
+from cutlayer.models.pieces import PIECE, WEIGHTS, Item, Listing, foreign, hashed
 from cutlayer.report.progress import Reporter
 
 LOG = getLogger("cutlayer.net")
@@ -74,9 +74,7 @@ class _Entry:
         self.have = min(max(there - self.place, 0), self.item.size)
         self.fresh = not self.have
         if self.have:
-            with self.path.open("rb") as file:
-                file.seek(self.place)
-                self.digest = _hashed(file, self.have)
+            self.digest = hashed(self.path, self.place, self.have)
         if not self.missing and self.digest.hexdigest() != self.item.checksum:
             self.restart()
 
@@ -278,16 +276,5 @@ def _check(final: Path, listing: Listing) -> None:
     spots = [(item, final / item.name, 0) for item in listing.files]
     spots += [(item, final / WEIGHTS, place) for item, place in places.items()]
     for item, path, place in spots:
-        with path.open("rb") as file:
-            file.seek(place)
-            if _hashed(file, item.size).hexdigest() != item.checksum:
-                raise OutputError(f"{path} is damaged ('{item.name}'). Delete {final}; it is then fetched again.")
-
-
-def _hashed(file: IO[bytes], size: int) -> Any:
-    """SHA-256 of the next ``size`` bytes."""
-    digest = hashlib.sha256()
-    while size and (data := file.read(min(PIECE, size))):
-        digest.update(data)
-        size -= len(data)
-    return digest
+        if hashed(path, place, item.size).hexdigest() != item.checksum:
+            raise OutputError(f"{path} is damaged ('{item.name}'). Delete {final}; it is then fetched again.")

@@ -253,12 +253,17 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _sha256(path: Path, start: int, size: int) -> str:
+    if path.stat().st_size < start + size:
+        raise ValueError(f"{path.name} ends too early")
+    return str(hashed(path, start, size).hexdigest())
+
+
+def hashed(path: Path, start: int, size: int) -> Any:
+    """The SHA-256 of ``size`` bytes of a file (of fewer, where it ends before), which more may be added to."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while size and (data := file.read(min(PIECE, size))):
             digest.update(data)
             size -= len(data)
-    if size:
-        raise ValueError(f"{path.name} ends too early")
-    return digest.hexdigest()
+    return digest
