@@ -2,7 +2,7 @@
 # make test    the tests (not those marked slow)
 # make check   format, lint, types, then the tests
 # make flower-test   the tests of a Flower federation, in an environment of its own (.venv-flower)
-# make bench   what the split costs against plain Transformers and PEFT
+# make bench   what the split costs against plain Transformers and PEFT, and the network against one process
 #
 # The first of them makes .venv; it needs Python 3.11 or later and nothing else. `make PYTHON=/path/to/python` picks one.
 
@@ -34,6 +34,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/network.py
 
 venv: $(STAMP)
 

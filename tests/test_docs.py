@@ -35,6 +35,7 @@ from cutlayer.config_types import CodecConfig, Spec
 from cutlayer.config_write import OTHER_KEYS
 from cutlayer.models.families import EXACT
 from cutlayer.policy import Policy, load_policy
+from cutlayer.service_file import load_service
 from tiny import make_model, texts, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +89,7 @@ def checked_command(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("language", "text"), BLOCKS)
-def test_block_is_sound(language: str, text: str) -> None:
+def test_block_is_sound(language: str, text: str, tmp_path: Path) -> None:
     """Commands name what is there, Python compiles, YAML is a run or a part of one."""
     if language == "sh":
         for words in commands_of(text):
@@ -97,6 +98,9 @@ def test_block_is_sound(language: str, text: str) -> None:
         compile(text, "block", "exec")
     elif language == "yaml" and text.startswith("# policy.yaml"):
         assert load_policy(text).most.bytes
+    elif language == "yaml" and text.startswith("# service.yaml"):
+        (tmp_path / "service.yaml").write_text(text)
+        load_service(tmp_path / "service.yaml")
     elif language == "yaml":
         load_config({"model": "m", "data": {"train": "x"}, **yaml.safe_load(text)})
     else:

@@ -95,7 +95,7 @@ def test_what_breaks_the_protocol_ends_that_session_and_no_other() -> None:
             ends.append(await end_of(session))
 
     async def misbehave() -> None:
-        async with serving(on=looks_at_nothing, limits=Limits(body_bytes=20 << 20)) as served:
+        async with serving(on=looks_at_nothing, limits=lambda hello: Limits(body_bytes=20 << 20)) as served:
             for number, (name, (messages, words)) in enumerate(MISDEEDS.items()):
                 raw = Raw(served.port)
                 await raw.greet()

@@ -16,7 +16,9 @@ from cutlayer.build import layouts_of
 from cutlayer.config import DEFAULT_METHODS, FAMILY_KEYS, RunConfig, load_config
 from cutlayer.config_read import Overrides, numbered, read
 from cutlayer.config_write import tree_of
+from cutlayer.contracts import Layout
 from cutlayer.errors import ConfigError
+from cutlayer.models.loading import Part
 from cutlayer.presence import Routes
 
 AT_CLIENT = "at the client"  # in place of every file of data
@@ -108,6 +110,12 @@ def hosts(routes: Routes) -> Iterator[tuple[str, str]]:
         peer = next((stop.party for stop in stops if stop.party in routes), None)
         if peer is not None:
             yield name, peer
+
+
+def part_of(layout: Layout) -> Part:
+    """What a client holds of the model: its head, and in the U-shape its tail."""
+    tail = layout.tail if layout.tail_at_client else range(0)
+    return Part(0, len(layout.head), bottom=True, top=layout.tail_at_client, also=tail)
 
 
 def offer(config: RunConfig) -> dict[str, Any]:

@@ -26,13 +26,17 @@ from cutlayer.config import RunConfig, dump
 from cutlayer.driver import Run
 from cutlayer.engine import Engine
 from cutlayer.errors import Disconnected, Gone, MethodError, NonFinite, Refused
+from cutlayer.frames import limits_of
+from cutlayer.handing import WANTS, Handing
 from cutlayer.identity import fingerprint
 from cutlayer.links.local import Link
+from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.remote import Remote, on_loop
 from cutlayer.links.net.session import Session
 from cutlayer.links.network import Carry, NetworkLink
 from cutlayer.models.adapters import save_part
 from cutlayer.models.loading import device_named
+from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
 from cutlayer.models.sharing import SharedModels
 from cutlayer.models.slots import parameter_of
@@ -42,7 +46,7 @@ from cutlayer.report.progress import Reporter
 from cutlayer.report.summary import summarize
 from cutlayer.run import Result, first_of, total_rounds
 from cutlayer.schedule import Told
-from cutlayer.wire import Frame, Header, Meter, keep_lines
+from cutlayer.wire import Frame, Header, Limits, Meter, keep_lines
 
 FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
 MOST_EXAMPLES = 2**40  # that a client may claim to have
@@ -76,7 +80,8 @@ class ServedRun:
     ) -> None:  # fmt: skip
         self.name, self.config, self.out, self.progress = name, config, out, progress
         self.state: State = "waiting"
-        self.files = fingerprint(config.model)
+        self.files, self.handing = fingerprint(config.model), Handing(config)
+        self._limits = limits_of(config, load_model_config(config.model))
         self.device = device_named(config.device)
         self.remotes = {client: Remote(client, patience=patience) for client in config.client_names}
         self.ready: dict[str, _Ready] = {}
@@ -152,7 +157,7 @@ class ServedRun:
                 await asyncio.gather(attempt, return_exceptions=True)
                 raise
 
-    def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
+    async def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
         """What to tell a client of this run that may come in.
 
         Raises:
@@ -163,8 +168,11 @@ class ServedRun:
         if self.state == "failed":
             raise (Refused if self._hopeless else Disconnected)(self._failure)
         if hello.get("wants") == "run":
-            return {"run": offer(self.config), "name": self.name}
-        if hello.get("model") != self.files:
+            return {"run": offer(self.config), "name": self.name, "own_model": Path(self.config.model).is_dir()}
+        if hello.get("wants") == WANTS:
+            return {"client": name}
+        model = hello.get("model")
+        if model != self.files and not await self.handing.is_same(name, model):
             raise Refused(
                 f"The model is another here: its files ({', '.join(self.files)}) have other checksums than those of "
                 f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends."
@@ -176,10 +184,17 @@ class ServedRun:
         self.ready[name] = ready
         return {"client": name, "name": self.name}
 
+    def limits(self, hello: dict[str, Any]) -> Limits:
+        """The most that a frame of a client may hold that was admitted with this hello."""
+        return LIMITS if hello.get("wants") else self._limits
+
     async def session(self, session: Session) -> None:
         """Serve a session that was admitted."""
         if session.hello.get("wants") == "run":
             await session.ended.wait()
+            return
+        if session.hello.get("wants") == WANTS:
+            await self.handing.serve(session)
             return
         name = session.hello["client"]
         self.progress.note(f"client '{name}' is here")
@@ -230,7 +245,7 @@ class ServedRun:
         summary["network"] = {
             name: {
                 "reconnects": remote.reconnects, "retries": remote.retries, "dropped": remote.dropped,
-                "seconds_away": round(remote.seconds_away, 3),
+                "seconds_away": round(remote.seconds_away, 3), "model_bytes": self.handing.bytes[name],
             }
             for name, remote in self.remotes.items()
         }  # fmt: skip

@@ -49,7 +49,10 @@ class Service:
         self.failures: dict[str, Exception] = {}
         credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None
         revoked = keys.revoked if keys else lambda serial: False
-        self.listener = Listener(bind, credentials, self._admit, self._session, revoked=revoked)
+        self.listener = Listener(
+            bind, credentials, self._admit, self._session, limits=lambda hello: self._run_of(hello).limits(hello),
+            revoked=revoked,
+        )  # fmt: skip
         self.port = 0  # once it listens
         self._serving: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -138,7 +141,7 @@ class Service:
         assert isinstance(name, str), "the listener has seen to it"
         if self.keys is not None and (not hmac.compare_digest(peer, name) or not self.keys.token_ok(name, token)):
             raise Refused("The certificate and the token do not belong to this client, or were revoked.")
-        return self._run_of(hello).welcome(hello)
+        return await self._run_of(hello).welcome(hello)
 
     async def _session(self, session: Session) -> None:
         """Serve a session that was admitted."""

@@ -19,10 +19,14 @@ from torch import Tensor
 from cutlayer.contracts import SERVER
 from cutlayer.errors import ConfigError, NetworkError, PolicyRefused
 from cutlayer.flower.records import OURS, arrays_of, reply_of
-from cutlayer.joining import Seat, fetched, opener, own_name
+from cutlayer.frames import limits_of
+from cutlayer.joining import Seat
 from cutlayer.keys import client_keys
 from cutlayer.links.net.answering import Again, answer
+from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.session import Session
+from cutlayer.models.loading import load_config
+from cutlayer.offered import fetched, opener, own_name
 from cutlayer.outputs import alone
 from cutlayer.policy import Policy, load_policy
 from cutlayer.report.progress import Reporter, reporter
@@ -76,13 +80,17 @@ async def _round(
     policy = load_policy(places["policy"]) if "policy" in places else Policy()
     if training and not policy.may_leave.head_adapter:
         raise PolicyRefused("may_leave.head_adapter", "Flower's strategy gets this client's part of the model.")
-    open_session = opener(address, keys, policy)
-    config, files, _ = await fetched(
-        open_session, address, name, policy, model=places.get("model"), device=places.get("device", "auto")
+    offered = await fetched(
+        opener(address, keys, policy, LIMITS), address, name, policy, progress=progress, model=places.get("model"),
+        device=places.get("device", "auto"),
+    )  # fmt: skip
+    config = await offered.with_model(out)
+    open_session = opener(address, keys, policy, limits_of(config, load_config(config.model)))
+    seat = _RoundSeat(
+        config, name, places["data"], places.get("eval"), out, policy, progress, base_name=offered.config.model
     )
-    seat = _RoundSeat(config, name, places["data"], places.get("eval"), out, policy, progress)
     seat.arrays = arrays
-    hello = {"client": name, "model": files, **seat.told(), "round": number}
+    hello = {**offered.hello, **seat.told(), "round": number}
 
     async def open_again(extras: Mapping[str, Any]) -> Session:
         return await open_session({**hello, **extras})

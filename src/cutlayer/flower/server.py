@@ -212,12 +212,15 @@ class Federation:
     async def _admit(self, peer: str, token: str, hello: dict[str, Any]) -> dict[str, Any]:
         """The welcome of a client that may come in."""
         name = hello.get("client")
-        if not isinstance(name, str) or name not in self.config.client_names:
-            raise Refused(f"This run has no client {name!r}. It has: {', '.join(self.config.client_names)}.")
+        assert isinstance(name, str), "the listener has seen to it"
         if self.keys is not None and (not hmac.compare_digest(peer, name) or not self.keys.token_ok(name, token)):
             raise Refused("The certificate and the token do not belong to this client, or were revoked.")
+        if name not in self.config.client_names:
+            raise Refused(f"This run has no client {name!r}. It has: {', '.join(self.config.client_names)}.")
         if hello.get("wants") == "run":
             return {"run": offer(self.config)}
+        if hello.get("wants"):
+            raise Refused("In a federation the server does not hand its model. Name the client's own by model.")
         if hello.get("model") != self.files:
             raise Refused(f"The model is another here: its files have other checksums than those of '{name}'.")
         if hello.get("round") != self.number:
