@@ -10,7 +10,7 @@ import torch
 
 import cutlayer
 from apart import Apart
-from cutlayer import joining
+from cutlayer import joining, offered
 from cutlayer.apart import offer, served
 from cutlayer.config import load_config
 from cutlayer.errors import Refused, WireError
@@ -111,7 +111,7 @@ def test_a_client_takes_no_larger_frame_than_its_run_has(tmp_path: Path, monkeyp
             raise Refused("enough")
         return Greeting()
 
-    monkeypatch.setattr(joining, "connect", connect)
+    monkeypatch.setattr(offered, "connect", connect)
     with pytest.raises(Refused, match="enough"):
         joining.join(
             "localhost:1", data=run.files["ann"], out=tmp_path / "out", name="ann", model=run.tree["model"],
