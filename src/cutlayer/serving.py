@@ -13,8 +13,6 @@ import asyncio
 import hmac
 import json
 import shutil
-import signal
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +26,10 @@ from cutlayer.apart import check_routes, offer, served
 from cutlayer.assembly import assemble_server
 from cutlayer.build import load_base, open_model
 from cutlayer.config import RunConfig, dump
+from cutlayer.draining import DRAIN, PARTING, Drain, Drained, Paused
 from cutlayer.driver import Run
 from cutlayer.engine import Engine
-from cutlayer.errors import Gone, MethodError, NonFinite, OutputError, Refused
+from cutlayer.errors import CutlayerError, Gone, MethodError, NonFinite, OutputError, Refused
 from cutlayer.identity import fingerprint
 from cutlayer.keys import ServerKeys, server_keys
 from cutlayer.links.local import Link
@@ -50,6 +49,8 @@ from cutlayer.report.progress import Reporter, reporter
 from cutlayer.report.summary import summarize
 from cutlayer.run import Interrupted, Result, first_of, total_rounds
 from cutlayer.schedule import Told
+from cutlayer.status import status_server
+from cutlayer.watching import House, Watch
 from cutlayer.wire import Frame, Header, Meter, keep_lines
 
 FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
@@ -65,6 +66,8 @@ def serve(
     keys: str | Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     patience: float = PATIENCE,
+    drain: float = DRAIN,
+    status: str | None = None,
     progress: bool | Reporter | None = None,
 ) -> Result:
     """Serve one run to its end. Where ``out`` holds it already, it goes on.
@@ -76,11 +79,14 @@ def serve(
         keys: its folder of ``cutlayer keys``; None: plain text, on this machine only.
         overrides: as of ``cutlayer.train``.
         patience: seconds that a client may stay away in the middle of the run.
+        drain: seconds that the round under way gets after a SIGTERM; 0: the server stops at once.
+        status: ``HOST:PORT`` for metrics, health and readiness: plain text, for the operator's own machine.
         progress: as of ``cutlayer.train``.
 
     Raises:
         CutlayerError: anything that a user can mend.
         Gone: a client stayed away for too long; serving the same again goes on with the run.
+        Interrupted: it was stopped; ``Paused``: by SIGTERM, after a round.
     """
     shown, folder = reporter(progress), Path(out)
     config = _placed(served(source, overrides), source)
@@ -95,8 +101,15 @@ def serve(
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         checkpoint.write_text(folder / "run.yaml", text)
+        house = House(Drain(drain), own.until if own else None)
         try:
-            return asyncio.run(_until_stopped(_Service(config, folder, own, bind, patience, shown)))
+            with status_server(status, house, shown.note):
+                service = _Service(config, folder, own, bind, patience, shown, house, _name_of(source))
+                return asyncio.run(_until_stopped(service))
+        except Drained as stop:
+            raise Paused(
+                "the server finished its round as it was asked to. The same command goes on with the run"
+            ) from stop
         except (KeyboardInterrupt, asyncio.CancelledError) as stop:
             raise Interrupted(
                 "the server was stopped; its clients wait for it. The same command goes on with the run, from the last "
@@ -108,15 +121,22 @@ async def _until_stopped(service: _Service) -> Result:
     """Serve to the end, or until the operator (or the system, by SIGTERM) stops it."""
     task = asyncio.current_task()
     assert task is not None
-    if threading.current_thread() is threading.main_thread():
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await service.run()
+    with service.house.drain.on_sigterm(task, service.progress.note):
+        return await service.run()
+
+
+def _is_file(source: object) -> bool:
+    return isinstance(source, Path) or (isinstance(source, str) and "\n" not in source)
+
+
+def _name_of(source: object) -> str:
+    """What metrics and logs call the run."""
+    return Path(str(source)).stem if _is_file(source) else "run"
 
 
 def _placed(config: RunConfig, source: object) -> RunConfig:
     """The run with its model's folder made absolute, looked for here and beside the run file."""
-    is_file = isinstance(source, Path) or (isinstance(source, str) and "\n" not in source)
-    for root in [Path.cwd(), *([Path(str(source)).resolve().parent] if is_file else [])]:
+    for root in [Path.cwd(), *([Path(str(source)).resolve().parent] if _is_file(source) else [])]:
         if (root / Path(config.model).expanduser()).is_dir():
             return config.model_copy(update={"model": str((root / Path(config.model).expanduser()).resolve())})
     return config
@@ -134,12 +154,15 @@ class _Service:
     """One run that is being served."""
 
     def __init__(
-        self, config: RunConfig, out: Path, keys: ServerKeys | None, bind: str, patience: float, progress: Reporter
-    ) -> None:
-        self.config, self.out, self.keys, self.bind, self.progress = config, out, keys, bind, progress
+        self, config: RunConfig, out: Path, keys: ServerKeys | None, bind: str, patience: float, progress: Reporter,
+        house: House, name: str,
+    ) -> None:  # fmt: skip
+        self.config, self.out, self.keys, self.bind, self.house = config, out, keys, bind, house
         self.files = fingerprint(config.model)
         self.device = device_named(config.device)
         self.remotes = {name: Remote(name, patience=patience) for name in config.client_names}
+        self.progress = self.watch = Watch(name, progress, self.remotes)
+        house.runs.append(self.watch)
         self.ready: dict[str, _Ready] = {}
         self._came = asyncio.Event()
         self._base: Base | None = None
@@ -151,20 +174,26 @@ class _Service:
         revoked = self.keys.revoked if self.keys else lambda serial: False
         listener = Listener(self.bind, credentials, self._admit, self._session, revoked=revoked)
         port = await listener.start()
+        self.house.listener, self.house.loop = listener, asyncio.get_running_loop()
         host = self.bind.rpartition(":")[0]
         names = ", ".join(self.remotes)
         self.progress.note(f"listening at {host}:{port} for {len(self.remotes)} clients: {names}")
         rechecks = asyncio.ensure_future(self._recheck(listener))
         try:
             result = await self._driven()
+            self.watch.state = "done"
             for remote in self.remotes.values():
                 await remote.close("The run is done.")
             heard = [asyncio.ensure_future(remote.heard.wait()) for remote in self.remotes.values()]
             await asyncio.wait(heard, timeout=FAREWELL)  # who missed the goodbye comes back for it
             return result
-        except (NonFinite, MethodError) as error:  # trying again would not help
+        except Drained:
+            await asyncio.gather(*(remote.close(PARTING, done=False) for remote in self.remotes.values()))
+            raise
+        except CutlayerError as error:
+            self.watch.state = "failed"
             for remote in self.remotes.values():
-                if remote.session is not None:
+                if remote.session is not None and isinstance(error, NonFinite | MethodError):  # again would not help
                     await remote.session.refuse(f"The run failed at the server: {type(error).__name__}.")
             raise
         finally:
@@ -174,7 +203,9 @@ class _Service:
     async def _driven(self) -> Result:
         """Drive the run; again from the last common round when a client has come back without what it held."""
         while True:
-            await self._all_here()
+            self.watch.state = "waiting"
+            await self.house.drain.unless(self._all_here())
+            self.watch.state = "training"
             for remote in self.remotes.values():
                 remote.renew()
             attempt = asyncio.ensure_future(asyncio.to_thread(self._attempt, asyncio.get_running_loop()))
@@ -190,6 +221,8 @@ class _Service:
                     await remote.close("The server was stopped.", done=False)
                 await asyncio.gather(attempt, return_exceptions=True)
                 raise
+            finally:
+                self.watch.run = None
 
     async def _recheck(self, listener: Listener) -> None:
         """End the sessions of clients that were revoked meanwhile."""
@@ -201,20 +234,23 @@ class _Service:
         """The welcome of a client that may come in."""
         name = hello.get("client")
         if not isinstance(name, str) or name not in self.remotes:
-            raise Refused(f"This run has no client {name!r}. It has: {', '.join(self.remotes)}.")
+            raise Refused(f"This run has no client {name!r}. It has: {', '.join(self.remotes)}.", reason="client")
         if self.keys is not None and (not hmac.compare_digest(peer, name) or not self.keys.token_ok(name, token)):
-            raise Refused("The certificate and the token do not belong to this client, or were revoked.")
+            raise Refused("The certificate and the token do not belong to this client, or were revoked.", reason="keys")
         if hello.get("wants") == "run":
             return {"run": offer(self.config)}
         if hello.get("model") != self.files:
             raise Refused(
                 f"The model is another here: its files ({', '.join(self.files)}) have other checksums than those of "
-                f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends."
+                f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends.",
+                reason="model",
             )
         ready = _Ready(_told(hello.get("data")), _rounds(hello.get("rounds")))
         before = self.ready.get(name)
         if before is not None and before.told != ready.told:
-            raise Refused("Your data are of another size than when you first joined this run. Bring the same data.")
+            raise Refused(
+                "Your data are of another size than when you first joined this run. Bring the same data.", reason="data"
+            )
         self.ready[name] = ready
         return {"client": name}
 
@@ -248,7 +284,8 @@ class _Service:
                 config, parts, meter=meter, clock=clock, out=out, progress=self.progress,
                 links=lambda run: self._links(run, network),
             )  # fmt: skip
-            engine = Engine(run)
+            engine = Engine(run, asked_to_stop=self.house.drain.asked)
+            self.watch.run = run
             number = self._common()
             for newer in [n for n in checkpoint.rounds(out / "checkpoints") if n > number]:
                 shutil.rmtree(out / "checkpoints" / f"round-{newer:06d}")  # not everybody has it
@@ -280,7 +317,8 @@ class _Service:
         return Result(out, adapter, summary)
 
     async def _drive(self, run: Run, engine: Engine) -> None:
-        await engine.drive(rounds=total_rounds(self.config))
+        if not await engine.drive(rounds=total_rounds(self.config)):
+            raise Drained
         before = run.meter.state()
         await run.part()
         self.parting = run.meter.up + run.meter.down - before["up"] - before["down"]
