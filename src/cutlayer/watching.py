@@ -7,11 +7,13 @@ clock and its clients' connections count anyway. It is read in another thread th
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cutlayer.draining import Drain
@@ -103,11 +105,7 @@ class Watch:
             return {}
         parties = list(run.parts.parties.values())
         slots = [slot for party in parties for slot in party.slots.values()]
-        trained = storage_bytes(
-            tensor
-            for slot in slots
-            for tensor in still(lambda slot=slot: slot.get(optimizer=True)).values()  # type: ignore[misc]
-        )
+        trained = storage_bytes(t for slot in slots for t in still(partial(slot.get, optimizer=True)).values())
         saved = sum(party.watch.saved for party in parties)
         return {"trained": trained, **({"activations": saved} if saved else {})}
 
@@ -140,13 +138,12 @@ class House:
         loop = self.loop
         if loop is None:
             return ""  # it is still loading
+        answered = threading.Event()
         try:
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(ANSWER)
-        except TimeoutError:
-            return f"The event loop has not answered for {ANSWER:g} seconds."
-        except RuntimeError:
+            loop.call_soon_threadsafe(answered.set)
+        except RuntimeError:  # as asyncio says it
             return "The event loop has ended."
-        return ""
+        return "" if answered.wait(ANSWER) else f"The event loop has not answered for {ANSWER:g} seconds."
 
     def unready(self) -> str:
         """Why clients cannot come; empty where they can."""
