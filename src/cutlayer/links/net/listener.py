@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from logging import getLogger
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -151,14 +152,14 @@ class Listener:
         except (Refused, WireError) as error:
             reason = error.reason if isinstance(error, Refused) else "protocol"
             self._count(peer.name, reason)
-            about = {"client": peer.name, "peer": context.peer(), "reason": reason}
-            LOG.warning("Refused a session of '%s' (%s): %s", peer.name, context.peer(), error, extra=about)
+            about = {"client": peer.name, "peer": _where(context), "reason": reason}
+            LOG.warning("Refused a session of '%s' (%s): %s", peer.name, _where(context), error, extra=about)
             await self._last_word(pipe, pack(Type.REFUSED, cut(str(error))))
             return
         except CutlayerError as error:
             self.reasons["later"] += 1
-            about = {"client": peer.name, "peer": context.peer(), "reason": "later"}
-            LOG.info("No session with '%s' (%s): %s", peer.name, context.peer(), error, extra=about)
+            about = {"client": peer.name, "peer": _where(context), "reason": "later"}
+            LOG.info("No session with '%s' (%s): %s", peer.name, _where(context), error, extra=about)
             await self._last_word(pipe, pack_bye(str(error), done=False))
             return
         await self._serve(session, peer)
@@ -254,6 +255,11 @@ class Listener:
                 await pipe.write(message)
                 while await pipe.read() is not None:  # see ``Session._part``
                     continue
+
+
+def _where(context: Any) -> str:
+    """The peer's address, such as ``ipv6:[::1]:40312``."""
+    return unquote(str(context.peer()))
 
 
 def _token(context: Any) -> str:
