@@ -142,6 +142,26 @@ def test_a_server_that_is_drained_loses_nothing(tmp_path: Path) -> None:
     assert any("The server is going down for a while" in line["event"] for line in lines(run.said("ann")))
 
 
+@pytest.mark.slow
+def test_a_server_that_waits_for_its_clients_is_drained_at_once(tmp_path: Path) -> None:
+    """Nobody has a round to finish: not the clients that are there, nor the server."""
+    run = Apart(tmp_path / "apart", rounds=2)
+    server = run.serve()
+    clients = {"ann": run.join("ann")}
+    until = time.monotonic() + LONG
+    while "client 'ann' is here" not in run.said("server"):
+        assert time.monotonic() < until, run.said("server")
+        time.sleep(0.05)
+    server.process.terminate()
+    assert server.wait() == 75, run.said("server")
+    assert not (run.root / "server" / "checkpoints").exists()
+    assert "The same command goes on with the run" in run.said("server")
+    server = run.serve()
+    clients["bob"] = run.join("bob")
+    run.ended({**clients, "server": server})
+    assert run.summary()["rounds"] == 2
+
+
 # Metrics.
 
 
