@@ -299,7 +299,7 @@ def test_a_scrape_while_everything_changes() -> None:
     thread = threading.Thread(target=change)
     thread.start()
     try:
-        for _ in range(10):
+        for _ in range(5):
             assert of(scraped(House(runs=[watch])), "run_state", run="night", state="waiting") == 1
             for _ in range(100):
                 assert len(watch.waits) <= 30
@@ -547,7 +547,7 @@ def test_only_dates_of_certificates_depend_on_the_clock_on_the_wall() -> None:
     found = set()
     for path in FILES:
         text = path.read_text()
-        if "time" in text and any(
+        if asks.search(text) and any(
             isinstance(node, ast.Call) and asks.fullmatch(ast.unparse(node.func)) for node in ast.walk(ast.parse(text))
         ):
             found.add(path.relative_to(SOURCE).as_posix())
