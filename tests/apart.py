@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cutlayer.cli.main import main
 from spine import model
+from striking import Fate, await_fate
 from tiny import text_rows, write_rows
 
 LONG = 400.0  # seconds after which a process that hangs fails its test
@@ -29,22 +30,25 @@ FORKS = multiprocessing.get_context("forkserver")  # imports once, which takes s
 FORKS.set_forkserver_preload(["cutlayer.serving", "cutlayer.joining", "cutlayer.cli.main"])
 
 
-def _carry_out(log: str, arguments: Sequence[str]) -> None:
+def _carry_out(log: str, arguments: Sequence[str], fate: Fate | None) -> None:
     """The command line, in a process of its own."""
+    Path(log).with_suffix(".pid").write_text(str(os.getpid()))
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["cutlayer", *arguments]
     torch.set_num_threads(1)  # as the tests have it; also makes the thread pool anew, before two threads do so at once
+    if fate is not None:
+        await_fate(fate)
     main()
 
 
 class Command:
     """A command that runs, as ``subprocess.Popen`` has it."""
 
-    def __init__(self, log: Path, arguments: Sequence[str]) -> None:
-        self.process = FORKS.Process(target=_carry_out, args=(str(log), arguments))
+    def __init__(self, log: Path, arguments: Sequence[str], fate: Fate | None = None) -> None:
+        self.process = FORKS.Process(target=_carry_out, args=(str(log), arguments, fate))
         self.process.start()
 
     def poll(self) -> int | None:
@@ -92,22 +96,23 @@ class Apart:
         """The same run with all clients in one process."""
         return {**self.tree, "clients": [{"name": name, "data": file} for name, file in self.files.items()]}
 
-    def start(self, who: str, *arguments: str) -> Command:
-        """A command of ``who``, whose words go to its log."""
-        return Command(self.root / f"{who}.log", arguments)
+    def start(self, who: str, *arguments: str, fate: Fate | None = None) -> Command:
+        """A command of ``who``, whose words go to its log, and whose number is in a file beside it."""
+        return Command(self.root / f"{who}.log", arguments, fate)
 
     def said(self, who: str) -> str:
         """All that ``who`` has said so far."""
         return (self.root / f"{who}.log").read_text()
 
-    def serve(self, *more: str, keys: Path | None = None) -> Command:
+    def serve(self, *more: str, keys: Path | None = None, fate: Fate | None = None) -> Command:
         """A server, once it listens; one that is started again takes the same port."""
         own = ["--keys", str(keys / "server")] if keys else ["--insecure"]
         before = len(re.findall("listening", self.said("server"))) if (self.root / "server.log").exists() else 0
         bind = f"localhost:{self.port}"
         process = self.start(
-            "server", "serve", str(self.file), "--bind", bind, "--out", str(self.root / "server"), *own, *more
-        )
+            "server", "serve", str(self.file), "--bind", bind, "--out", str(self.root / "server"), *own, *more,
+            fate=fate,
+        )  # fmt: skip
         until = time.monotonic() + LONG
         while not (self.root / "server.log").exists() or (
             len(found := re.findall(r"listening at localhost:(\d+)", self.said("server"))) <= before
@@ -118,12 +123,14 @@ class Apart:
         self.port = int(found[-1])
         return process
 
-    def join(self, name: str, *more: str, keys: Path | None = None) -> Command:
-        """A client."""
+    def join(
+        self, name: str, *more: str, keys: Path | None = None, model: bool = True, fate: Fate | None = None
+    ) -> Command:
+        """A client; ``model`` False: it is not told where the model is."""
         own = ["--keys", str(keys / name)] if keys else ["--insecure", "--name", name]
         return self.start(
             name, "join", f"localhost:{self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
-            str(self.root / name), "--model", self.tree["model"], *own, *more,
+            str(self.root / name), *(["--model", self.tree["model"]] if model else []), *own, *more, fate=fate,
         )  # fmt: skip
 
     def ended(self, processes: Mapping[str, Command]) -> None:
@@ -151,12 +158,12 @@ class Apart:
         folder = next(place for place in places if any(place.glob("*.safetensors")))
         return load_file(next(folder.glob("*.safetensors")))
 
-    def same(self, one: Path) -> bool:
+    def same(self, one: Path, *, server: str = "server", names: Sequence[str] = ()) -> bool:
         """Whether each client's part, and the server's for it, are the bits of the run in one process; all of it."""
-        for name in self.files:
+        for name in names or self.files:
             places = [one / "adapters" / name, one / "adapter", one / "models" / name, one / "model"]
             whole = load_file(next(file for place in places for file in place.glob("*.safetensors")))
-            own, trunk = self.adapter(name), self.adapter("server", name)
+            own, trunk = self.adapter(name), self.adapter(server, name)
             together = {**trunk, **own}
             if together.keys() != whole.keys() or not all(torch.equal(together[n], whole[n]) for n in whole):
                 return False

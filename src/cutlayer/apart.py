@@ -16,7 +16,10 @@ from cutlayer.build import layouts_of
 from cutlayer.config import DEFAULT_METHODS, FAMILY_KEYS, RunConfig, load_config
 from cutlayer.config_read import Overrides, numbered, read
 from cutlayer.config_write import tree_of
+from cutlayer.contracts import Layout
 from cutlayer.errors import ConfigError
+from cutlayer.models.loading import Part
+from cutlayer.presence import Routes
 
 AT_CLIENT = "at the client"  # in place of every file of data
 HERE = ("record_wire", "device", "report_to")  # keys that are each party's own
@@ -81,8 +84,8 @@ def problems(config: RunConfig) -> Iterator[str]:
     for key, _, spec in config.methods():
         if spec.name.endswith(".py"):
             yield f"{key} is the file {spec.name}; over the network both ends need it as an installed method."
-    if config.engine != "local":
-        yield f"engine is '{config.engine}', which is for one owner's machines. serve and join need none: leave it out."
+    if config.engine.name != "local":
+        yield f"engine is '{config.engine.name}', for one owner's machines. serve and join need none: leave it out."
 
 
 def check_routes(config: RunConfig, num_blocks: int) -> None:
@@ -91,17 +94,28 @@ def check_routes(config: RunConfig, num_blocks: int) -> None:
     Raises:
         ConfigError: they would.
     """
-    routes = routes_of(config, layouts_of(config, num_blocks))
+    for name, peer in hosts(routes_of(config, layouts_of(config, num_blocks))):
+        raise ConfigError(
+            [
+                f"framework '{config.framework.name}': client '{peer}' runs blocks for '{name}', which is not yet "
+                "over the network. Take a framework whose trunk is at the server."
+            ],
+            "the run",
+        )
+
+
+def hosts(routes: Routes) -> Iterator[tuple[str, str]]:
+    """The clients for whom another runs blocks, each with the first that does."""
     for name, stops in routes.items():
         peer = next((stop.party for stop in stops if stop.party in routes), None)
         if peer is not None:
-            raise ConfigError(
-                [
-                    f"framework '{config.framework.name}': client '{peer}' runs blocks for '{name}', which is not yet "
-                    "over the network. Take a framework whose trunk is at the server."
-                ],
-                "the run",
-            )
+            yield name, peer
+
+
+def part_of(layout: Layout) -> Part:
+    """What a client holds of the model: its head, and in the U-shape its tail."""
+    tail = layout.tail if layout.tail_at_client else range(0)
+    return Part(0, len(layout.head), bottom=True, top=layout.tail_at_client, also=tail)
 
 
 def offer(config: RunConfig) -> dict[str, Any]:

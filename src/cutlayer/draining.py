@@ -48,6 +48,10 @@ class Drain:
         """Stop when the rounds under way are over; for the thread of the event loop."""
         self._asked.set()
 
+    async def wait(self) -> None:
+        """Until somebody asks."""
+        await self._asked.wait()
+
     async def unless(self, work: Awaitable[T]) -> T:
         """The result of ``work``, if nobody asks to stop before it is looked at.
 

@@ -129,6 +129,10 @@ class LogReporter:
         """Something worth a line."""
         LOG.info("%s", text, extra=self._fields)
 
+    def labelled(self, label: str) -> LogReporter:
+        """One for another run at the same time, of that name."""
+        return LogReporter(every=self._every, clock=self._clock, **{**self._fields, "run": label})
+
     def stop(self) -> None:
         """Nothing: what ended it is told by others."""
 

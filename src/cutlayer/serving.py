@@ -1,61 +1,30 @@
-"""A server that trains with clients who join over the network: it waits for them, drives the run, and parts from them.
-
-Two threads: sessions live on the main thread's event loop, and the run has one of its own, so that a long step of the
-trunk keeps no heartbeat waiting.
-
-A run goes on from the newest round that all hold. Whoever comes back as a new process (this server too) has lost what
-it did since: then all go back to that round together, and the result is that of an undisturbed run.
-"""
+"""``cutlayer serve`` from Python: one run of a run file, or the runs of a service file, for clients who join."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import json
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from cutlayer import checkpoint
-from cutlayer.apart import check_routes, offer, served
-from cutlayer.assembly import assemble_server
-from cutlayer.build import load_base, open_model
+from cutlayer.apart import check_routes, served
+from cutlayer.build import open_model
 from cutlayer.config import RunConfig, dump
-from cutlayer.draining import DRAIN, PARTING, Drain, Drained, Paused
-from cutlayer.driver import Run
-from cutlayer.engine import Engine
-from cutlayer.errors import CutlayerError, Gone, MethodError, NonFinite, OutputError, Refused
-from cutlayer.identity import fingerprint
-from cutlayer.keys import ServerKeys, server_keys
-from cutlayer.links.local import Link
-from cutlayer.links.net.listener import Listener
-from cutlayer.links.net.remote import Remote, on_loop
-from cutlayer.links.net.session import Session
-from cutlayer.links.net.tls import Credentials
-from cutlayer.links.network import Carry, NetworkLink
-from cutlayer.models.adapters import save_part
-from cutlayer.models.loading import device_named
-from cutlayer.models.segment import Base
-from cutlayer.models.slots import parameter_of
-from cutlayer.outputs import OURS, alone, holds_a_run
+from cutlayer.draining import DRAIN, Drain, Drained, Paused
+from cutlayer.errors import ConfigError, CutlayerError, NetworkError, OutputError
+from cutlayer.keys import server_keys
+from cutlayer.outputs import OURS, holds_a_run
 from cutlayer.preflight import preflight
-from cutlayer.real_clock import RealClock
 from cutlayer.report.progress import Reporter, reporter
-from cutlayer.report.summary import summarize
-from cutlayer.run import Interrupted, Result, first_of, total_rounds
-from cutlayer.schedule import Told
+from cutlayer.run import Interrupted, Result
+from cutlayer.service import Service
+from cutlayer.service_file import Entry, load_service
 from cutlayer.status import status_server
-from cutlayer.watching import House, Watch
-from cutlayer.wire import Frame, Header, Meter, keep_lines
+from cutlayer.watching import House
 
-FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
 PATIENCE = 600.0  # seconds that a client may stay away before the run gives it up
-MOST_EXAMPLES = 2**40  # that a client may claim to have
 
 
 def serve(
@@ -89,303 +58,135 @@ def serve(
         Interrupted: it was stopped; ``Paused``: by SIGTERM, after a round.
     """
     shown, folder = reporter(progress), Path(out)
-    config = _placed(served(source, overrides), source)
+    config = _checked(source, overrides, folder)
     own = server_keys(keys) if keys is not None else None
+    house = House(Drain(drain), own.until if own else None)
+    service = Service(bind, own, shown, house=house, label=_label(source))
+    _finished(service, {"": (config, folder)}, patience, status)
+    for error in service.failures.values():
+        raise error
+    return service.results[""]
+
+
+def serve_all(
+    source: str | Path,
+    *,
+    bind: str,
+    out: str | Path,
+    keys: str | Path | None = None,
+    patience: float = PATIENCE,
+    drain: float = DRAIN,
+    status: str | None = None,
+    progress: bool | Reporter | None = None,
+) -> dict[str, Result]:
+    """Serve the runs of a service file at a time, each in a folder of its own name in ``out``; their results by name.
+
+    While it serves, SIGHUP has it read the file again: runs that are new there begin, and those that have gone from it
+    are no longer served.
+
+    Args:
+        source: the service file.
+        bind, out, keys, patience, drain, status, progress: as of ``serve``.
+
+    Raises:
+        CutlayerError: anything that a user can mend; of the runs, when all have ended.
+    """
+    shown, folder = reporter(progress), Path(out)
+    found = load_service(source)
+    configs = {entry.name: (_entry(entry, folder), folder / entry.name) for entry in found.runs}
+    own = server_keys(keys) if keys is not None else None
+    service = Service(bind, own, shown, stay=found.stay, house=House(Drain(drain), own.until if own else None))
+    _finished(service, configs, patience, status, again=lambda: _reload(service, source, folder, patience))
+    if service.failures:
+        said = " ".join(f"'{name}': {error}" for name, error in service.failures.items())
+        raise NetworkError(f"{len(service.failures)} of {len(service.runs)} runs did not end well. {said}")
+    return service.results
+
+
+def _finished(
+    service: Service, runs: Mapping[str, tuple[RunConfig, Path]], patience: float, status: str | None,
+    again: Callable[[], Awaitable[None]] | None = None,
+) -> None:  # fmt: skip
+    """Serve to the end, or until the operator (or the system, by SIGTERM) stops it; ``again`` is for SIGHUP."""
+
+    async def all_of_it() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        for name, (config, folder) in runs.items():
+            service.begin(name, config, folder, patience)
+        if threading.current_thread() is threading.main_thread():
+            loop, reading = asyncio.get_running_loop(), set[asyncio.Future[None]]()
+            if again is not None:
+                # Held, as asyncio has no strong hold of its tasks.
+                loop.add_signal_handler(signal.SIGHUP, lambda: reading.add(asyncio.ensure_future(again())))
+        with service.house.drain.on_sigterm(task, service.progress.note):
+            await service.run()
+        if service.drained:
+            raise Drained
+
+    try:
+        with status_server(status, service.house, service.progress.note):
+            asyncio.run(all_of_it())
+    except Drained as stop:
+        raise Paused(
+            "the server finished its round as it was asked to. The same command goes on with the run"
+        ) from stop
+    except (KeyboardInterrupt, asyncio.CancelledError) as stop:
+        raise Interrupted(
+            "the server was stopped; its clients wait for it. The same command goes on with the run, from the last "
+            "round that everybody holds"
+        ) from stop
+
+
+def _label(source: object) -> str:
+    """What metrics call a run that has no name."""
+    return Path(str(source)).stem if isinstance(source, str | Path) and "\n" not in str(source) else "run"
+
+
+async def _reload(service: Service, source: str | Path, out: Path, patience: float) -> None:
+    """Serve what the service file says now; where that cannot be, what it said before."""
+    try:
+        found = load_service(source)
+        fresh = {e.name: _entry(e, out) for e in found.runs if e.name not in service.runs}
+    except CutlayerError as error:
+        service.progress.note(f"the service file was read again, and nothing is changed: {error}")
+        return
+    names = {entry.name for entry in found.runs}
+    for name in [name for name in service.runs if name not in names]:
+        await service.remove(name)
+        service.progress.note(f"run '{name}' is not served any more")
+    service.stay = found.stay
+    for name, config in fresh.items():
+        service.begin(name, config, out / name, patience)
+
+
+def _entry(entry: Entry, out: Path) -> RunConfig:
+    """The run of an entry of a service file."""
+    try:
+        return _checked(entry.run, entry.set, out / entry.name)
+    except ConfigError:
+        raise  # it names the file
+    except CutlayerError as error:
+        error.args = (f"Run '{entry.name}': {error}",)
+        raise
+
+
+def _checked(source: Any, overrides: Sequence[str] | Mapping[str, Any], folder: Path) -> RunConfig:
+    """A run that can be served from this folder."""
+    config = _placed(served(source, overrides), source)
     begun = holds_a_run(folder)
     preflight(config, None if begun else folder)
     _, blocks = open_model(config)
     check_routes(config, blocks)
-    text = OURS + dump(config)
-    if begun and (folder / "run.yaml").read_text(encoding="utf-8") != text:
+    if begun and (folder / "run.yaml").read_text(encoding="utf-8") != OURS + dump(config):
         raise OutputError(f"{folder} holds another run. Serve the run that it was made with, or give another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
-        checkpoint.write_text(folder / "run.yaml", text)
-        house = House(Drain(drain), own.until if own else None)
-        try:
-            with status_server(status, house, shown.note):
-                service = _Service(config, folder, own, bind, patience, shown, house, _name_of(source))
-                return asyncio.run(_until_stopped(service))
-        except Drained as stop:
-            raise Paused(
-                "the server finished its round as it was asked to. The same command goes on with the run"
-            ) from stop
-        except (KeyboardInterrupt, asyncio.CancelledError) as stop:
-            raise Interrupted(
-                "the server was stopped; its clients wait for it. The same command goes on with the run, from the last "
-                "round that everybody holds"
-            ) from stop
-
-
-async def _until_stopped(service: _Service) -> Result:
-    """Serve to the end, or until the operator (or the system, by SIGTERM) stops it."""
-    task = asyncio.current_task()
-    assert task is not None
-    with service.house.drain.on_sigterm(task, service.progress.note):
-        return await service.run()
-
-
-def _is_file(source: object) -> bool:
-    return isinstance(source, Path) or (isinstance(source, str) and "\n" not in source)
-
-
-def _name_of(source: object) -> str:
-    """What metrics and logs call the run."""
-    return Path(str(source)).stem if _is_file(source) else "run"
+    return config
 
 
 def _placed(config: RunConfig, source: object) -> RunConfig:
     """The run with its model's folder made absolute, looked for here and beside the run file."""
-    for root in [Path.cwd(), *([Path(str(source)).resolve().parent] if _is_file(source) else [])]:
+    is_file = isinstance(source, Path) or (isinstance(source, str) and "\n" not in source)
+    for root in [Path.cwd(), *([Path(str(source)).resolve().parent] if is_file else [])]:
         if (root / Path(config.model).expanduser()).is_dir():
             return config.model_copy(update={"model": str((root / Path(config.model).expanduser()).resolve())})
     return config
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """What a client said when it came: of its data, and which rounds it holds."""
-
-    told: Told
-    rounds: Sequence[int]
-
-
-class _Service:
-    """One run that is being served."""
-
-    def __init__(
-        self, config: RunConfig, out: Path, keys: ServerKeys | None, bind: str, patience: float, progress: Reporter,
-        house: House, name: str,
-    ) -> None:  # fmt: skip
-        self.config, self.out, self.keys, self.bind, self.house = config, out, keys, bind, house
-        self.files = fingerprint(config.model)
-        self.device = device_named(config.device)
-        self.remotes = {name: Remote(name, patience=patience) for name in config.client_names}
-        self.progress = self.watch = Watch(name, progress, self.remotes)
-        house.runs.append(self.watch)
-        self.ready: dict[str, _Ready] = {}
-        self._came = asyncio.Event()
-        self._base: Base | None = None
-        self.parting = 0  # bytes by which clients got, when all was done, what they had not seen
-
-    async def run(self) -> Result:
-        """Listen, wait for all, drive, and part."""
-        credentials = Credentials(self.keys.ca, self.keys.certificate, self.keys.key) if self.keys else None
-        revoked = self.keys.revoked if self.keys else lambda serial: False
-        listener = Listener(self.bind, credentials, self._admit, self._session, revoked=revoked)
-        port = await listener.start()
-        self.house.listener, self.house.loop = listener, asyncio.get_running_loop()
-        host = self.bind.rpartition(":")[0]
-        names = ", ".join(self.remotes)
-        self.progress.note(f"listening at {host}:{port} for {len(self.remotes)} clients: {names}")
-        rechecks = asyncio.ensure_future(self._recheck(listener))
-        try:
-            result = await self._driven()
-            self.watch.state = "done"
-            for remote in self.remotes.values():
-                await remote.close("The run is done.")
-            heard = [asyncio.ensure_future(remote.heard.wait()) for remote in self.remotes.values()]
-            await asyncio.wait(heard, timeout=FAREWELL)  # who missed the goodbye comes back for it
-            return result
-        except Drained:
-            await asyncio.gather(*(remote.close(PARTING, done=False) for remote in self.remotes.values()))
-            raise
-        except CutlayerError as error:
-            self.watch.state = "failed"
-            for remote in self.remotes.values():
-                if remote.session is not None and isinstance(error, NonFinite | MethodError):  # again would not help
-                    await remote.session.refuse(f"The run failed at the server: {type(error).__name__}.")
-            raise
-        finally:
-            rechecks.cancel()
-            await listener.stop()
-
-    async def _driven(self) -> Result:
-        """Drive the run; again from the last common round when a client has come back without what it held."""
-        while True:
-            self.watch.state = "waiting"
-            await self.house.drain.unless(self._all_here())
-            self.watch.state = "training"
-            for remote in self.remotes.values():
-                remote.renew()
-            attempt = asyncio.ensure_future(asyncio.to_thread(self._attempt, asyncio.get_running_loop()))
-            try:
-                return await asyncio.shield(attempt)
-            except Gone as gone:
-                remote = self.remotes[gone.client]
-                if remote.session is None and not remote.stale:
-                    raise
-                self.progress.note(f"{gone} All go back to the last round that everybody holds.")
-            except asyncio.CancelledError:  # its thread ends with the next thing that it asks a client
-                for remote in self.remotes.values():
-                    await remote.close("The server was stopped.", done=False)
-                await asyncio.gather(attempt, return_exceptions=True)
-                raise
-            finally:
-                self.watch.run = None
-
-    async def _recheck(self, listener: Listener) -> None:
-        """End the sessions of clients that were revoked meanwhile."""
-        while True:
-            await asyncio.sleep(5.0)
-            await listener.recheck()
-
-    async def _admit(self, peer: str, token: str, hello: dict[str, Any]) -> dict[str, Any]:
-        """The welcome of a client that may come in."""
-        name = hello.get("client")
-        if not isinstance(name, str) or name not in self.remotes:
-            raise Refused(f"This run has no client {name!r}. It has: {', '.join(self.remotes)}.", reason="client")
-        if self.keys is not None and (not hmac.compare_digest(peer, name) or not self.keys.token_ok(name, token)):
-            raise Refused("The certificate and the token do not belong to this client, or were revoked.", reason="keys")
-        if hello.get("wants") == "run":
-            return {"run": offer(self.config)}
-        if hello.get("model") != self.files:
-            raise Refused(
-                f"The model is another here: its files ({', '.join(self.files)}) have other checksums than those of "
-                f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends.",
-                reason="model",
-            )
-        ready = _Ready(_told(hello.get("data")), _rounds(hello.get("rounds")))
-        before = self.ready.get(name)
-        if before is not None and before.told != ready.told:
-            raise Refused(
-                "Your data are of another size than when you first joined this run. Bring the same data.", reason="data"
-            )
-        self.ready[name] = ready
-        return {"client": name}
-
-    async def _session(self, session: Session) -> None:
-        """Serve a session that was admitted."""
-        if session.hello.get("wants") == "run":
-            await session.ended.wait()
-            return
-        name = session.hello["client"]
-        self.progress.note(f"client '{name}' is here")
-        self._came.set()
-        await self.remotes[name].serve(session)
-
-    async def _all_here(self) -> None:
-        while len(self.ready) < len(self.remotes):
-            self._came.clear()
-            await self._came.wait()
-        for remote in self.remotes.values():
-            await remote.attached()
-
-    def _attempt(self, network: asyncio.AbstractEventLoop) -> Result:
-        """Drive the run from the newest round that all hold; in a thread of its own."""
-        config, out = self.config, self.out
-        if self._base is None:
-            with torch.random.fork_rng(devices=[]):
-                self._base = load_base(config, labels=None, device=self.device)
-        parts = assemble_server(config, self._base, {name: ready.told for name, ready in self.ready.items()})
-        clock = RealClock()
-        with Meter(Path(config.record_wire) if config.record_wire else None) as meter:
-            run = Run(
-                config, parts, meter=meter, clock=clock, out=out, progress=self.progress,
-                links=lambda run: self._links(run, network),
-            )  # fmt: skip
-            engine = Engine(run, asked_to_stop=self.house.drain.asked)
-            self.watch.run = run
-            number = self._common()
-            for newer in [n for n in checkpoint.rounds(out / "checkpoints") if n > number]:
-                shutil.rmtree(out / "checkpoints" / f"round-{newer:06d}")  # not everybody has it
-            if number:
-                engine.restore(out / "checkpoints" / f"round-{number:06d}")
-                self.progress.note(f"going on after round {number}")
-            else:
-                meter.restore(None)
-            keep_lines(out / "metrics.jsonl", run.counters.lines)
-            keep_lines(out / "uploads.jsonl", run.counters.uploads)
-            self.progress.start(sum(parts.foreseen.values()) - sum(run.counters.steps.values()))
-            try:
-                clock.run(self._drive(run, engine))
-            except BaseExceptionGroup as group:
-                raise first_of(group) from group
-            finally:
-                self.progress.stop()
-        adapter = self._save(run)
-        summary = summarize(run, adapter=adapter, device=self.device)
-        summary["parting_bytes"] = self.parting
-        summary["network"] = {
-            name: {
-                "reconnects": remote.reconnects, "retries": remote.retries, "dropped": remote.dropped,
-                "seconds_away": round(remote.seconds_away, 3),
-            }
-            for name, remote in self.remotes.items()
-        }  # fmt: skip
-        checkpoint.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return Result(out, adapter, summary)
-
-    async def _drive(self, run: Run, engine: Engine) -> None:
-        if not await engine.drive(rounds=total_rounds(self.config)):
-            raise Drained
-        before = run.meter.state()
-        await run.part()
-        self.parting = run.meter.up + run.meter.down - before["up"] - before["down"]
-        run.meter.restore(before)
-        for link in run.links.values():
-            assert isinstance(link, NetworkLink)
-            await link.finish()
-
-    def _links(self, run: Run, network: asyncio.AbstractEventLoop) -> dict[str, Link]:
-        found: dict[str, Link] = {}
-        for name, remote in self.remotes.items():
-            carry = _carrier(remote, network)
-            asked, turn = run.presence.asked, remote.last_turn
-            found[name] = NetworkLink(name, carry, meter=run.meter, asked=asked, turn=turn)
-        return found
-
-    def _common(self) -> int:
-        """The newest round that the server and all clients hold; 0: none."""
-        held = set(checkpoint.rounds(self.out / "checkpoints"))
-        for ready in self.ready.values():
-            held &= set(ready.rounds)
-        return max(held, default=0)
-
-    def _save(self, run: Run) -> Path:
-        """What the server has of the adapter: what it trained, and what the framework's merges sent it."""
-        kind = "adapter" if run.parts.base.peft_model is not None else "model"
-        if run.personal:
-            for name in run.clients:
-                self._save_one(run, name, self.out / f"{kind}s" / name)
-        return self._save_one(run, run.evaluators()[0], self.out / kind)
-
-    def _save_one(self, run: Run, client: str, final: Path) -> Path:
-        state: dict[str, Tensor] = {}
-        if not run.personal:
-            state |= {parameter_of(name): tensor for name, tensor in run.federated.before.items()}
-        for slot in run.slots_of([client]):
-            state |= slot.get()
-        draft = final.with_name(f".{final.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        save_part(run.parts.base, state, draft, base_name=Path(self.config.model).name)
-        shutil.rmtree(final, ignore_errors=True)
-        checkpoint.move(draft, final)
-        return final
-
-
-def _carrier(remote: Remote, network: asyncio.AbstractEventLoop) -> Carry:
-    """Asks a client from the run's thread."""
-
-    async def carry(frame: Frame) -> tuple[Header, list[Tensor]]:
-        header, tensors, _ = await on_loop(network, remote.call(frame))
-        return header, tensors
-
-    return carry
-
-
-def _told(data: object) -> Told:
-    """What a client says of its data, if it can be."""
-    names = ("examples", "label_tokens", "steps_per_epoch", "evaluation_batches")
-    if not isinstance(data, dict) or set(data) != set(names):
-        raise Refused("The hello does not say what the data are. Both ends need the same version of cutlayer.")
-    least = {"examples": 1, "steps_per_epoch": 1}
-    if any(type(data[n]) is not int or not least.get(n, 0) <= data[n] <= MOST_EXAMPLES for n in names):
-        raise Refused("The hello says of the data what cannot be: counts are whole numbers, and not below one example.")
-    return Told(**data)
-
-
-def _rounds(rounds: object) -> list[int]:
-    if not isinstance(rounds, list) or any(type(number) is not int or number < 1 for number in rounds):
-        raise Refused("The hello names rounds that cannot be.")
-    return rounds[-100:]

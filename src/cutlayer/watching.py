@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from cutlayer.draining import Drain
 from cutlayer.links.net.listener import Listener
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from cutlayer.driver import Run
 
 T = TypeVar("T")
-STATES = ("waiting", "training", "done", "failed")  # of a run: waiting for clients; and so on
+State = Literal["waiting", "training", "done", "failed"]  # of a run: waiting for clients; and so on
+STATES: tuple[State, ...] = get_args(State)
 ANSWER = 10.0  # seconds in which a loop that is well has answered
 
 
@@ -52,7 +53,7 @@ class Watch:
 
     def __init__(self, name: str, shown: Reporter, remotes: Mapping[str, Remote]) -> None:
         self.name, self.shown, self.remotes = name, shown, remotes
-        self.state = "waiting"  # one of STATES
+        self.state: State = "waiting"
         self.run: Run | None = None  # while it is driven
         self.steps: Counter[str] = Counter()  # by client, made since this process began
         self.tokens: Counter[str] = Counter()

@@ -19,9 +19,12 @@ def join(
     keys: Annotated[Path | None, typer.Option(help="Your folder that 'cutlayer keys' made.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Your policy: what may leave this machine, and how much.")] = None,
     held_out: Annotated[str | None, typer.Option("--eval", help="Text of yours to evaluate on.")] = None,
-    model: Annotated[str | None, typer.Option(help="Where the model is here; by default as the run says.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is here; 'served': your part of it from the server.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     name: Annotated[str | None, typer.Option(help="Which client of the run you are, where no keys say it.")] = None,
+    run: Annotated[str | None, typer.Option(help="Which of the server's runs, where you are in several.")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Plain text and no keys; only to a server on this machine.")
     ] = False,
@@ -45,8 +48,8 @@ def join(
     progress = logs.LogReporter() if log_format == "json" else RichProgress(where)
     try:
         joined = join_run(
-            address, data=data, out=out, held_out=held_out, keys=keys, name=name, policy=policy, model=model,
-            device=device, progress=progress,
+            address, data=data, out=out, held_out=held_out, keys=keys, name=name, run=run, policy=policy,
+            model=model, device=device, progress=progress,
         )  # fmt: skip
     finally:
         progress.stop()

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cutlayer.logs import LogReporter
+
 
 class Reporter(Protocol):
     """What a run tells while it goes."""
@@ -62,10 +64,14 @@ class RichProgress:
         console: where to print.
         every: seconds between two lines where there is no terminal; the first and the last step are always printed.
         clock: seconds, for the rate.
+        label: what each line begins with; with one there is no bar, as others write to the console, too.
     """
 
-    def __init__(self, console: Console, *, every: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, console: Console, *, every: float = 10.0, clock: Callable[[], float] = time.monotonic, label: str = ""
+    ) -> None:
         self._console = console
+        self._label = label
         self._every = every
         self._clock = clock
         self._bar: Progress | None = None
@@ -77,7 +83,8 @@ class RichProgress:
         self.stop()
         self._total, self._done, self._tokens, self._bytes = total_steps, 0, 0, 0
         self._started = self._clock()
-        if self._console.is_terminal or (self._console.is_jupyter and find_spec("ipywidgets")):
+        console = self._console
+        if not self._label and (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -114,7 +121,43 @@ class RichProgress:
             self._bar = None
 
     def _line(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._console.print(
+            f"{self._label}: {text}" if self._label else text,
+            markup=False,
+            highlight=False,
+            emoji=False,
+            soft_wrap=True,
+        )
+
+    def labelled(self, label: str) -> RichProgress:
+        """One for another run at the same time, whose lines begin with ``label``."""
+        return RichProgress(self._console, every=self._every, clock=self._clock, label=label)
+
+
+class _Labelled:
+    """A reporter's view of one of several runs."""
+
+    def __init__(self, shown: Reporter, label: str) -> None:
+        self._shown, self._label = shown, label
+
+    def start(self, total_steps: int) -> None:
+        self._shown.start(total_steps)
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        self._shown.update({**record, "run": self._label})
+
+    def note(self, text: str) -> None:
+        self._shown.note(f"{self._label}: {text}")
+
+    def stop(self) -> None:
+        self._shown.stop()
+
+
+def labelled(shown: Reporter, label: str) -> Reporter:
+    """What one of several runs at a time is told to; its notes begin with ``label``, its records have it as ``run``."""
+    if not label:
+        return shown
+    return shown.labelled(label) if isinstance(shown, RichProgress | LogReporter) else _Labelled(shown, label)
 
 
 def readable(count: float) -> str:

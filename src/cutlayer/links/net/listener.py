@@ -30,8 +30,8 @@ OnSession = Callable[[Session], Awaitable[None]]
 class Listener:
     """Takes sessions on one address.
 
-    A second session of the same client (certificate, tenant, run and name) replaces the first: a client that lost its
-    connection is back before the server has noticed.
+    A second session of the same client (certificate, run, name, and what it comes for) replaces the first: a client
+    that lost its connection is back before the server has noticed.
 
     Args:
         bind: ``HOST:PORT``; port 0 lets the system choose.
@@ -40,7 +40,7 @@ class Listener:
             raises ``Refused`` (do not come back) or ``Disconnected`` (come back later). It must check that the name in
             the hello belongs to the peer and the token.
         on_session: serves a session; the session is closed when this returns.
-        limits: the most that a frame of a client may hold.
+        limits: the most that a frame of a client may hold, by its hello, once it was admitted.
         heartbeat: how a lost client is noticed.
         hello_timeout: seconds for a handshake, and again for a hello.
         revoked: whether the certificate of this serial number is revoked; asked at each session, and by ``recheck``.
@@ -55,7 +55,7 @@ class Listener:
         admit: Admit,
         on_session: OnSession,
         *,
-        limits: Limits | None = None,
+        limits: Callable[[dict[str, Any]], Limits] = lambda hello: Limits(),
         heartbeat: Heartbeat | None = None,
         hello_timeout: float = 20.0,
         revoked: Callable[[int], bool] = lambda serial: False,
@@ -63,7 +63,7 @@ class Listener:
         max_waiting: int = 128,
     ) -> None:
         self.bind, self.credentials, self.admit, self.on_session = bind, credentials, admit, on_session
-        self.limits, self.heartbeat = limits or Limits(), heartbeat or Heartbeat()
+        self.limits, self.heartbeat = limits, heartbeat or Heartbeat()
         self.hello_timeout, self.revoked = hello_timeout, revoked
         self.max_sessions, self.max_waiting = max_sessions, max_waiting
         self.sessions: dict[tuple[str, ...], Session] = {}
@@ -108,7 +108,7 @@ class Listener:
 
     def _options(self) -> Options:
         return [
-            *options(self.limits, self.heartbeat),
+            *options(Limits(), self.heartbeat),
             ("grpc.so_reuseport", 0),  # two servers on one port would share its clients without a word
             ("grpc.server_handshake_timeout_ms", int(self.hello_timeout * 1000)),
             ("grpc.max_connection_idle_ms", int(max(self.hello_timeout, 1.0) * 1000)),
@@ -185,7 +185,7 @@ class Listener:
                 raise Disconnected("The stream ended without a hello.")
             hello = _hello(data)
             welcome = await self._admitted(peer, _token(context), hello)
-            key = (peer.name, *(str(hello.get(name, "")) for name in ("tenant", "run", "client")))
+            key = (peer.name, *(str(hello.get(name, "")) for name in ("run", "client", "wants")))
             if key not in self.sessions and len(self.sessions) >= self.max_sessions:
                 raise Disconnected(f"The server has its {self.max_sessions} sessions. Try again in a while.")
             async with asyncio.timeout(self.hello_timeout):
@@ -196,7 +196,7 @@ class Listener:
             self._waiting[peer.name] -= 1
             self._waiting += Counter()  # drops those at 0, or each name ever seen would stay
         session = Session(
-            pipe, peer=peer.name, hello=hello, welcome=welcome, limits=self.limits, heartbeat=self.heartbeat
+            pipe, peer=peer.name, hello=hello, welcome=welcome, limits=self.limits(hello), heartbeat=self.heartbeat
         )
         before = self.sessions.get(key)
         self.sessions[key] = session

@@ -1,0 +1,188 @@
+"""A server: it listens, lets clients in to the runs that they belong to, and serves all its runs at a time.
+
+Sessions live on the main thread's event loop and all runs compute in one other thread, so that a long step of a trunk
+keeps no heartbeat waiting, of its own run or of another's. A run that fails leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Mapping
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+from cutlayer.computing import Computing
+from cutlayer.config import RunConfig
+from cutlayer.draining import Drained
+from cutlayer.errors import CutlayerError, Refused
+from cutlayer.keys import ServerKeys
+from cutlayer.links.net.listener import Listener
+from cutlayer.links.net.session import Session
+from cutlayer.links.net.tls import Credentials
+from cutlayer.models.sharing import SharedModels
+from cutlayer.report.progress import Reporter, labelled
+from cutlayer.run import Result
+from cutlayer.served_run import ServedRun
+from cutlayer.watching import House
+
+LOG = getLogger("cutlayer.net")
+RECHECK = 5.0  # seconds between two looks at who was revoked
+
+
+class Service:
+    """A server's runs, and whom it lets in to them.
+
+    ``results`` and ``failures`` say, by the runs' names, how those ended that have.
+
+    Args:
+        bind: ``HOST:PORT`` to listen at.
+        keys: the server's; None: plain text, on this machine only.
+        progress: is told what happens.
+        stay: do not end when all runs have.
+        house: what the operator sees of the server.
+        label: what metrics call a run that has no name.
+    """
+
+    def __init__(
+        self, bind: str, keys: ServerKeys | None, progress: Reporter, *, stay: bool = False, house: House | None = None,
+        label: str = "",
+    ) -> None:  # fmt: skip
+        self.house, self.label = house or House(), label
+        self.drained: set[str] = set()  # runs that stopped as they were asked to
+        self.bind, self.keys, self.progress, self.stay = bind, keys, progress, stay
+        self.computing, self.models = Computing(), SharedModels()
+        self.runs: dict[str, ServedRun] = {}
+        self.results: dict[str, Result] = {}
+        self.failures: dict[str, Exception] = {}
+        credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None
+        revoked = keys.revoked if keys else lambda serial: False
+        self.listener = Listener(
+            bind, credentials, self._admit, self._session, limits=lambda hello: self._run_of(hello).limits(hello),
+            revoked=revoked,
+        )  # fmt: skip
+        self.port = 0  # once it listens
+        self._serving: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+
+    def begin(self, name: str, config: RunConfig, out: Path, patience: float) -> None:
+        """Serve one more run, whose name is empty where it is the only one.
+
+        Args:
+            name: of the run.
+            config: the run, as far as it can be checked without its clients.
+            out: its folder.
+            patience: seconds that a client may stay away in the middle of it.
+        """
+        assert name not in self.runs
+        self.runs[name] = ServedRun(
+            name, config, out, patience=patience, progress=labelled(self.progress, name), computing=self.computing,
+            models=self.models, drain=self.house.drain, label=self.label,
+        )  # fmt: skip
+        self.house.runs.append(self.runs[name].watch)
+        if self.port:
+            self._tell(self.runs[name])
+        self._changed.set()
+
+    async def remove(self, name: str) -> None:
+        """Serve a run no longer; its clients are told, and its folder stays as it is."""
+        run = self.runs.pop(name)
+        self.house.runs.remove(run.watch)
+        if task := self._serving.pop(name, None):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await run.stop("The server does not serve this run any more.")
+
+    async def run(self) -> None:
+        """Listen, and serve until all runs have ended (or, where it is to stay, until it is cancelled)."""
+        try:
+            self.port = await self.listener.start()
+            self.house.listener, self.house.loop = self.listener, asyncio.get_running_loop()
+            for run in self.runs.values():
+                self._tell(run)
+            recheck = asyncio.ensure_future(self._recheck())
+            try:
+                await self._serve_all()
+            finally:
+                recheck.cancel()
+                for task in self._serving.values():
+                    task.cancel()
+                await asyncio.gather(*self._serving.values(), return_exceptions=True)
+                await self.listener.stop()
+        finally:
+            self.computing.close()
+
+    def _tell(self, run: ServedRun) -> None:
+        where = f"{self.bind.rpartition(':')[0]}:{self.port}"
+        run.progress.note(f"listening at {where} for {len(run.remotes)} clients: {', '.join(run.remotes)}")
+
+    async def _serve_all(self) -> None:
+        while True:
+            self._changed.clear()
+            for name, run in self.runs.items():
+                if name not in self._serving:
+                    self._serving[name] = asyncio.ensure_future(self._serve(run))
+            changed = asyncio.ensure_future(self._changed.wait())
+            going = [task for task in self._serving.values() if not task.done()]
+            draining = self.house.drain.asked()
+            if not going and (draining or not self.stay):
+                changed.cancel()
+                return
+            asked = asyncio.ensure_future(self.house.drain.wait())
+            waits = {changed, *going, *([] if draining else [asked])}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            asked.cancel()
+
+    async def _serve(self, run: ServedRun) -> None:
+        try:
+            self.results[run.name] = await run.serve()
+        except Drained:
+            self.drained.add(run.name)
+        except CutlayerError as error:
+            self.failures[run.name] = error
+            run.progress.note(f"the run has ended: {error}")
+        except Exception as error:
+            self.failures[run.name] = error
+            LOG.exception("Run '%s' failed.", run.name)
+
+    async def _recheck(self) -> None:
+        """End the sessions of clients that were revoked meanwhile."""
+        while True:
+            await asyncio.sleep(RECHECK)
+            await self.listener.recheck()
+
+    async def _admit(self, peer: str, token: str, hello: dict[str, Any]) -> dict[str, Any]:
+        """The welcome of a client that may come in."""
+        name = hello.get("client")
+        assert isinstance(name, str), "the listener has seen to it"
+        if self.keys is not None and (not hmac.compare_digest(peer, name) or not self.keys.token_ok(name, token)):
+            raise Refused("The certificate and the token do not belong to this client, or were revoked.", reason="keys")
+        return await self._run_of(hello).welcome(hello)
+
+    async def _session(self, session: Session) -> None:
+        """Serve a session that was admitted."""
+        await self._run_of(session.hello).session(session)
+
+    def _run_of(self, hello: Mapping[str, Any]) -> ServedRun:
+        """The run that a client is in. Of others it learns nothing, not even that they are there.
+
+        Raises:
+            Refused: it is in none that it can mean, or in several.
+        """
+        client, asked = hello["client"], hello.get("run", "")
+        own = [run for run in self.runs.values() if client in run.remotes]
+        found = [run for run in own if run.name == asked] if asked else own
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(f"'{run.name}'" for run in own)
+        if found:
+            raise Refused(
+                f"Client '{client}' is in several runs here: {names}. Say which (cutlayer join --run).", reason="client"
+            )
+        if asked and own:
+            raise Refused(f"No run {asked!r} here has a client '{client}'. It is in: {names}.", reason="client")
+        raise Refused(
+            f"No run here has a client {client!r}. The operator knows the names in the run file.", reason="client"
+        )

@@ -1,0 +1,188 @@
+"""Several runs in one server: each has the numbers that it would have alone, and knows nothing of the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import cutlayer
+from apart import LONG, Apart, Command, steps
+from cutlayer.build import load_base
+from cutlayer.config import load_config
+from cutlayer.errors import ConfigError, Refused
+from cutlayer.joining import join
+from cutlayer.models.sharing import SharedModels
+from cutlayer.service_file import is_service, load_service
+from spine import TWO, U, model
+from tiny import text_rows, write_rows
+
+NAMES = {"flu": ("ann", "bob"), "fraud": ("cleo", "dan")}
+DROPOUT = {"name": "lora", "rank": 2, "dropout": 0.2}
+
+
+class Two(Apart):
+    """A server with two runs on one base, with dropout, whose clients are others."""
+
+    def __init__(self, root: Path, *, stay: bool = False, names: Any = NAMES, **changes: Any) -> None:
+        super().__init__(root, peft=DROPOUT, **changes)
+        self.stay, self.trees = stay, dict[str, dict[str, Any]]()
+        for number, (run, clients) in enumerate(names.items()):
+            for client in clients:
+                rows = text_rows(5, seed=number + len(client))
+                self.files[client] = str(write_rows(root / f"{client}.jsonl", rows))
+            own = {"framework": ("sfl-v2", "psl")[number], "partition": (U, TWO)[number], "seed": number}
+            self.trees[run] = {**self.tree, **own, "clients": [{"name": name} for name in clients]}
+            (root / f"{run}.yaml").write_text(yaml.safe_dump(self.trees[run]))
+        self.write(list(names))
+
+    def write(self, runs: list[Any]) -> None:
+        """The service file."""
+        listed = [f"{one}.yaml" if isinstance(one, str) else one for one in runs]
+        self.file.write_text(yaml.safe_dump({"runs": listed, "stay": self.stay}))
+
+    def alone(self, run: str) -> dict[str, Any]:
+        """A run's tree with all clients in one process."""
+        tree = self.trees[run]
+        return {**tree, "clients": [{"name": c["name"], "data": self.files[c["name"]]} for c in tree["clients"]]}
+
+    def until(self, there: Callable[[], bool], *running: Command) -> None:
+        """Wait until something is so, while these run."""
+        end = time.monotonic() + LONG
+        while not there():
+            assert time.monotonic() < end, self.said("server")
+            assert all(process.poll() is None for process in running), self.said("server")
+            time.sleep(0.02)
+
+
+def test_two_runs_in_one_server_have_the_numbers_that_they_have_alone(tmp_path: Path) -> None:
+    both = Two(tmp_path / "apart", rounds=4)
+    server = both.serve()
+    both.ended({**{name: both.join(name) for names in NAMES.values() for name in names}, "server": server})
+    for run, clients in NAMES.items():
+        alone = cutlayer.train(both.alone(run), out=tmp_path / run, progress=False)
+        assert steps(both.root / "server" / run) == steps(alone.out)
+        assert both.same(alone.out, server=f"server/{run}", names=clients)
+
+
+def test_a_client_learns_nothing_of_runs_that_it_is_not_in(tmp_path: Path) -> None:
+    both = Two(tmp_path / "apart", names={"flu": ("ann", "bob"), "fraud": ("ann", "dan")})
+    server = both.serve()
+    own: dict[str, Any] = {"data": both.files["ann"], "model": both.tree["model"], "progress": False}
+    address = f"localhost:{both.port}"
+    try:
+        for name, run, said in (
+            ("bob", "fraud", "No run 'fraud' here has a client 'bob'. It is in: 'flu'."),
+            ("bob", "secret", "No run 'secret' here has a client 'bob'. It is in: 'flu'."),
+            ("eve", None, "No run here has a client 'eve'."),
+            ("eve", "flu", "No run here has a client 'eve'."),
+            ("ann", None, "Client 'ann' is in several runs here: 'flu', 'fraud'. Say which"),
+        ):
+            with pytest.raises(Refused, match=said) as caught:
+                join(address, out=both.root / "out", name=name, run=run, **own)
+            assert name == "ann" or "fraud" not in str(caught.value).replace("No run 'fraud'", "")
+        assert server.poll() is None
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_leaves_the_other_alone(tmp_path: Path) -> None:
+    both = Two(tmp_path / "apart", rounds=2)
+    both.write(["flu", {"run": "fraud.yaml", "name": "fraud", "set": {"optimizer.lr": 1e30, "rounds": 9}}])
+    server = both.serve()
+    clients = {name: both.join(name) for names in NAMES.values() for name in names}
+    both.ended({name: clients[name] for name in NAMES["flu"]})
+    assert all(clients[name].wait() == 2 for name in NAMES["fraud"])
+    assert server.wait() == 2
+    assert "1 of 2 runs did not end well. 'fraud': " in both.said("server")
+    assert "The run failed at the server: NonFinite" in both.said("cleo")
+    alone = cutlayer.train(both.alone("flu"), out=tmp_path / "flu", progress=False)
+    assert both.same(alone.out, server="server/flu", names=NAMES["flu"])
+
+
+@pytest.mark.slow
+def test_runs_come_and_go_while_the_server_serves(tmp_path: Path) -> None:
+    both = Two(tmp_path / "apart", stay=True, rounds=2)
+    both.write(["flu"])
+    server = both.serve()
+    clients = {name: both.join(name) for name in NAMES["flu"]}
+    both.ended(clients)
+    assert server.poll() is None, "it is to stay"
+    pid = server.process.pid
+    assert pid is not None
+    both.file.write_text("runs: [")
+    os.kill(pid, signal.SIGHUP)
+    both.until(lambda: "nothing is changed: 1 mistake" in both.said("server"), server)
+    both.write(["flu", "fraud"])
+    os.kill(pid, signal.SIGHUP)
+    both.until(lambda: "fraud: listening at" in both.said("server"), server)
+    cleo = both.join("cleo")
+    both.until(lambda: "client 'cleo' is here" in both.said("server"), server, cleo)
+    both.write(["flu"])
+    os.kill(pid, signal.SIGHUP)
+    both.until(lambda: "run 'fraud' is not served any more" in both.said("server"), server)
+    assert cleo.wait() == 2
+    assert "No run here has a client 'cleo'" in both.said("cleo")
+    server.process.terminate()
+    assert server.wait() == 130
+
+
+def test_runs_share_the_frozen_base(tmp_path: Path) -> None:
+    """Whatever each trains: the weights are one memory, the modules are not, and no run writes to them."""
+    base = {"model": str(model(num_hidden_layers=4)), "data": {"train": "x"}, "rounds": 1}
+    models, made = SharedModels(), []
+    for peft in ({"name": "lora", "rank": 2}, {"name": "lora", "rank": 3, "targets": ["q_proj"]}, "full"):
+        made.append(load_base(load_config({**base, "peft": peft}), labels=None, device="cpu", models=models))
+    alone = load_base(load_config({**base, "peft": "full"}), labels=None, device="cpu")
+
+    def weights(one: Any) -> dict[str, torch.Tensor]:
+        named = one.model.named_parameters(remove_duplicate=False)
+        return {name.replace(".base_layer", ""): p for name, p in named if "lora_" not in name}
+
+    first, second, third = map(weights, made)
+    assert first.keys() == second.keys() == third.keys() == weights(alone).keys()
+    for name, tensor in first.items():
+        assert tensor.data_ptr() == second[name].data_ptr() == third[name].data_ptr()
+        assert tensor is not third[name]
+        assert torch.equal(tensor, weights(alone)[name])
+        assert (tensor.requires_grad, third[name].requires_grad) == (False, True)
+    ranks = [{p.shape[0] for n, p in one.initial.items() if "lora_A" in n} for one in made]
+    assert ranks == [{2}, {3}, set()]
+    assert made[0].tied == made[2].tied == alone.tied
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("runs: []", "runs is empty"),
+        ("runs: 3", "runs is 3: must be a list"),
+        ("runs: [{ran: x}]", "runs.0 has no key 'ran'. Did you mean 'run'?"),
+        ("runs: [a.yaml, b/a.yaml]", "two have the name 'a'"),
+        ("runs: [{run: a.yaml, name: ../a}]", "the name '../a' cannot be a folder's"),
+        ("runs: [a.yaml]\nstays: true", "a service has no key 'stays'. Did you mean 'stay'?"),
+        ("runs: [a.yaml]\nruns: [b.yaml]", "'runs' is given twice"),
+    ],
+)
+def test_what_is_wrong_with_a_service_file(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "service.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_service(tmp_path / "service.yaml")
+    assert said in str(caught.value)
+
+
+def test_a_service_file_is_told_from_a_run_file(tmp_path: Path) -> None:
+    (tmp_path / "service.yaml").write_text("runs: [flu.yaml, {run: sub/x.yaml, name: y, set: {rounds: 2}}]")
+    assert is_service(tmp_path / "service.yaml")
+    first, second = load_service(tmp_path / "service.yaml").runs
+    assert (first.name, first.run, first.set) == ("flu", str(tmp_path / "flu.yaml"), {})
+    assert (second.name, second.run, second.set) == ("y", str(tmp_path / "sub/x.yaml"), {"rounds": 2})
+    assert not is_service(Two(tmp_path / "apart").root / "flu.yaml")
