@@ -153,7 +153,7 @@ def test_readme_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "send_activations clinic" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/network.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/network.md", "docs/deploy.md"])
 def test_what_waits_for_another_has_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """``serve`` and ``join`` are run in test_network.py; here their documented options exist."""
     found = [words for text in blocks_of(name, "sh") for words in commands_of(text) if words[1] in ("serve", "join")]

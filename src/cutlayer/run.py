@@ -51,6 +51,8 @@ class Result:
 class Interrupted(KeyboardInterrupt):
     """The user stopped a run that has an output folder; the message says how to go on with it."""
 
+    code = 130  # that the command ends with
+
 
 def total_rounds(config: RunConfig) -> int:
     """How many rounds a run has at most. ``steps`` and ``epochs`` go on until every client has made its own."""

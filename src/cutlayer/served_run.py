@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from cutlayer.assembly import assemble_server
 from cutlayer.build import load_base
 from cutlayer.computing import Computing
 from cutlayer.config import RunConfig, dump
+from cutlayer.draining import PARTING, Drain, Drained
 from cutlayer.driver import Run
 from cutlayer.engine import Engine
 from cutlayer.errors import Disconnected, Gone, MethodError, NonFinite, Refused
@@ -46,11 +47,11 @@ from cutlayer.report.progress import Reporter
 from cutlayer.report.summary import summarize
 from cutlayer.run import Result, first_of, total_rounds
 from cutlayer.schedule import Told
+from cutlayer.watching import State, Watch
 from cutlayer.wire import Frame, Header, Limits, Meter, keep_lines
 
 FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
 MOST_EXAMPLES = 2**40  # that a client may claim to have
-State = Literal["waiting", "training", "done", "failed"]
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,22 @@ class ServedRun:
         progress: is told what happens.
         computing: the thread that computes for all runs of this server.
         models: what runs share of their models.
+        drain: whether the server was asked to stop.
+        label: what metrics call it, where it has no name.
     """
 
     def __init__(
         self, name: str, config: RunConfig, out: Path, *, patience: float, progress: Reporter, computing: Computing,
-        models: SharedModels,
+        models: SharedModels, drain: Drain | None = None, label: str = "",
     ) -> None:  # fmt: skip
-        self.name, self.config, self.out, self.progress = name, config, out, progress
-        self.state: State = "waiting"
+        self.name, self.config, self.out = name, config, out
+        self._drain = drain or Drain()
         self.files, self.handing = fingerprint(config.model), Handing(config)
         self._limits = limits_of(config, load_model_config(config.model))
         self.device = device_named(config.device)
         self.remotes = {client: Remote(client, patience=patience) for client in config.client_names}
+        self.progress = self.watch = Watch(name or label, progress, self.remotes)
         self.ready: dict[str, _Ready] = {}
-        self.run: Run | None = None  # as it is driven now
         self._computing, self._models = computing, models
         self._came = asyncio.Event()
         self._error: Exception | None = None
@@ -102,7 +105,7 @@ class ServedRun:
     async def _served(self) -> Result:
         try:
             result = await self._driven()
-            self.state = "done"
+            self.watch.state = "done"
             for remote in self.remotes.values():
                 await remote.close("The run is done.")
             heard = [asyncio.ensure_future(remote.heard.wait()) for remote in self.remotes.values()]
@@ -110,15 +113,28 @@ class ServedRun:
             for task in heard:
                 task.cancel()
             return result
+        except Drained:
+            await self.stop(PARTING)
+            raise
         except Exception as error:
-            self.state, self._error = "failed", error
-            self._base = self.run = None
+            self.watch.state, self._error = "failed", error
+            self._base = None
             for remote in self.remotes.values():
                 if remote.session is not None and self._hopeless:
                     await remote.session.refuse(self._failure)
                 else:
                     await remote.close(self._failure, done=False)
             raise
+
+    @property
+    def state(self) -> State:
+        """Whether it waits for its clients, trains, or has ended."""
+        return self.watch.state
+
+    @property
+    def run(self) -> Run | None:
+        """The run as it is driven now."""
+        return self.watch.run
 
     @property
     def _hopeless(self) -> bool:
@@ -138,9 +154,9 @@ class ServedRun:
     async def _driven(self) -> Result:
         """Drive the run; again from the last common round when a client has come back without what it held."""
         while True:
-            self.state = "waiting"
-            await self._all_here()
-            self.state = "training"
+            self.watch.state = "waiting"
+            await self._drain.unless(self._all_here())
+            self.watch.state = "training"
             for remote in self.remotes.values():
                 remote.renew()
             network = asyncio.get_running_loop()
@@ -156,6 +172,8 @@ class ServedRun:
                 await self.stop("The server was stopped.")
                 await asyncio.gather(attempt, return_exceptions=True)
                 raise
+            finally:
+                self.watch.run = None
 
     async def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
         """What to tell a client of this run that may come in.
@@ -175,12 +193,15 @@ class ServedRun:
         if model != self.files and not await self.handing.is_same(name, model):
             raise Refused(
                 f"The model is another here: its files ({', '.join(self.files)}) have other checksums than those of "
-                f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends."
+                f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends.",
+                reason="model",
             )
         ready = _Ready(read_told(hello.get("data")), read_rounds(hello.get("rounds")))
         before = self.ready.get(name)
         if before is not None and before.told != ready.told:
-            raise Refused("Your data are of another size than when you first joined this run. Bring the same data.")
+            raise Refused(
+                "Your data are of another size than when you first joined this run. Bring the same data.", reason="data"
+            )
         self.ready[name] = ready
         return {"client": name, "name": self.name}
 
@@ -221,7 +242,7 @@ class ServedRun:
                 config, parts, meter=meter, clock=clock, out=out, progress=self.progress,
                 links=lambda run: self._links(run, network),
             )  # fmt: skip
-            engine, self.run = Engine(run), run
+            engine, self.watch.run = Engine(run, asked_to_stop=self._drain.asked), run
             number = self._common()
             for newer in [n for n in checkpoint.rounds(out / "checkpoints") if n > number]:
                 shutil.rmtree(out / "checkpoints" / f"round-{newer:06d}")  # not everybody has it
@@ -253,7 +274,8 @@ class ServedRun:
         return Result(out, adapter, summary)
 
     async def _drive(self, run: Run, engine: Engine) -> None:
-        await engine.drive(rounds=total_rounds(self.config))
+        if not await engine.drive(rounds=total_rounds(self.config)):
+            raise Drained
         before = run.meter.state()
         await run.part()
         self.parting = run.meter.up + run.meter.down - before["up"] - before["down"]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from logging import getLogger
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -67,6 +68,7 @@ class Listener:
         self.max_sessions, self.max_waiting = max_sessions, max_waiting
         self.sessions: dict[tuple[str, ...], Session] = {}
         self.refusals: Counter[str] = Counter()  # of those who were turned away, by their peer's name
+        self.reasons: Counter[str] = Counter()  # the same by a word for the reason, and who may come again ("later")
         self._serials: dict[Session, int | None] = {}
         self._waiting: Counter[str] = Counter()
         self._ending: set[asyncio.Future[None]] = set()
@@ -124,8 +126,15 @@ class Listener:
         """End the sessions whose certificates have been revoked since they began."""
         for session, serial in list(self._serials.items()):
             if serial is not None and self.revoked(serial):
-                self.refusals[session.peer] += 1
+                self._count(session.peer, "revoked")
+                LOG.warning("Ended the session of '%s': its certificate was revoked.", session.peer, extra={
+                    "client": session.peer, "reason": "revoked"
+                })  # fmt: skip
                 await session.refuse("Your certificate has been revoked.")
+
+    def _count(self, peer: str, reason: str) -> None:
+        self.refusals[peer] += 1
+        self.reasons[reason] += 1
 
     async def _handle(self, _: Any, context: Any) -> None:
         """One stream, from its hello to its end."""
@@ -138,15 +147,19 @@ class Listener:
         try:
             peer = self._peer(context)
             if peer.serial is not None and self.revoked(peer.serial):
-                raise Refused("Your certificate has been revoked. Ask the operator for a new one.")
+                raise Refused("Your certificate has been revoked. Ask the operator for a new one.", reason="revoked")
             session = await self._greeted(pipe, peer, context)
         except (Refused, WireError) as error:
-            self.refusals[peer.name] += 1
-            LOG.warning("Refused a session of '%s' (%s): %s", peer.name, context.peer(), error)
+            reason = error.reason if isinstance(error, Refused) else "protocol"
+            self._count(peer.name, reason)
+            about = {"client": peer.name, "peer": _where(context), "reason": reason}
+            LOG.warning("Refused a session of '%s' (%s): %s", peer.name, _where(context), error, extra=about)
             await self._last_word(pipe, pack(Type.REFUSED, cut(str(error))))
             return
         except CutlayerError as error:
-            LOG.info("No session with '%s' (%s): %s", peer.name, context.peer(), error)
+            self.reasons["later"] += 1
+            about = {"client": peer.name, "peer": _where(context), "reason": "later"}
+            LOG.info("No session with '%s' (%s): %s", peer.name, _where(context), error, extra=about)
             await self._last_word(pipe, pack_bye(str(error), done=False))
             return
         await self._serve(session, peer)
@@ -229,7 +242,7 @@ class Listener:
         except Refused as error:
             await session.refuse(str(error))
         except (NetworkError, WireError) as error:
-            LOG.info("The session with '%s' is over: %s", session.peer, error)
+            LOG.info("The session with '%s' is over: %s", session.peer, error, extra={"client": session.peer})
             words = str(error)
         except Exception:
             LOG.exception("Serving '%s' failed.", session.peer)
@@ -242,6 +255,11 @@ class Listener:
                 await pipe.write(message)
                 while await pipe.read() is not None:  # see ``Session._part``
                     continue
+
+
+def _where(context: Any) -> str:
+    """The peer's address, such as ``ipv6:[::1]:40312``."""
+    return unquote(str(context.peer()))
 
 
 def _token(context: Any) -> str:
@@ -264,7 +282,7 @@ def _hello(data: bytes) -> dict[str, Any]:
     check_versions(hello, "This client")
     name = hello.get("client")
     if not isinstance(name, str) or not name.strip() or len(name) > NAME or not name.isprintable():
-        raise Refused(f"A client needs a name of 1 to {NAME} printable characters.")
+        raise Refused(f"A client needs a name of 1 to {NAME} printable characters.", reason="protocol")
     return hello
 
 
