@@ -54,7 +54,7 @@ def loaded(tmp_path: Path, *, rounds: int, local: int, clients: int, processes: 
     folder = model(num_hidden_layers=3)
     names = [f"client-{number}" for number in range(clients)]
     run = Apart(
-        tmp_path / "apart", model=str(folder), clients=clients, rounds=rounds, batch_size=1, checkpoint_every=rounds,
+        tmp_path / "apart", model=str(folder), clients=clients, rounds=rounds, batch_size=1,
         framework={"name": "sfl-v1", "local_steps": local}, data={"max_length": 16},
     )  # fmt: skip
     files = {n: str(write_rows(run.root / f"{n}.jsonl", text_rows(2, seed=i))) for i, n in enumerate(names)}
