@@ -3,8 +3,9 @@
 Two threads: sessions live on the main thread's event loop, and the run has one of its own, so that a long step of the
 trunk keeps no heartbeat waiting.
 
-A run goes on from the newest round that all hold. Whoever comes back as a new process (this server too) has lost what
-it did since: then all go back to that round together, and the result is that of an undisturbed run.
+A run goes on from the newest round that all hold. Whoever comes back in time as a new process (this server too) has
+lost what it did since: then all go back to that round together, and the result is that of an undisturbed run. Of who
+does not come back in time, ``absence.py`` speaks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cutlayer import checkpoint
+from cutlayer.absence import Absence
 from cutlayer.apart import check_routes, offer, served
 from cutlayer.assembly import assemble_server
 from cutlayer.build import load_base, open_model
@@ -45,6 +48,7 @@ from cutlayer.models.segment import Base
 from cutlayer.models.slots import parameter_of
 from cutlayer.outputs import OURS, alone, holds_a_run
 from cutlayer.preflight import preflight
+from cutlayer.presence import Lost
 from cutlayer.real_clock import RealClock
 from cutlayer.report.progress import Reporter, reporter
 from cutlayer.report.summary import summarize
@@ -65,6 +69,7 @@ def serve(
     keys: str | Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     patience: float = PATIENCE,
+    absent: Literal["go-on", "end"] = "go-on",
     progress: bool | Reporter | None = None,
 ) -> Result:
     """Serve one run to its end. Where ``out`` holds it already, it goes on.
@@ -76,11 +81,13 @@ def serve(
         keys: its folder of ``cutlayer keys``; None: plain text, on this machine only.
         overrides: as of ``cutlayer.train``.
         patience: seconds that a client may stay away in the middle of the run.
+        absent: what is done when it stays away for longer: the others ``go-on`` without it and take it back when it
+            comes, or the run is at its ``end``.
         progress: as of ``cutlayer.train``.
 
     Raises:
         CutlayerError: anything that a user can mend.
-        Gone: a client stayed away for too long; serving the same again goes on with the run.
+        Gone: with ``absent="end"`` a client stayed away for too long; serving the same again goes on with the run.
     """
     shown, folder = reporter(progress), Path(out)
     config = _placed(served(source, overrides), source)
@@ -96,7 +103,7 @@ def serve(
     with alone(folder):
         checkpoint.write_text(folder / "run.yaml", text)
         try:
-            return asyncio.run(_until_stopped(_Service(config, folder, own, bind, patience, shown)))
+            return asyncio.run(_until_stopped(_Service(config, folder, own, bind, patience, absent, shown)))
         except (KeyboardInterrupt, asyncio.CancelledError) as stop:
             raise Interrupted(
                 "the server was stopped; its clients wait for it. The same command goes on with the run, from the last "
@@ -134,8 +141,9 @@ class _Service:
     """One run that is being served."""
 
     def __init__(
-        self, config: RunConfig, out: Path, keys: ServerKeys | None, bind: str, patience: float, progress: Reporter
-    ) -> None:
+        self, config: RunConfig, out: Path, keys: ServerKeys | None, bind: str, patience: float,
+        absent: Literal["go-on", "end"], progress: Reporter,
+    ) -> None:  # fmt: skip
         self.config, self.out, self.keys, self.bind, self.progress = config, out, keys, bind, progress
         self.files = fingerprint(config.model)
         self.device = device_named(config.device)
@@ -143,6 +151,14 @@ class _Service:
         self.ready: dict[str, _Ready] = {}
         self._came = asyncio.Event()
         self._base: Base | None = None
+        self.absence: Absence | None = None
+        if absent == "go-on":
+            self.absence = Absence(
+                out, self.remotes, lambda name: self.ready[name].rounds, farewell=min(FAREWELL, patience),
+                progress=progress,
+            )  # fmt: skip
+            self.ready |= {name: _Ready(told, ()) for name, told in self.absence.told.items()}
+        self._here = list(self.remotes)  # of this attempt
         self.parting = 0  # bytes by which clients got, when all was done, what they had not seen
 
     async def run(self) -> Result:
@@ -159,7 +175,10 @@ class _Service:
             result = await self._driven()
             for remote in self.remotes.values():
                 await remote.close("The run is done.")
-            heard = [asyncio.ensure_future(remote.heard.wait()) for remote in self.remotes.values()]
+            away = self.absence.run.counters.away if self.absence else ()
+            heard = [
+                asyncio.ensure_future(self.remotes[name].heard.wait()) for name in self.remotes if name not in away
+            ]
             await asyncio.wait(heard, timeout=FAREWELL)  # who missed the goodbye comes back for it
             return result
         except (NonFinite, MethodError) as error:  # trying again would not help
@@ -175,14 +194,14 @@ class _Service:
         """Drive the run; again from the last common round when a client has come back without what it held."""
         while True:
             await self._all_here()
-            for remote in self.remotes.values():
-                remote.renew()
+            for name in self._here:
+                self.remotes[name].renew()
             attempt = asyncio.ensure_future(asyncio.to_thread(self._attempt, asyncio.get_running_loop()))
             try:
                 return await asyncio.shield(attempt)
             except Gone as gone:
                 remote = self.remotes[gone.client]
-                if remote.session is None and not remote.stale:
+                if remote.session is None and not remote.stale and self.absence is None:
                     raise
                 self.progress.note(f"{gone} All go back to the last round that everybody holds.")
             except asyncio.CancelledError:  # its thread ends with the next thing that it asks a client
@@ -229,6 +248,10 @@ class _Service:
         await self.remotes[name].serve(session)
 
     async def _all_here(self) -> None:
+        if self.absence is not None and self.absence.begun:
+            await self.absence.gather()
+            self._here = self.absence.here()
+            return
         while len(self.ready) < len(self.remotes):
             self._came.clear()
             await self._came.wait()
@@ -249,7 +272,11 @@ class _Service:
                 links=lambda run: self._links(run, network),
             )  # fmt: skip
             engine = Engine(run)
-            number = self._common()
+            number, away = self._common(), dict[str, int]()
+            if self.absence is not None:
+                self.absence.know({name: ready.told for name, ready in self.ready.items()})
+                outset = self.absence.outset(self._here)
+                number, away = outset.number, dict(outset.away)
             for newer in [n for n in checkpoint.rounds(out / "checkpoints") if n > number]:
                 shutil.rmtree(out / "checkpoints" / f"round-{newer:06d}")  # not everybody has it
             if number:
@@ -257,13 +284,18 @@ class _Service:
                 self.progress.note(f"going on after round {number}")
             else:
                 meter.restore(None)
+            if self.absence is not None:
+                self.absence.follow(run, away)
             keep_lines(out / "metrics.jsonl", run.counters.lines)
             keep_lines(out / "uploads.jsonl", run.counters.uploads)
             self.progress.start(sum(parts.foreseen.values()) - sum(run.counters.steps.values()))
             try:
                 clock.run(self._drive(run, engine))
-            except BaseExceptionGroup as group:
-                raise first_of(group) from group
+            except (BaseExceptionGroup, Lost) as error:
+                first = first_of(error) if isinstance(error, BaseExceptionGroup) else error
+                if isinstance(first, Lost):  # where the framework has no rule for it
+                    raise Gone(first.client, "the others go on without it.") from error
+                raise first from error
             finally:
                 self.progress.stop()
         adapter = self._save(run)
@@ -273,6 +305,7 @@ class _Service:
             name: {
                 "reconnects": remote.reconnects, "retries": remote.retries, "dropped": remote.dropped,
                 "seconds_away": round(remote.seconds_away, 3),
+                **(self.absence.summary(name) if self.absence else {}),
             }
             for name, remote in self.remotes.items()
         }  # fmt: skip
@@ -281,20 +314,27 @@ class _Service:
 
     async def _drive(self, run: Run, engine: Engine) -> None:
         await engine.drive(rounds=total_rounds(self.config))
+        if self.absence is not None:
+            await self.absence.end()
         before = run.meter.state()
         await run.part()
         self.parting = run.meter.up + run.meter.down - before["up"] - before["down"]
         run.meter.restore(before)
-        for link in run.links.values():
+
+        async def finish(name: str) -> None:
+            link = run.links[name]
             assert isinstance(link, NetworkLink)
             await link.finish()
+
+        await run.reach(finish, run.clients)
 
     def _links(self, run: Run, network: asyncio.AbstractEventLoop) -> dict[str, Link]:
         found: dict[str, Link] = {}
         for name, remote in self.remotes.items():
             carry = _carrier(remote, network)
             asked, turn = run.presence.asked, remote.last_turn
-            found[name] = NetworkLink(name, carry, meter=run.meter, asked=asked, turn=turn)
+            goes_on = partial(self.absence.goes_on, name) if self.absence else lambda _: False
+            found[name] = NetworkLink(name, carry, meter=run.meter, asked=asked, turn=turn, goes_on=goes_on)
         return found
 
     def _common(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,13 @@ import typer
 
 from cutlayer.cli.console import console, guarded, hush
 from cutlayer.cli.train import split_arguments
+
+
+class Absent(Enum):
+    """What is done when a client stays away for too long."""
+
+    go_on = "go-on"
+    end = "end"
 
 
 @guarded()
@@ -23,6 +31,9 @@ def serve(
         bool, typer.Option("--insecure", help="Plain text and no keys; only for clients on this machine.")
     ] = False,
     patience: Annotated[float, typer.Option(help="Seconds that a client may stay away in a run.")] = 600,
+    absent: Annotated[
+        Absent, typer.Option(help="When a client stays away for longer: the others go on without it, or the run ends.")
+    ] = Absent.go_on,
 ) -> None:
     """Serve a run to clients who join it with 'cutlayer join'; ends when the run is done.
 
@@ -45,8 +56,9 @@ def serve(
     progress = RichProgress(where)
     try:
         result = serve_run(
-            source, bind=bind, out=out, keys=keys, overrides=overrides, patience=patience, progress=progress
-        )
+            source, bind=bind, out=out, keys=keys, overrides=overrides, patience=patience, absent=absent.value,
+            progress=progress,
+        )  # fmt: skip
     finally:
         progress.stop()
     where.print(summary_table(result.summary, result.out), crop=False)
