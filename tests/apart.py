@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cutlayer.cli.main import main
+from cutlayer.joining import Seat
+from cutlayer.links.net.session import Heartbeat
+from cutlayer.wire import Header
 from spine import model
 from tiny import text_rows, write_rows
 
@@ -29,13 +34,54 @@ FORKS = multiprocessing.get_context("forkserver")  # imports once, which takes s
 FORKS.set_forkserver_preload(["cutlayer.serving", "cutlayer.joining", "cutlayer.cli.main"])
 
 
-def _carry_out(log: str, arguments: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Trap:
+    """What happens to a client as it is given a request: of a training step by its number, else by its round."""
+
+    verb: str
+    number: int
+    do: str  # kill, stop (until it is told to go on), or wait for the file
+    file: str = ""
+
+    def springs(self, header: Header) -> bool:
+        """Whether this is the request."""
+        if header.verb != self.verb:
+            return False
+        if "round" in header.values:
+            return header.values["round"] == self.number
+        return header.step == self.number and bool(header.values.get("graph", True))
+
+    def spring(self) -> None:
+        """Do it."""
+        while self.do == "wait" and not os.path.exists(self.file):
+            time.sleep(0.02)
+        if self.do != "wait":
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.do])
+
+
+def _set(traps: Sequence[Trap]) -> None:
+    """Lay traps for the client in this process; each springs once."""
+    original, left = Seat._handled, list(traps)
+
+    def handled(self: Seat, header: Header, tensors: list[Tensor]) -> Any:
+        for trap in [trap for trap in left if trap.springs(header)]:
+            left.remove(trap)
+            trap.spring()
+        return original(self, header, tensors)
+
+    Seat._handled = handled  # type: ignore[method-assign]
+
+
+def _carry_out(log: str, arguments: Sequence[str], traps: Sequence[Trap], pulse: tuple[float, float] | None) -> None:
     """The command line, in a process of its own."""
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["cutlayer", *arguments]
+    _set(traps)
+    if pulse is not None:
+        Heartbeat.__init__.__defaults__ = pulse  # type: ignore[attr-defined]
     torch.set_num_threads(1)  # as the tests have it; also makes the thread pool anew, before two threads do so at once
     main()
 
@@ -43,8 +89,10 @@ def _carry_out(log: str, arguments: Sequence[str]) -> None:
 class Command:
     """A command that runs, as ``subprocess.Popen`` has it."""
 
-    def __init__(self, log: Path, arguments: Sequence[str]) -> None:
-        self.process = FORKS.Process(target=_carry_out, args=(str(log), arguments))
+    def __init__(
+        self, log: Path, arguments: Sequence[str], traps: Sequence[Trap] = (), pulse: tuple[float, float] | None = None
+    ) -> None:
+        self.process = FORKS.Process(target=_carry_out, args=(str(log), arguments, traps, pulse))
         self.process.start()
 
     def poll(self) -> int | None:
@@ -59,6 +107,18 @@ class Command:
     def kill(self) -> None:
         """End it, without a word to it."""
         self.process.kill()
+
+    def frozen(self) -> None:
+        """Wait until it is stopped."""
+        until = time.monotonic() + LONG
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "tT":
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        assert self.process.pid
+        os.kill(self.process.pid, signal.SIGCONT)
 
 
 class Apart:
@@ -86,15 +146,16 @@ class Apart:
         self.file = root / "run.yaml"
         self.file.write_text(yaml.safe_dump(self.tree))
         self.port = 0
+        self.pulse: tuple[float, float] | None = None  # of heartbeats: every, silence
 
     @property
     def simulated(self) -> dict[str, Any]:
         """The same run with all clients in one process."""
         return {**self.tree, "clients": [{"name": name, "data": file} for name, file in self.files.items()]}
 
-    def start(self, who: str, *arguments: str) -> Command:
+    def start(self, who: str, *arguments: str, traps: Sequence[Trap] = ()) -> Command:
         """A command of ``who``, whose words go to its log."""
-        return Command(self.root / f"{who}.log", arguments)
+        return Command(self.root / f"{who}.log", arguments, traps, self.pulse)
 
     def said(self, who: str) -> str:
         """All that ``who`` has said so far."""
@@ -118,13 +179,22 @@ class Apart:
         self.port = int(found[-1])
         return process
 
-    def join(self, name: str, *more: str, keys: Path | None = None) -> Command:
+    def join(
+        self, name: str, *more: str, keys: Path | None = None, traps: Sequence[Trap] = (), port: int = 0
+    ) -> Command:
         """A client."""
         own = ["--keys", str(keys / name)] if keys else ["--insecure", "--name", name]
         return self.start(
-            name, "join", f"localhost:{self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
-            str(self.root / name), "--model", self.tree["model"], *own, *more,
+            name, "join", f"localhost:{port or self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
+            str(self.root / name), "--model", self.tree["model"], *own, *more, traps=traps,
         )  # fmt: skip
+
+    def until(self, who: str, words: str, times: int = 1) -> None:
+        """Wait until ``who`` has said this so often."""
+        until = time.monotonic() + LONG
+        while self.said(who).count(words) < times:
+            assert time.monotonic() < until, f"{who} never said '{words}': {self.said(who)}"
+            time.sleep(0.02)
 
     def ended(self, processes: Mapping[str, Command]) -> None:
         """Wait for these; all must end well."""

@@ -58,6 +58,7 @@ from cutlayer.wire import Frame, Header, Meter, keep_lines
 
 FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
 PATIENCE = 600.0  # seconds that a client may stay away before the run gives it up
+MOST_ROUNDS = 100  # of a client that are remembered
 MOST_EXAMPLES = 2**40  # that a client may claim to have
 
 
@@ -134,7 +135,7 @@ class _Ready:
     """What a client said when it came: of its data, and which rounds it holds."""
 
     told: Told
-    rounds: Sequence[int]
+    rounds: list[int]
 
 
 class _Service:
@@ -157,7 +158,7 @@ class _Service:
                 out, self.remotes, lambda name: self.ready[name].rounds, farewell=min(FAREWELL, patience),
                 progress=progress,
             )  # fmt: skip
-            self.ready |= {name: _Ready(told, ()) for name, told in self.absence.told.items()}
+            self.ready |= {name: _Ready(told, []) for name, told in self.absence.told.items()}
         self._here = list(self.remotes)  # of this attempt
         self.parting = 0  # bytes by which clients got, when all was done, what they had not seen
 
@@ -334,8 +335,14 @@ class _Service:
             carry = _carrier(remote, network)
             asked, turn = run.presence.asked, remote.last_turn
             goes_on = partial(self.absence.goes_on, name) if self.absence else lambda _: False
-            found[name] = NetworkLink(name, carry, meter=run.meter, asked=asked, turn=turn, goes_on=goes_on)
+            found[name] = NetworkLink(
+                name, carry, meter=run.meter, asked=asked, turn=turn, goes_on=goes_on, wrote=partial(self._wrote, name)
+            )
         return found
+
+    def _wrote(self, name: str, number: int) -> None:
+        rounds = self.ready[name].rounds
+        rounds[:] = [*rounds[1 - MOST_ROUNDS :], number]
 
     def _common(self) -> int:
         """The newest round that the server and all clients hold; 0: none."""
@@ -390,4 +397,4 @@ def _told(data: object) -> Told:
 def _rounds(rounds: object) -> list[int]:
     if not isinstance(rounds, list) or any(type(number) is not int or number < 1 for number in rounds):
         raise Refused("The hello names rounds that cannot be.")
-    return rounds[-100:]
+    return rounds[-MOST_ROUNDS:]

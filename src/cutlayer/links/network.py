@@ -32,6 +32,7 @@ class NetworkLink:
         asked: is told of each message of a training step, and may raise.
         turn: of the last request that the client has answered to a server before.
         goes_on: whether the run goes on without the client after this error; then it is ``Lost``.
+        wrote: is told of each round that the client has written down.
 
     ``held`` is the newest round as at whose begin the client can be set again.
     """
@@ -39,9 +40,10 @@ class NetworkLink:
     def __init__(
         self, name: str, carry: Carry, *, meter: Meter, asked: Callable[[str, str], None] = lambda *_: None,
         turn: int = 0, goes_on: Callable[[CutlayerError], bool] = lambda _: False,
+        wrote: Callable[[int], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self.name, self.carry, self.meter, self.asked, self.turn = name, carry, meter, asked, turn
-        self.goes_on = goes_on
+        self.goes_on, self.wrote = goes_on, wrote
         self.held = 0
         self.apart_bytes = 0  # of requests that are counted apart
         self._lost = False
@@ -84,13 +86,16 @@ class NetworkLink:
     async def hold(self, rounds: int) -> None:
         """Let the client remember how it is at the begin of round ``rounds``, unless it has just written that down."""
         if self.held != rounds:
-            await self.tell("hold", {"round": rounds})
-            self.held = rounds
+            await self._write("hold", rounds)
 
     async def keep(self, rounds: int) -> None:
         """Let the client write its checkpoint of round ``rounds``."""
-        await self.tell("keep", {"round": rounds})
+        await self._write("keep", rounds)
+
+    async def _write(self, verb: str, rounds: int) -> None:
+        await self.tell(verb, {"round": rounds})
         self.held = rounds
+        self.wrote(rounds)
 
     async def finish(self) -> None:
         """Let the client write its result."""
