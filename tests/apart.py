@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,23 +37,30 @@ FORKS.set_forkserver_preload(["cutlayer.serving", "cutlayer.joining", "cutlayer.
 
 @dataclass(frozen=True)
 class Trap:
-    """What happens to a client as it is given a request: of a training step by its number, else by its round."""
+    """What happens to a client as it is given a request: of a training step by its number, else by its round.
+
+    Of step 11, which tells neither: the so many-th from 0. One that waits says so beside the file, as ``.reached``.
+    """
 
     verb: str
     number: int
     do: str  # kill, stop (until it is told to go on), or wait for the file
     file: str = ""
 
-    def springs(self, header: Header) -> bool:
+    def springs(self, header: Header, count: int) -> bool:
         """Whether this is the request."""
         if header.verb != self.verb:
             return False
+        if header.step_name == "aggregate":
+            return count == self.number
         if "round" in header.values:
             return header.values["round"] == self.number
         return header.step == self.number and bool(header.values.get("graph", True))
 
     def spring(self) -> None:
         """Do it."""
+        if self.do == "wait":
+            Path(f"{self.file}.reached").touch()
         while self.do == "wait" and not os.path.exists(self.file):
             time.sleep(0.02)
         if self.do != "wait":
@@ -61,12 +69,13 @@ class Trap:
 
 def _set(traps: Sequence[Trap]) -> None:
     """Lay traps for the client in this process; each springs once."""
-    original, left = Seat._handled, list(traps)
+    original, left, counts = Seat._handled, list(traps), Counter[str]()
 
     def handled(self: Seat, header: Header, tensors: list[Tensor]) -> Any:
-        for trap in [trap for trap in left if trap.springs(header)]:
+        for trap in [trap for trap in left if trap.springs(header, counts[header.verb])]:
             left.remove(trap)
             trap.spring()
+        counts[header.verb] += 1
         return original(self, header, tensors)
 
     Seat._handled = handled  # type: ignore[method-assign]
@@ -188,6 +197,13 @@ class Apart:
             name, "join", f"localhost:{port or self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
             str(self.root / name), "--model", self.tree["model"], *own, *more, traps=traps,
         )  # fmt: skip
+
+    def reached(self, file: Path) -> None:
+        """Wait until a client waits for this file."""
+        until = time.monotonic() + LONG
+        while not Path(f"{file}.reached").exists():
+            assert time.monotonic() < until, self.said("server")
+            time.sleep(0.02)
 
     def until(self, who: str, words: str, times: int = 1) -> None:
         """Wait until ``who`` has said this so often."""

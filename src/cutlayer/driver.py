@@ -214,8 +214,10 @@ class Run(Updating):
         clients = presence.able(self.framework.eligible(number, self.clients), number)
         micros = self.framework.round_steps * self.config.gradient_accumulation
         presence.begin(number, clients, micros, {c: self.parts.layouts[c].tail_at_client for c in clients})
-        if not self.framework.asynchronous:
-            self.keep([c for c in self.clients if presence.falls(c)] if self.absence is None else self.present)
+        if self.absence is not None:  # nobody knows who will be lost
+            self.keep(self.present)
+        elif not self.framework.asynchronous:
+            self.keep([client for client in self.clients if presence.falls(client)])
 
     def abort(self, client: str) -> None:
         """Forget what is under way of a client, everywhere."""
