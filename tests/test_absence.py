@@ -21,7 +21,9 @@ PATIENCE = ("--patience", "2")
 KINDS = {"two-part": TWO, "u-shape": U}
 MESSAGES = {"two-part": ["head_forward", "head_backward"], "u-shape": ["head_forward", "tail_step", "head_backward"]}
 FRAMEWORKS: dict[str, dict[str, Any]] = {
-    **{name: {"framework": name} for name in ("sfl-v1", "sfl-v2", "sequential-sl", "psl", "gsfl", "p-sl", "hsfl")},
+    **{name: {"framework": name} for name in ("sfl-v1", "sfl-v2", "sequential-sl", "psl", "gsfl", "p-sl")},
+    "hsfl": {"framework": {"name": "hsfl", "intervals": [1, 1, 1]}},
+    "sfl-v1-twice": {"framework": {"name": "sfl-v1", "local_steps": 2}},
     "multisfl": {"framework": {"name": "multisfl", "replay": False}},
     "p-sl-parallel": {"framework": {"name": "p-sl", "form": "parallel"}},
     "psl-joint": {"framework": {"name": "psl", "joint": "concatenate", "grad_scale": "joint"}},
@@ -65,11 +67,11 @@ def both(run: Apart, monkeypatch: pytest.MonkeyPatch, message: int) -> dict[str,
     return found
 
 
-def killed_and_back(run: Apart, verb: str, *more: str) -> dict[str, Command]:
-    """Ann is killed in round 1 at this request, and is taken back in the next one, for which bob waits."""
+def killed_and_back(run: Apart, verb: str, number: int = 1) -> dict[str, Command]:
+    """Ann is killed in round 1 at this request of its step ``number``, and is taken back in the next one, for which bob waits."""
     back = run.root / "back"
-    server = run.serve(*PATIENCE, *more)
-    ann = run.join("ann", traps=[Trap(verb, 1, "kill")])
+    server = run.serve(*PATIENCE)
+    ann = run.join("ann", traps=[Trap(verb, number, "kill")])
     bob = run.join("bob", traps=[Trap("keep", 2, "wait", str(back))])
     run.until("server", "'ann' is lost")
     ann.wait()
@@ -90,8 +92,9 @@ def test_a_client_lost_in_a_round_is_lost_as_in_a_simulation(
     framework: str, kind: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Apart(tmp_path / "apart", **FRAMEWORKS[framework], partition=KINDS[kind], rounds=4)
-    run.ended(killed_and_back(run, verb))
-    found = both(run, monkeypatch, MESSAGES[kind].index(verb))
+    local = 2 if framework == "sfl-v1-twice" else 1
+    run.ended(killed_and_back(run, verb, 2 * local - 1))
+    found = both(run, monkeypatch, (local - 1) * len(MESSAGES[kind]) + MESSAGES[kind].index(verb))
     assert (found["lost"], found["away"]) == ([1], [])
     assert "client 'ann' is taken back, as it was after round 1" in run.said("server")
 

@@ -97,7 +97,7 @@ def test_a_server_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_client_that_stays_away_ends_the_run_where_that_is_wanted(tmp_path: Path) -> None:
-    """By ``--absent end``. Its name is told; serving again goes on from the last common round, and the end is the same."""
+    """Its name is told; serving again goes on from the last common round, and the end is the same."""
     run = Apart(tmp_path / "apart", framework="sfl-v2", rounds=12)
     server = run.serve("--patience", "3", "--absent", "end")
     clients = {name: run.join(name) for name in ROWS}
