@@ -68,7 +68,7 @@ def both(run: Apart, monkeypatch: pytest.MonkeyPatch, message: int) -> dict[str,
 
 
 def killed_and_back(run: Apart, verb: str, number: int = 1) -> dict[str, Command]:
-    """Ann is killed in round 1 at this request of its step ``number``, and is taken back in the next one, for which bob waits."""
+    """Ann is killed in round 1 at this request of that step, and is taken back in the next one; bob waits for it."""
     back = run.root / "back"
     server = run.serve(*PATIENCE)
     ann = run.join("ann", traps=[Trap(verb, number, "kill")])
