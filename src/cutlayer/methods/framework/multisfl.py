@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from cutlayer.contracts import SERVER, Framework, Layout, Stop
+from cutlayer.contracts import SERVER, Framework, Layout, Parcel, Stop
 from cutlayer.errors import MethodError
 from cutlayer.methods.framework._cohort import check_options, cohort, newest, ordered
 from cutlayer.methods.framework._replay import Memory, Replay, Rows, blended, dealt_over
-from cutlayer.presence import Lost
 from cutlayer.registry import method
 
 if TYPE_CHECKING:
@@ -223,12 +222,8 @@ class MultiSFL(Framework):
                     break
                 head = dict(sorted(_weights(self._kept.parts[branch]).items()))
                 asked: dict[str, int | str] = {"number": number, **open_quota}
-                try:
-                    parcel = await run.ends[helper].ask("features", asked, **head)
-                except Lost as lost:
-                    run.lose(lost.client)
-                    continue
-                if not parcel.header.names:
+                parcel = await self._features(run, helper, asked, head)
+                if parcel is None or not parcel.header.names:
                     continue
                 found[client].append(parcel.tensors)
                 given = {name: int(parcel.header.values.get(name, 0)) for name in open_quota}
@@ -237,6 +232,18 @@ class MultiSFL(Framework):
             for client in (c for c, b in pairs.items() if b == branch and c in memory.counts):
                 memory.saw(branch, client, self.gamma)
         return found
+
+    async def _features(
+        self, run: Run, helper: str, asked: Mapping[str, int | str], head: Mapping[str, Tensor]
+    ) -> Parcel | None:  # fmt: skip
+        """What a helper sends; none from one that is lost."""
+        found: list[Parcel] = []
+
+        async def ask(name: str) -> None:
+            found.append(await run.ends[name].ask("features", asked, **head))
+
+        await run.reach(ask, [helper])
+        return found[0] if found else None
 
     def evaluators(self, run: Run) -> Sequence[str]:
         """Any client: it gets the master."""
