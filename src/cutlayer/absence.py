@@ -189,7 +189,7 @@ class Absence:
                 break
             if not said:
                 said = True
-                self.progress.note(f"round {number} waits for a client: {', '.join(run.counters.away)}")
+                self.progress.note(f"round {number} waits for a client: {', '.join(sorted(run.counters.away))}")
             if run.present and time.monotonic() - since > self.remotes[run.present[0]].patience:
                 self.progress.note("the others have made all their steps, so nobody is waited for any more")
                 run.presence.left |= run.presence.away
