@@ -26,8 +26,6 @@ FRAMEWORKS: dict[str, dict[str, Any]] = {
     "sfl-v1-twice": {"framework": {"name": "sfl-v1", "local_steps": 2}},
     "multisfl": {"framework": {"name": "multisfl", "replay": False}},
     "p-sl-parallel": {"framework": {"name": "p-sl", "form": "parallel"}},
-    "psl-joint": {"framework": {"name": "psl", "joint": "concatenate", "grad_scale": "joint"}},
-    "minibatch-sfl": {"framework": "sfl-v1", "mixing": "minibatch-sfl"},
     "clipped": {"framework": "sfl-v2", "max_grad_norm": 0.1},
 }
 
@@ -73,7 +71,7 @@ def killed_and_back(run: Apart, verb: str, number: int = 1) -> dict[str, Command
     server = run.serve(*PATIENCE)
     ann = run.join("ann", traps=[Trap(verb, number, "kill")])
     bob = run.join("bob", traps=[Trap("keep", 2, "wait", str(back))])
-    run.until("server", "'ann' is lost")
+    run.until("server", "Client 'ann' is gone")
     ann.wait()
     ann = run.join("ann")
     run.until("server", "client 'ann' is here", 2)
@@ -97,6 +95,26 @@ def test_a_client_lost_in_a_round_is_lost_as_in_a_simulation(
     found = both(run, monkeypatch, (local - 1) * len(MESSAGES[kind]) + MESSAGES[kind].index(verb))
     assert (found["lost"], found["away"]) == ([1], [])
     assert "client 'ann' is taken back, as it was after round 1" in run.said("server")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"framework": "sfl-v1", "mixing": "minibatch-sfl"},
+        {"framework": {"name": "psl", "joint": "concatenate", "grad_scale": "joint"}},
+    ],
+    ids=["minibatch-sfl", "psl-joint"],
+)
+def test_where_batches_meet_the_round_is_made_again_without_the_lost_one(
+    changes: dict[str, Any], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step cannot be taken apart, so all go back to the begin of the round; nobody waits for ever at the pool."""
+    run = Apart(tmp_path / "apart", **changes, partition=KINDS[kind], rounds=4)
+    run.ended(killed_and_back(run, MESSAGES[kind][-1]))
+    found = both(run, monkeypatch, 0)
+    assert (found["lost"], found["away"]) == ([], [1])
 
 
 class Proxy:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlayer import checkpoint
+from cutlayer.config_fit import batches_meet
 from cutlayer.errors import CutlayerError, Gone, NetworkError, RequestFailed, WireError
 from cutlayer.files import write_text
 from cutlayer.links.net.remote import Remote
@@ -144,7 +145,11 @@ class Absence:
         return {"examples": float(self.told[name].examples), "label_tokens": float(self.told[name].label_tokens)}
 
     def goes_on(self, name: str, error: CutlayerError) -> bool:
-        """Whether the run goes on without this client after an error of a request to it."""
+        """Whether the round goes on without this client after an error of a request to it.
+
+        Raises:
+            Gone: the run goes on, but from the newest checkpoint: a step of such a run cannot lose one of its clients.
+        """
         if isinstance(error, Gone):
             left, goes_on = error.kind == "left", error.kind in ("away", "left")
         else:  # what it refuses before the first round it would refuse always: that is for the operator to mend
@@ -153,6 +158,8 @@ class Absence:
             self._why[name] = str(error)
         if left:
             self._left[name] = (self.remotes[name].instance, str(error))
+        if goes_on and batches_meet(self.run.config):
+            raise Gone(name, error.why if isinstance(error, Gone) else str(error), "left" if left else "away")
         return goes_on
 
     def lost(self, name: str) -> None:
