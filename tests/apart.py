@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cutlayer.cli.main import main
+from cutlayer.links.net.session import Heartbeat
 from spine import model
-from striking import Fate, await_fate
+from striking import Fate, Trap, await_fate, lay
 from tiny import text_rows, write_rows
 
 LONG = 400.0  # seconds after which a process that hangs fails its test
@@ -30,7 +32,9 @@ FORKS = multiprocessing.get_context("forkserver")  # imports once, which takes s
 FORKS.set_forkserver_preload(["cutlayer.serving", "cutlayer.joining", "cutlayer.cli.main"])
 
 
-def _carry_out(log: str, arguments: Sequence[str], fate: Fate | None) -> None:
+def _carry_out(
+    log: str, arguments: Sequence[str], fate: Fate | None, traps: Sequence[Trap], pulse: tuple[float, float] | None
+) -> None:
     """The command line, in a process of its own."""
     Path(log).with_suffix(".pid").write_text(str(os.getpid()))
     with open(log, "ab", buffering=0) as file:
@@ -38,6 +42,9 @@ def _carry_out(log: str, arguments: Sequence[str], fate: Fate | None) -> None:
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["cutlayer", *arguments]
+    lay(traps)
+    if pulse is not None:
+        Heartbeat.__init__.__defaults__ = pulse  # type: ignore[attr-defined]
     torch.set_num_threads(1)  # as the tests have it; also makes the thread pool anew, before two threads do so at once
     if fate is not None:
         await_fate(fate)
@@ -47,8 +54,11 @@ def _carry_out(log: str, arguments: Sequence[str], fate: Fate | None) -> None:
 class Command:
     """A command that runs, as ``subprocess.Popen`` has it."""
 
-    def __init__(self, log: Path, arguments: Sequence[str], fate: Fate | None = None) -> None:
-        self.process = FORKS.Process(target=_carry_out, args=(str(log), arguments, fate))
+    def __init__(
+        self, log: Path, arguments: Sequence[str], fate: Fate | None = None, traps: Sequence[Trap] = (),
+        pulse: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.process = FORKS.Process(target=_carry_out, args=(str(log), arguments, fate, traps, pulse))
         self.process.start()
 
     def poll(self) -> int | None:
@@ -63,6 +73,18 @@ class Command:
     def kill(self) -> None:
         """End it, without a word to it."""
         self.process.kill()
+
+    def frozen(self) -> None:
+        """Wait until it is stopped."""
+        until = time.monotonic() + LONG
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "tT":
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        assert self.process.pid
+        os.kill(self.process.pid, signal.SIGCONT)
 
 
 class Apart:
@@ -90,15 +112,16 @@ class Apart:
         self.file = root / "run.yaml"
         self.file.write_text(yaml.safe_dump(self.tree))
         self.port = 0
+        self.pulse: tuple[float, float] | None = None  # of heartbeats: every, silence
 
     @property
     def simulated(self) -> dict[str, Any]:
         """The same run with all clients in one process."""
         return {**self.tree, "clients": [{"name": name, "data": file} for name, file in self.files.items()]}
 
-    def start(self, who: str, *arguments: str, fate: Fate | None = None) -> Command:
+    def start(self, who: str, *arguments: str, fate: Fate | None = None, traps: Sequence[Trap] = ()) -> Command:
         """A command of ``who``, whose words go to its log, and whose number is in a file beside it."""
-        return Command(self.root / f"{who}.log", arguments, fate)
+        return Command(self.root / f"{who}.log", arguments, fate, traps, self.pulse)
 
     def said(self, who: str) -> str:
         """All that ``who`` has said so far."""
@@ -124,14 +147,30 @@ class Apart:
         return process
 
     def join(
-        self, name: str, *more: str, keys: Path | None = None, model: bool = True, fate: Fate | None = None
-    ) -> Command:
-        """A client; ``model`` False: it is not told where the model is."""
+        self, name: str, *more: str, keys: Path | None = None, model: bool = True, fate: Fate | None = None,
+        traps: Sequence[Trap] = (), port: int = 0,
+    ) -> Command:  # fmt: skip
+        """A client; ``model`` False: it is not told where the model is; ``port``: another than the server's."""
         own = ["--keys", str(keys / name)] if keys else ["--insecure", "--name", name]
         return self.start(
-            name, "join", f"localhost:{self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
+            name, "join", f"localhost:{port or self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
             str(self.root / name), *(["--model", self.tree["model"]] if model else []), *own, *more, fate=fate,
+            traps=traps,
         )  # fmt: skip
+
+    def reached(self, file: Path) -> None:
+        """Wait until a client waits for this file."""
+        until = time.monotonic() + LONG
+        while not Path(f"{file}.reached").exists():
+            assert time.monotonic() < until, self.said("server")
+            time.sleep(0.02)
+
+    def until(self, who: str, words: str, times: int = 1) -> None:
+        """Wait until ``who`` has said this so often."""
+        until = time.monotonic() + LONG
+        while self.said(who).count(words) < times:
+            assert time.monotonic() < until, f"{who} never said '{words}': {self.said(who)}"
+            time.sleep(0.02)
 
     def ended(self, processes: Mapping[str, Command]) -> None:
         """Wait for these; all must end well."""

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+from cutlayer.joining import Seat
+from cutlayer.wire import Header
 
 At = Callable[[str], AbstractContextManager[None]]
 
@@ -63,3 +70,49 @@ def await_fate(fate: Fate) -> None:
         return whole(frame)
 
     cutlayer.links.net.answering.pack_whole = packed
+
+
+@dataclass(frozen=True)
+class Trap:
+    """What happens to a client as it is given a request: of a training step by its number, else by its round.
+
+    Of step 11, which tells neither: the so many-th from 0. One that waits says so beside the file, as ``.reached``.
+    """
+
+    verb: str
+    number: int
+    do: str  # kill, stop (until it is told to go on), or wait for the file
+    file: str = ""
+
+    def springs(self, header: Header, count: int) -> bool:
+        """Whether this is the request."""
+        if header.verb != self.verb:
+            return False
+        if header.step_name == "aggregate":
+            return count == self.number
+        if "round" in header.values:
+            return header.values["round"] == self.number
+        return header.step == self.number and bool(header.values.get("graph", True))
+
+    def spring(self) -> None:
+        """Do it."""
+        if self.do == "wait":
+            Path(f"{self.file}.reached").touch()
+        while self.do == "wait" and not os.path.exists(self.file):
+            time.sleep(0.02)
+        if self.do != "wait":
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.do])
+
+
+def lay(traps: Sequence[Trap]) -> None:
+    """Lay traps for the client in this process; each springs once."""
+    original, left, counts = Seat._handled, list(traps), Counter[str]()
+
+    def handled(self: Seat, header: Header, tensors: list[Tensor]) -> Any:
+        for trap in [trap for trap in left if trap.springs(header, counts[header.verb])]:
+            left.remove(trap)
+            trap.spring()
+        counts[header.verb] += 1
+        return original(self, header, tensors)
+
+    Seat._handled = handled  # type: ignore[method-assign]

@@ -100,10 +100,10 @@ def test_a_server_that_is_stopped_at_once_says_how_to_go_on(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_client_that_stays_away_ends_the_run(tmp_path: Path) -> None:
+def test_a_client_that_stays_away_ends_the_run_where_that_is_wanted(tmp_path: Path) -> None:
     """Its name is told; serving again goes on from the last common round, and the end is the same."""
     run = Apart(tmp_path / "apart", framework="sfl-v2", rounds=12)
-    server = run.serve("--patience", "3")
+    server = run.serve("--patience", "3", "--absent", "end")
     clients = {name: run.join(name) for name in ROWS}
     run.kill_after("bob", clients["bob"], 3)
     assert server.wait() == 2, run.said("server")

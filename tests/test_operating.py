@@ -119,8 +119,8 @@ def test_a_server_that_is_drained_loses_nothing(tmp_path: Path) -> None:
     assert 2 * len(ROWS) <= done < 12 * len(ROWS), "it was over before it was asked; give it more rounds"
     rounds = done // len(ROWS)
     for who in ("server", *ROWS):
-        kept = [folder.name for folder in (run.root / who / "checkpoints").iterdir()]
-        assert kept == [f"round-{rounds:06d}"], who
+        kept = sorted(folder.name for folder in (run.root / who / "checkpoints").iterdir())
+        assert kept[-1] == f"round-{rounds:06d}", who  # clients also hold the begin of that round
     run.ended({"server": run.serve("--log-format", "json", keys=tmp_path / "keys"), **clients})
     assert run.same(cutlayer.train(run.simulated, out=tmp_path / "one").out)
     assert steps(run.root / "server") == steps(tmp_path / "one")

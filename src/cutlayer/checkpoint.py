@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ SEAL = "checksum"  # of the manifest itself
 NAME = re.compile(r"round-(\d{6,})")
 
 
-def save(folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any]) -> Path:
+def save(
+    folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, Any], *,
+    spared: Collection[int] | None = None,
+) -> Path:  # fmt: skip
     """Write the checkpoint after round ``number`` and remove all but the newest ``KEEP``.
 
     Args:
@@ -38,6 +41,7 @@ def save(folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], 
         number: how many rounds are done.
         states: tensors by name, by party.
         counters: whatever JSON can hold.
+        spared: rounds whose checkpoints stay beside this one, in place of the newest.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written; older checkpoints are untouched.
@@ -64,7 +68,8 @@ def save(folder: Path, number: int, states: Mapping[str, Mapping[str, Tensor]], 
             said = getattr(error, "strerror", None) or error
             raise OutputError(f"The checkpoint after round {number} cannot be written to {folder}: {said}.") from error
         raise
-    for old in sorted(_found(folder))[:-KEEP]:
+    found = rounds(folder)
+    for old in found[:-KEEP] if spared is None else set(found) - {number, *spared}:
         shutil.rmtree(folder / f"round-{old:06d}", ignore_errors=True)
     return final
 

@@ -194,14 +194,19 @@ def _cut(config: RunConfig, name: str) -> dict[str, Any]:
     return {key: getattr(made, key) for key in registry.option_fields(type(made))}
 
 
+def batches_meet(config: RunConfig) -> bool:
+    """Whether the clients' batches meet at the trunk, so that a step cannot go on without one that is lost in it."""
+    return config.mixing is not None or getattr(config.build("framework"), "joint", "") == "concatenate"
+
+
 @rule("mixing", "framework", "clients", "fails")
 def _losable(config: RunConfig) -> Iterator[str]:
     fails = [config.fails, *(client.fails for client in config.client_list)]
     try:
-        meets = config.mixing is not None or getattr(config.build("framework"), "joint", "") == "concatenate"
+        meet = batches_meet(config)
     except CutlayerError:
         return  # said by the other rules
-    if meets and any(fails):
+    if meet and any(fails):
         what = f"mixing '{config.mixing.name}'" if config.mixing else f"framework '{config.framework.name}' (joint)"
         yield (
             f"fails is given, but with {what} the clients' batches meet at the trunk, and a step that one of them is "

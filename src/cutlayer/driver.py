@@ -21,7 +21,7 @@ from cutlayer.clock import RunClock
 from cutlayer.config import RunConfig
 from cutlayer.contracts import Exchange, Framework, How, Joint, Mixing, Rate, StepResult
 from cutlayer.links.local import Carrier, ClientEnd, Link, LocalLink, Queues, Station
-from cutlayer.merging import Counters, at_once
+from cutlayer.merging import Counters
 from cutlayer.pace import Paces, workers
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.federated import FederatedServer
@@ -70,7 +70,7 @@ class Run(Updating):
         self.finished: dict[str, float] = {}  # of this round, by client: when its last step ended
         self.sizes: dict[str, dict[str, float]] = {}  # by client: its examples and label_tokens
         self.federated = FederatedServer(config.build("aggregator"), {})
-        self._kept, self._givers = {}, {}
+        self._kept = {}
 
     @property
     def personal(self) -> bool:
@@ -86,12 +86,12 @@ class Run(Updating):
     def evaluators(self) -> Sequence[str]:
         """The clients whose parts, with their trunks, are the model at the end of a round; all, if each has its own.
 
-        Of clients with parts of their own, those that have come and not left.
+        Of clients with parts of their own, those that have come and not left, and are not away.
         """
         if not self.personal:
             return self.framework.evaluators(self)
         last, known = max(0, self.counters.rounds - 1), self.presence.clients
-        return [c for c in self.clients if known[c].joins <= last and not self.presence.gone(c, last)] or self.clients
+        return [c for c in self.present if known[c].joins <= last and not self.presence.gone(c, last)] or self.clients
 
     def steps_left(self, client: str) -> int:
         """How many optimizer steps a client may still make in this run; none in a round in which it is lost."""
@@ -211,11 +211,12 @@ class Run(Updating):
         self.exchange.begin(self)
         self.federated.share = self.exchange.merged_share
         self._kept.clear()
-        self._givers.clear()
         clients = presence.able(self.framework.eligible(number, self.clients), number)
         micros = self.framework.round_steps * self.config.gradient_accumulation
         presence.begin(number, clients, micros, {c: self.parts.layouts[c].tail_at_client for c in clients})
-        if not self.framework.asynchronous:
+        if self.absence is not None:  # nobody knows who will be lost
+            self.keep(self.present)
+        elif not self.framework.asynchronous:
             self.keep([client for client in self.clients if presence.falls(client)])
 
     def abort(self, client: str) -> None:
@@ -269,11 +270,23 @@ class Run(Updating):
 
         Of several evaluators (whose models differ) it is the mean. It takes no time on the virtual clock.
         """
-        names = self.evaluators()
-        if not self.parts.clients[names[0]].evaluation:
-            return None
-        await self.make_ready(names)
-        time, booked = self.clock.state(), self._queues.booked()
+        while True:
+            names = self.evaluators()
+            if not self.parts.clients[names[0]].evaluation:
+                return None
+            await self.make_ready(names)
+            time, booked = self.clock.state(), self._queues.booked()
+            try:
+                return await self._evaluated(names)
+            except Lost as lost:  # over a network only; others can be asked
+                self.lose(lost.client)
+                if self.absence is not None:
+                    await self.absence.somebody()
+            finally:
+                self.clock.restore(time)
+                self._queues.book_again(booked)
+
+    async def _evaluated(self, names: Sequence[str]) -> dict[str, float]:
         total, tokens, correct = 0.0, 0, 0
         for name in names:
             end, middle, tail, _ = self.route(name)
@@ -282,8 +295,6 @@ class Run(Updating):
                 total += result.loss * result.label_tokens
                 tokens += result.label_tokens
                 correct += result.correct
-        self.clock.restore(time)
-        self._queues.book_again(booked)
         loss = total / tokens if tokens else math.nan
         accuracy = correct / tokens if tokens else math.nan
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy}
@@ -300,10 +311,10 @@ class Run(Updating):
         """
         if self._keeps_parts:
             return
-        await self.catch_up(self.clients)
+        await self.catch_up(self.present)
         if self.framework.travels and "" in self.counters.holders:
             giver = self.holder()
-            for client in self.clients:
+            for client in self.present:
                 await self.hand_over(giver, client, optimizer=False)
 
     def state(self, client: str | None = None) -> dict[str, Tensor]:
@@ -326,25 +337,31 @@ class Run(Updating):
         unequal = isinstance(self.parts.peft, Allotter)
         return sum(tensor.numel() for tensor in self.state(client).values()) if unequal else 0
 
+    def told(self, client: str) -> dict[str, Value]:
+        """What a client is told at the set-up."""
+        layout = self.parts.layouts[client]
+        told: dict[str, Value] = {
+            "head_blocks": len(layout.head),
+            "tail_blocks": len(layout.tail) if layout.tail_at_client else -1,
+            "steps": self.parts.planned[client],
+        }
+        if self.framework.needs_step_tokens or (self.mixing is not None and self.mixing.needs_step_tokens):
+            told["tell_step_tokens"] = True
+        if self.exchange.caches:
+            told["cache"] = True
+        return told
+
     async def set_up(self) -> None:
         """Step 1: tell every client the cut and the length of the run, and learn its sizes."""
         by = {"examples": "examples", "tokens": "label_tokens"}.get(self.federated.aggregator.weight_by)
 
         async def one(name: str) -> None:
-            layout = self.parts.layouts[name]
-            told: dict[str, Value] = {
-                "head_blocks": len(layout.head),
-                "tail_blocks": len(layout.tail) if layout.tail_at_client else -1,
-                "steps": self.parts.planned[name],
-            }
-            if self.framework.needs_step_tokens or (self.mixing is not None and self.mixing.needs_step_tokens):
-                told["tell_step_tokens"] = True
-            if self.exchange.caches:
-                told["cache"] = True
-            header = (await self.ends[name].ask("set_up", told)).header
+            header = (await self.ends[name].ask("set_up", self.told(name))).header
             self.sizes[name] = {key: float(header.value(key)) for key in ("examples", "label_tokens")}
 
-        await at_once(one, self.clients)
+        if self.absence is not None:  # who is away has told it before
+            self.sizes = {name: self.absence.sizes(name) for name in self.clients}
+        await self.reach(one, self.clients)
         self.sizes = {name: self.sizes[name] for name in self.clients}  # in their order, whoever answered first
         for name in self.clients:
             self.federated.sizes[name] = self.sizes[name][by] if by else 1.0

@@ -19,7 +19,7 @@ from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED
 from cutlayer.driver import Run
 from cutlayer.errors import CheckpointError, MethodError, NonFinite, OutputError
-from cutlayer.merging import Counters, at_once
+from cutlayer.merging import Counters
 from cutlayer.models.slots import Slot
 from cutlayer.outputs import recorded
 from cutlayer.schedule import MOST_IDLE
@@ -75,6 +75,8 @@ class Engine:
         run.busy.clear()
         run.taking.clear()
         run.finished.clear()
+        if run.absence is not None:
+            await run.absence.begin_round()
         await run.arrange()
         planner = run.parts.planner
         if planner and planner.every and counters.rounds and counters.rounds % planner.every == 0:
@@ -132,7 +134,7 @@ class Engine:
     async def _begin(self, rounds: int) -> None:
         """Clients elsewhere go to where the run is; those in this process are in its checkpoint."""
         run = self.run
-        await at_once(lambda name: run.links[name].begin(rounds, run.parts.lines[name]), run.clients)
+        await run.reach(lambda name: run.links[name].begin(rounds, run.parts.lines[name]), run.clients)
 
     async def _evaluate_and_judge(self) -> None:
         run, counters = self.run, self.run.counters
@@ -199,7 +201,7 @@ class Engine:
         Clients elsewhere write their own first: whatever this one says is over, they have.
         """
         run = self.run
-        await at_once(lambda name: run.links[name].keep(run.counters.rounds), run.clients)
+        await run.reach(lambda name: run.links[name].keep(run.counters.rounds), run.clients)
         self._flush()
         run.counters.turns = {name: link.turn for name, link in run.links.items()}
         slots = self._slots()

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 
 class CutlayerError(Exception):
@@ -119,11 +120,15 @@ class RequestFailed(NetworkError):
 
 
 class Gone(NetworkError):
-    """A client is lost to what was going on: it stayed away too long, or came back without what it held."""
+    """A client is lost to what was going on.
 
-    def __init__(self, client: str, why: str) -> None:
+    ``kind``: it stayed ``away`` too long, came back as another process, without what it held (``anew``), ``left`` for
+    good, or it is ``over`` for all.
+    """
+
+    def __init__(self, client: str, why: str, kind: Literal["away", "anew", "left", "over"] = "away") -> None:
         super().__init__(f"Client '{client}' is gone: {why}")
-        self.client, self.why = client, why
+        self.client, self.why, self.kind = client, why, kind
 
 
 class Deadlock(CutlayerError):

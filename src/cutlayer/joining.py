@@ -175,6 +175,7 @@ class Seat:
         self.secret = _secret(out / "secret")
         self.party: ClientParty = self._party(0)
         self._begun = False  # a server has said which round it goes on from
+        self._base_round, self._checkpoints, self._holds = 0, list[int](), 0  # what of its past it may be set back to
         self.guard = Guard(
             policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
             held=lambda: held_by(self.party),
@@ -250,6 +251,7 @@ class Seat:
         number, updates = int(header.value("round")), int(header.value("updates"))
         self.party = self._party(updates)
         self.guard.begin()
+        self._base_round, self._checkpoints, self._holds = number, [], 0
         if number == 0:
             self.progress.note("the run begins")
             self._begun = True
@@ -263,10 +265,26 @@ class Seat:
         self.progress.note(f"going on after round {number}")
 
     def _keep(self, header: Header) -> None:
-        """Write a checkpoint."""
-        number, slot = int(header.value("round")), self.party.slot
+        """Write the part of a checkpoint that is this client's."""
+        number = int(header.value("round"))
+        self._checkpoints.append(number)
+        self._write(number)
+
+    def _hold(self, header: Header) -> None:
+        """Write down how this client is at the begin of a round, which it is set back to if it is lost in it."""
+        number = int(header.value("round"))
+        self._write(number)
+        self._holds = number
+
+    def _write(self, number: int) -> None:
+        """Write a checkpoint; those stay that the server may still go back to.
+
+        These are its two newest, what this client was last set back to until there are two, and the last begin.
+        """
+        slot, newest = self.party.slot, self._checkpoints[-checkpoint.KEEP :]
+        spared = {self._holds, *newest, *([self._base_round] if len(newest) < checkpoint.KEEP else [])}
         told = {**self._identity(), "slot_version": slot.version}
-        checkpoint.save(self._kept, number, {"client": slot.get(optimizer=True)}, told)
+        checkpoint.save(self._kept, number, {"client": slot.get(optimizer=True)}, told, spared=spared)
 
     def _abort(self, header: Header) -> None:
         """Forget what is under way."""

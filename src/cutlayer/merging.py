@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from cutlayer.arrangement import Arrangement
-from cutlayer.assembly import Parts
 from cutlayer.contracts import SERVER, Exchange, Framework, Parcel, State, Stop
 from cutlayer.errors import MethodError
-from cutlayer.links.local import Carrier, ClientEnd
-from cutlayer.models.slots import Slot, parameter_of
+from cutlayer.links.local import Carrier
+from cutlayer.losing import Losing, at_once
+from cutlayer.models.slots import parameter_of
 from cutlayer.parties.federated import FederatedServer
-from cutlayer.presence import Presence
-from cutlayer.report.progress import Reporter
+from cutlayer.presence import Lost
 from cutlayer.wire import Header
 
 T = TypeVar("T")
@@ -50,6 +47,12 @@ class Counters:
         default_factory=dict
     )  # asynchronous: local steps of who was lost before the last
     lost: dict[str, int] = field(default_factory=dict)  # rounds in the middle of which a client was lost
+    earlier: dict[str, list[str]] = field(default_factory=dict)  # by line: who had the part before, oldest first
+    away: dict[str, int] = field(
+        default_factory=dict
+    )  # over a network, who is away: the round as at whose begin it is; -1: as before the first
+    fell: dict[str, list[int]] = field(default_factory=dict)  # over a network: the rounds in which each was lost
+    missed: dict[str, list[int]] = field(default_factory=dict)  # and those that began without it
     stopped: bool = False
     latest: dict[str, int] = field(default_factory=dict)  # by cluster with a model of its own: its last merge
     arrangement: dict[str, Any] | None = None  # what the selection said last
@@ -60,93 +63,15 @@ class Counters:
     totals: dict[str, int] = field(default_factory=dict)  # by slot: updates in the run, where an arrangement says it
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A client as it was at the begin of a round in which it is lost: the slots of nobody else, and its last merge."""
-
-    slots: Sequence[tuple[Slot, State, int, dict[str, Any]]]  # with the version, and what is known of the importance
-    merged: Mapping[str, int]
-
-
-class StepEleven:
+class StepEleven(Losing):
     """The part of a run that moves parameters between parties. ``Run`` sets these."""
 
-    parts: Parts
-    clients: list[str]
-    counters: Counters
-    ends: Mapping[str, ClientEnd]
     carrier: Carrier
     federated: FederatedServer
     exchange: Exchange
     joined: bool  # the clients' trunks are one slot, which has nothing to be merged with
     arrangement: Arrangement
-    presence: Presence
     framework: Framework
-    progress: Reporter
-    abort: Callable[[str], None]
-    _kept: dict[str, _Kept]  # of this round
-    _givers: dict[str, str]  # of this round, by line: who had the part before its holder
-
-    def lose(self, client: str) -> None:
-        """A client is lost for the rest of the round.
-
-        It, and whoever cannot go on without it, is set back to the round's begin: at once, or, as steps that pass its
-        device may be under way, when the round is over. Where clients do not wait for each other, it keeps its copy.
-        """
-        if client in self.presence.lost:
-            return
-        self.presence.lost.add(client)
-        self.counters.lost[client] = self.counters.lost.get(client, 0) + 1
-        self.progress.note(f"round {self.counters.rounds}: '{client}' is lost")
-        if client in self._kept and not self.presence.shared(client):
-            self.set_back(client)
-
-    def end_round(self) -> None:
-        """Set back whoever has not been yet; the round is over."""
-        out = [client for client in self.clients if self.presence.out(client)]
-        for client in out:  # all before the first is set back: their gradients may wait on each other's devices
-            self.abort(client)
-        for client in out:
-            if client in self._kept:
-                self.set_back(client)
-        self.presence.end()
-
-    def keep(self, clients: Sequence[str]) -> None:
-        """Remember clients as they are, for ``set_back``."""
-        users = Counter(id(slot) for client in self.clients for slot in self.slots_of([client]))
-        for client in clients:
-            hosted = [s.party for s in self.parts.routes[client] if s.party in self.ends]
-            devices = [self.parts.clients[name].slot for name in (client, *hosted)]
-            slots = [slot for slot in self.slots_of([client]) if users[id(slot)] == 1 and slot not in devices]
-            self._kept[client] = _Kept(
-                [
-                    (slot, _copy(slot), slot.version, slot.importance.state() if slot.importance else {})
-                    for slot in (*slots, *devices)
-                ],
-                {key: self.counters.merged.get(key, 0) for key in (client, *(f"{name}/hosted" for name in hosted))},
-            )
-
-    def set_back(self, client: str) -> None:
-        """Nothing that a client has done in this round counts: it is as it was before, and so is who holds its part."""
-        kept = self._kept.pop(client)
-        for slot, state, version, watched in kept.slots:
-            slot.reset_optimizer()
-            slot.put(state, version=version)
-            if slot.importance is not None:
-                slot.importance.restore(watched)
-        self.counters.merged |= kept.merged
-        for line, giver in self._givers.items():
-            if self.counters.holders[line] == client:
-                self.counters.holders[line] = giver
-
-    def holder(self, clients: Sequence[str] = (), line: str = "") -> str:
-        """Of a part that is handed on among ``clients`` (all): who has it; the first of them at the start."""
-        return self.counters.holders.get(line, (clients or self.clients)[0])
-
-    def slots_of(self, clients: Iterable[str]) -> list[Slot]:
-        """The trunk slots that these clients' steps pass, each once, in the order of the routes."""
-        found = {id(slot): slot for c in clients for slot in map(self.parts.slot, self.parts.routes[c])}
-        return list(found.values())
 
     async def merge(
         self,
@@ -171,7 +96,7 @@ class StepEleven:
             weights: in place of the aggregator's, by client, in any unit.
             blocks: which owners (a block's number, ``bottom``, ``top``) are merged.
         """
-        clients = [client for client in clients if not self.presence.out(client)]
+        clients = [client for client in clients if self._reachable(client)]
         alone = len(self.clients) == 1 and self.federated.share == 1  # nobody to average with
         if not clients or not self.federated.aggregator.exchanges or alone:
             return
@@ -183,17 +108,23 @@ class StepEleven:
         groups: dict[str, list[str]] = {}
         for name in clients:
             groups.setdefault(self.cluster(name), []).append(name)
+        given = {
+            cluster: await self._copies(members, trunks=trunks, heads=heads, moments=moments, blocks=blocks)
+            for cluster, members in groups.items()
+        }
+        given = {cluster: copies for cluster, copies in given.items() if copies}
+        if not given:  # all were lost
+            return
         self.counters.merges += 1
         merged = {}
-        for cluster, members in groups.items():
-            copies = await self._copies(members, trunks=trunks, heads=heads, moments=moments, blocks=blocks)
+        for cluster, copies in given.items():
             merged[cluster] = self.federated.merge({c: s for c, s in copies.items() if s}, weights, cluster)
             if cluster:
                 self.counters.latest[cluster] = self.counters.merges
         if self.arrangement.pull:
             merged = self.federated.pulled(self.arrangement.clusters, list(merged), self.arrangement.pull)
-        for cluster, members in groups.items():
-            await self._give_back(members, merged[cluster], trunks=trunks, heads=heads, moments=moments)
+        for cluster, copies in given.items():
+            await self._give_back(list(copies), merged[cluster], trunks=trunks, heads=heads, moments=moments)
 
     def cluster(self, client: str) -> str:
         """The cluster with a model of its own that a client is in; empty where all train one model."""
@@ -203,7 +134,7 @@ class StepEleven:
         self, clients: Sequence[str], *, trunks: bool, heads: bool, moments: Moments,
         blocks: Callable[[int | str], bool],
     ) -> dict[str, State]:  # fmt: skip
-        """By client: what of its copy of the model is merged."""
+        """By client: what of its copy of the model is merged; those that were lost are left out."""
         owner = self.parts.base.owner
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in clients}
         if heads:
@@ -211,7 +142,8 @@ class StepEleven:
             async def ask(name: str) -> None:
                 parts[name] = await self._asked(name, "own")
 
-            await at_once(ask, clients)
+            await self.reach(ask, clients)
+            clients = [client for client in clients if self._reachable(client)]
         shared = {n for part in parts.values() for n in part}
         copies: dict[str, State] = {}
         sent: dict[Stop, dict[str, Tensor]] = {}  # what each slot gave, once
@@ -255,8 +187,8 @@ class StepEleven:
                 slot.reset_optimizer()
             slot.put(await self._sent(SERVER, stop.party, state))
 
-        await at_once(give, clients)
-        await at_once(put, self._stops(clients))
+        await self.reach(give, clients)
+        await at_once(put, self._stops([client for client in clients if self._reachable(client)]))
         if heads and not trunks:
             self._note_shared_trunk(merged)
 
@@ -356,29 +288,32 @@ class StepEleven:
                     slot = self.parts.slot(stop)
                     slot.put(await self._sent(SERVER, stop.party, self._fitting(before, slot.get())))
 
-        await at_once(one, clients)
+        await self.reach(one, clients)
 
     async def hand_over(self, giver: str, taker: str, *, optimizer: bool, line: str = "") -> None:
-        """Step 11 of the sequential kind: ``taker`` goes on with the part of ``giver``, of one of several lines."""
+        """Step 11 of the sequential kind: ``taker`` goes on with the part of ``giver``, of one of several lines.
+
+        Where the giver is lost, the last before it has the part; where nobody has had it, the taker has what all began
+        with. A taker that is lost does not get it.
+        """
+        while self._reachable(taker):
+            if not self._reachable(giver):
+                self.pass_back(giver)
+                giver = self.counters.holders.get(line, taker)
+            try:
+                await self._handed(giver, taker, optimizer=optimizer)
+            except Lost as lost:
+                self.lose(lost.client)
+                continue
+            earlier = self.counters.earlier.setdefault(line, [])
+            if giver != taker:
+                earlier[:] = [name for name in earlier if name not in (giver, taker)] + [giver]
+            self.counters.holders[line] = taker
+            return
+
+    async def _handed(self, giver: str, taker: str, *, optimizer: bool) -> None:
         if giver != taker and not (self.exchange.frozen_head and not self.parts.clients[giver].names("own")):
             parcel = await self.ends[giver].ask("get_state", {"optimizer": optimizer, "part": "own"})
             version = int(parcel.header.value("version"))
             await self.ends[taker].put(dict(parcel.tensors), version=version, reset=not optimizer)
             self.counters.merged[taker] = self.counters.merged.get(giver, 0)  # it has what the giver had
-        self._givers[line] = giver
-        self.counters.holders[line] = taker
-
-
-async def at_once(work: Callable[[T], Awaitable[None]], of: Sequence[T]) -> None:
-    """Do ``work`` for all at once, as each has a link of its own, and wait for all (``cost_model``, section 5: A)."""
-    async with asyncio.TaskGroup() as group:
-        for one in of:
-            group.create_task(_awaited(work(one)), name=str(one))
-
-
-async def _awaited(work: Awaitable[None]) -> None:
-    await work
-
-
-def _copy(slot: Slot) -> State:
-    return {name: tensor.clone() for name, tensor in slot.get(optimizer=True).items()}

@@ -3,6 +3,8 @@
 All of it follows from the run file and its seed, by client and round, so that a run is the same every time and goes on
 from a checkpoint as if it had not been interrupted. A client that is lost is so at one of the messages that it is sent
 in its steps (its own, and those in which it runs blocks for others); the server notices at once.
+
+Over a network clients are lost when they are; ``absence.py`` says here who is away.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ class Presence:
         }
         self._fails = {name: config.fails if one.fails is None else one.fails for name, one in self.clients.items()}
         self.lost: set[str] = set()  # in the present round
+        self.away: set[str] = set()  # over a network: who was lost and has not been taken back
+        self.left: set[str] = set()  # of these: who is not waited for any more
+        self.by_themselves = False  # over a network: clients come and go as they do
         self._messages: dict[str, int] = {}  # until it is lost, of those that will be
 
     @property
@@ -58,7 +63,7 @@ class Presence:
     @property
     def changing(self) -> bool:
         """Whether it may be that nobody can train in a round."""
-        return not self.steady or any(map(self.may_lose, self.clients))
+        return self.by_themselves or not self.steady or any(map(self.may_lose, self.clients))
 
     def hosts(self, client: str) -> list[str]:
         """The clients without whom this one cannot train: itself, and who runs blocks for it."""
@@ -67,14 +72,14 @@ class Presence:
     def there(self, client: str, number: int) -> bool:
         """Whether a client itself is there in round ``number``."""
         one, chance = self.clients[client], self._availability[client]
-        if number < one.joins or self.gone(client, number):
+        if number < one.joins or self.gone(client, number) or client in self.away:
             return False
         return chance == 1 or bool(self._draw("availability", client, number).random() < chance)
 
     def gone(self, client: str, number: int) -> bool:
         """Whether a client has left for good."""
         leaves = self.clients[client].leaves
-        return leaves is not None and number >= leaves
+        return client in self.left or (leaves is not None and number >= leaves)
 
     def able(self, clients: Iterable[str], number: int) -> list[str]:
         """Those that can train in round ``number``: they and their hosts are there."""

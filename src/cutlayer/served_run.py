@@ -1,65 +1,58 @@
 """One run that a server serves: it waits for its clients, drives the run, and parts from them.
 
-A run goes on from the newest round that all hold. Whoever comes back as a new process (the server too) has lost what
-it did since: then all go back to that round together, and the result is that of an undisturbed run.
+A run goes on from the newest round that all hold. Whoever comes back in time as a new process (the server too) has
+lost what it did since: then all go back to that round together, and the result is that of an undisturbed run. Of who
+does not come back in time, ``absence.py`` speaks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from cutlayer import checkpoint
+from cutlayer.absence import Absence
 from cutlayer.apart import offer
-from cutlayer.assembly import assemble_server
+from cutlayer.attempt import MOST_ROUNDS, Attempt, Clients, Ready
 from cutlayer.build import load_base
 from cutlayer.computing import Computing
 from cutlayer.config import RunConfig, dump
 from cutlayer.draining import PARTING, Drain, Drained
 from cutlayer.driver import Run
-from cutlayer.engine import Engine
 from cutlayer.errors import Disconnected, Gone, MethodError, NonFinite, Refused
 from cutlayer.frames import limits_of
 from cutlayer.handing import WANTS, Handing
 from cutlayer.identity import fingerprint
-from cutlayer.links.local import Link
 from cutlayer.links.net.handing import LIMITS
-from cutlayer.links.net.remote import Remote, on_loop
+from cutlayer.links.net.remote import Remote
 from cutlayer.links.net.session import Session
-from cutlayer.links.network import Carry, NetworkLink
-from cutlayer.models.adapters import save_part
 from cutlayer.models.loading import device_named
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
 from cutlayer.models.sharing import SharedModels
-from cutlayer.models.slots import parameter_of
 from cutlayer.outputs import OURS, alone
-from cutlayer.real_clock import RealClock
 from cutlayer.report.progress import Reporter
-from cutlayer.report.summary import summarize
-from cutlayer.run import Result, first_of, total_rounds
+from cutlayer.run import Result
 from cutlayer.schedule import Told
 from cutlayer.watching import State, Watch
-from cutlayer.wire import Frame, Header, Limits, Meter, keep_lines
+from cutlayer.wire import Limits
 
 FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
 MOST_EXAMPLES = 2**40  # that a client may claim to have
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """What a client said when it came: of its data, and which rounds it holds."""
+class Patience:
+    """With a client that stays away in the middle of a run: for so many seconds, and ``then`` the others go on without
+    it, or the run ends."""
 
-    told: Told
-    rounds: Sequence[int]
+    seconds: float
+    then: Literal["go-on", "end"] = "go-on"
 
 
 class ServedRun:
@@ -69,7 +62,7 @@ class ServedRun:
         name: what the server calls it; empty where it serves no other.
         config: the run.
         out: its folder.
-        patience: seconds that a client may stay away in the middle of the run.
+        patience: with a client that stays away in the middle of the run.
         progress: is told what happens.
         computing: the thread that computes for all runs of this server.
         models: what runs share of their models.
@@ -78,7 +71,7 @@ class ServedRun:
     """
 
     def __init__(
-        self, name: str, config: RunConfig, out: Path, *, patience: float, progress: Reporter, computing: Computing,
+        self, name: str, config: RunConfig, out: Path, *, patience: Patience, progress: Reporter, computing: Computing,
         models: SharedModels, drain: Drain | None = None, label: str = "",
     ) -> None:  # fmt: skip
         self.name, self.config, self.out = name, config, out
@@ -86,14 +79,21 @@ class ServedRun:
         self.files, self.handing = fingerprint(config.model), Handing(config)
         self._limits = limits_of(config, load_model_config(config.model))
         self.device = device_named(config.device)
-        self.remotes = {client: Remote(client, patience=patience) for client in config.client_names}
+        self.remotes = {client: Remote(client, patience=patience.seconds) for client in config.client_names}
         self.progress = self.watch = Watch(name or label, progress, self.remotes)
-        self.ready: dict[str, _Ready] = {}
+        self.ready: dict[str, Ready] = {}
+        absence = None
+        if patience.then == "go-on":
+            absence = Absence(
+                out, self.remotes, lambda name: self.ready[name].rounds, farewell=min(FAREWELL, patience.seconds),
+                progress=self.watch,
+            )  # fmt: skip
+            self.ready |= {name: Ready(told, []) for name, told in absence.told.items()}
+        self.clients = Clients(self.remotes, self.ready, absence)
         self._computing, self._models = computing, models
         self._came = asyncio.Event()
         self._error: Exception | None = None
         self._base: Base | None = None
-        self.parting = 0  # bytes by which clients got, when all was done, what they had not seen
 
     async def serve(self) -> Result:
         """Wait for all, drive, and part."""
@@ -108,7 +108,9 @@ class ServedRun:
             self.watch.state = "done"
             for remote in self.remotes.values():
                 await remote.close("The run is done.")
-            heard = [asyncio.ensure_future(remote.heard.wait()) for remote in self.remotes.values()]
+            absence = self.clients.absence
+            there = [name for name in self.remotes if absence is None or name not in absence.run.counters.away]
+            heard = [asyncio.ensure_future(self.remotes[name].heard.wait()) for name in there]
             await asyncio.wait(heard, timeout=FAREWELL)  # who missed the goodbye comes back for it
             for task in heard:
                 task.cancel()
@@ -155,17 +157,17 @@ class ServedRun:
         """Drive the run; again from the last common round when a client has come back without what it held."""
         while True:
             self.watch.state = "waiting"
-            await self._drain.unless(self._all_here())
+            here = await self._drain.unless(self._all_here())
             self.watch.state = "training"
-            for remote in self.remotes.values():
-                remote.renew()
+            for name in here:
+                self.remotes[name].renew()
             network = asyncio.get_running_loop()
-            attempt = asyncio.ensure_future(self._computing.do(self._attempt(network)))
+            attempt = asyncio.ensure_future(self._computing.do(self._attempt(here, network)))
             try:
                 return await asyncio.shield(attempt)
             except Gone as gone:
                 remote = self.remotes[gone.client]
-                if remote.session is None and not remote.stale:
+                if remote.session is None and not remote.stale and self.clients.absence is None:
                     raise
                 self.progress.note(f"{gone} All go back to the last round that everybody holds.")
             except asyncio.CancelledError:  # the attempt ends with the next thing that it asks a client
@@ -196,7 +198,7 @@ class ServedRun:
                 f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends.",
                 reason="model",
             )
-        ready = _Ready(read_told(hello.get("data")), read_rounds(hello.get("rounds")))
+        ready = Ready(read_told(hello.get("data")), read_rounds(hello.get("rounds")))
         before = self.ready.get(name)
         if before is not None and before.told != ready.told:
             raise Refused(
@@ -222,113 +224,28 @@ class ServedRun:
         self._came.set()
         await self.remotes[name].serve(session)
 
-    async def _all_here(self) -> None:
+    async def _all_here(self) -> list[str]:
+        """Wait for the clients; those that are there."""
+        absence = self.clients.absence
+        if absence is not None and absence.begun:
+            await absence.gather()
+            return absence.here()
         while len(self.ready) < len(self.remotes):
             self._came.clear()
             await self._came.wait()
         for remote in self.remotes.values():
             await remote.attached()
+        return list(self.remotes)
 
-    async def _attempt(self, network: asyncio.AbstractEventLoop) -> Result:
-        """Drive the run from the newest round that all hold; in the thread that computes."""
-        config, out = self.config, self.out
+    async def _attempt(self, here: Sequence[str], network: asyncio.AbstractEventLoop) -> Result:
+        """Drive the run; in the thread that computes."""
         if self._base is None:
             with torch.random.fork_rng(devices=[]):
-                self._base = load_base(config, labels=None, device=self.device, models=self._models)
-        parts = assemble_server(config, self._base, {name: ready.told for name, ready in self.ready.items()})
-        clock = RealClock()
-        with Meter(Path(config.record_wire) if config.record_wire else None) as meter:
-            run = Run(
-                config, parts, meter=meter, clock=clock, out=out, progress=self.progress,
-                links=lambda run: self._links(run, network),
-            )  # fmt: skip
-            engine, self.watch.run = Engine(run, asked_to_stop=self._drain.asked), run
-            number = self._common()
-            for newer in [n for n in checkpoint.rounds(out / "checkpoints") if n > number]:
-                shutil.rmtree(out / "checkpoints" / f"round-{newer:06d}")  # not everybody has it
-            if number:
-                engine.restore(out / "checkpoints" / f"round-{number:06d}")
-                self.progress.note(f"going on after round {number}")
-            else:
-                meter.restore(None)
-            keep_lines(out / "metrics.jsonl", run.counters.lines)
-            keep_lines(out / "uploads.jsonl", run.counters.uploads)
-            self.progress.start(sum(parts.foreseen.values()) - sum(run.counters.steps.values()))
-            try:
-                await self._drive(run, engine)
-            except BaseExceptionGroup as group:
-                raise first_of(group) from group
-            finally:
-                self.progress.stop()
-        adapter = self._save(run)
-        summary = summarize(run, adapter=adapter, device=self.device)
-        summary["parting_bytes"] = self.parting
-        summary["network"] = {
-            name: {
-                "reconnects": remote.reconnects, "retries": remote.retries, "dropped": remote.dropped,
-                "seconds_away": round(remote.seconds_away, 3), "model_bytes": self.handing.bytes[name],
-            }
-            for name, remote in self.remotes.items()
-        }  # fmt: skip
-        checkpoint.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return Result(out, adapter, summary)
-
-    async def _drive(self, run: Run, engine: Engine) -> None:
-        if not await engine.drive(rounds=total_rounds(self.config)):
-            raise Drained
-        before = run.meter.state()
-        await run.part()
-        self.parting = run.meter.up + run.meter.down - before["up"] - before["down"]
-        run.meter.restore(before)
-        for link in run.links.values():
-            assert isinstance(link, NetworkLink)
-            await link.finish()
-
-    def _links(self, run: Run, network: asyncio.AbstractEventLoop) -> dict[str, Link]:
-        found: dict[str, Link] = {}
-        for name, remote in self.remotes.items():
-            carry = _carrier(remote, network)
-            asked, turn = run.presence.asked, remote.last_turn
-            found[name] = NetworkLink(name, carry, meter=run.meter, asked=asked, turn=turn)
-        return found
-
-    def _common(self) -> int:
-        """The newest round that the server and all clients hold; 0: none."""
-        held = set(checkpoint.rounds(self.out / "checkpoints"))
-        for ready in self.ready.values():
-            held &= set(ready.rounds)
-        return max(held, default=0)
-
-    def _save(self, run: Run) -> Path:
-        """What the server has of the adapter: what it trained, and what the framework's merges sent it."""
-        kind = "adapter" if run.parts.base.peft_model is not None else "model"
-        if run.personal:
-            for name in run.clients:
-                self._save_one(run, name, self.out / f"{kind}s" / name)
-        return self._save_one(run, run.evaluators()[0], self.out / kind)
-
-    def _save_one(self, run: Run, client: str, final: Path) -> Path:
-        state: dict[str, Tensor] = {}
-        if not run.personal:
-            state |= {parameter_of(name): tensor for name, tensor in run.federated.before.items()}
-        for slot in run.slots_of([client]):
-            state |= slot.get()
-        draft = final.with_name(f".{final.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        save_part(run.parts.base, state, draft, base_name=Path(self.config.model).name)
-        shutil.rmtree(final, ignore_errors=True)
-        checkpoint.move(draft, final)
-        return final
-
-
-def _carrier(remote: Remote, network: asyncio.AbstractEventLoop) -> Carry:
-    """Asks a client from the run's thread."""
-
-    async def carry(frame: Frame) -> tuple[Header, list[Tensor]]:
-        header, tensors, _ = await on_loop(network, remote.call(frame))
-        return header, tensors
-
-    return carry
+                self._base = load_base(self.config, labels=None, device=self.device, models=self._models)
+        attempt = Attempt(
+            self.config, self.out, self._base, self.clients, here, network, self.watch, self._drain.asked
+        )  # fmt: skip
+        return await attempt.drive(model_bytes=self.handing.bytes)
 
 
 def read_told(data: object) -> Told:
@@ -346,4 +263,4 @@ def read_rounds(rounds: object) -> list[int]:
     """The rounds that a client says it holds, if they can be."""
     if not isinstance(rounds, list) or any(type(number) is not int or number < 1 for number in rounds):
         raise Refused("The hello names rounds that cannot be.")
-    return rounds[-100:]
+    return rounds[-MOST_ROUNDS:]

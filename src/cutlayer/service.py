@@ -24,7 +24,7 @@ from cutlayer.links.net.tls import Credentials
 from cutlayer.models.sharing import SharedModels
 from cutlayer.report.progress import Reporter, labelled
 from cutlayer.run import Result
-from cutlayer.served_run import ServedRun
+from cutlayer.served_run import Patience, ServedRun
 from cutlayer.watching import House
 
 LOG = getLogger("cutlayer.net")
@@ -66,14 +66,14 @@ class Service:
         self._serving: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
 
-    def begin(self, name: str, config: RunConfig, out: Path, patience: float) -> None:
+    def begin(self, name: str, config: RunConfig, out: Path, patience: Patience) -> None:
         """Serve one more run, whose name is empty where it is the only one.
 
         Args:
             name: of the run.
             config: the run, as far as it can be checked without its clients.
             out: its folder.
-            patience: seconds that a client may stay away in the middle of it.
+            patience: with a client that stays away in the middle of it.
         """
         assert name not in self.runs
         self.runs[name] = ServedRun(

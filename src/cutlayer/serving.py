@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cutlayer.apart import check_routes, served
 from cutlayer.build import open_model
@@ -19,6 +19,7 @@ from cutlayer.outputs import OURS, holds_a_run
 from cutlayer.preflight import preflight
 from cutlayer.report.progress import Reporter, reporter
 from cutlayer.run import Interrupted, Result
+from cutlayer.served_run import Patience
 from cutlayer.service import Service
 from cutlayer.service_file import Entry, load_service
 from cutlayer.status import status_server
@@ -35,6 +36,7 @@ def serve(
     keys: str | Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     patience: float = PATIENCE,
+    absent: Literal["go-on", "end"] = "go-on",
     drain: float = DRAIN,
     status: str | None = None,
     progress: bool | Reporter | None = None,
@@ -48,13 +50,15 @@ def serve(
         keys: its folder of ``cutlayer keys``; None: plain text, on this machine only.
         overrides: as of ``cutlayer.train``.
         patience: seconds that a client may stay away in the middle of the run.
+        absent: what is done when it stays away for longer: the others ``go-on`` without it and take it back when it
+            comes, or the run is at its ``end``.
         drain: seconds that the round under way gets after a SIGTERM; 0: the server stops at once.
         status: ``HOST:PORT`` for metrics, health and readiness: plain text, for the operator's own machine.
         progress: as of ``cutlayer.train``.
 
     Raises:
         CutlayerError: anything that a user can mend.
-        Gone: a client stayed away for too long; serving the same again goes on with the run.
+        Gone: with ``absent="end"`` a client stayed away for too long; serving the same again goes on with the run.
         Interrupted: it was stopped; ``Paused``: by SIGTERM, after a round.
     """
     shown, folder = reporter(progress), Path(out)
@@ -62,7 +66,7 @@ def serve(
     own = server_keys(keys) if keys is not None else None
     house = House(Drain(drain), own.until if own else None)
     service = Service(bind, own, shown, house=house, label=_label(source))
-    _finished(service, {"": (config, folder)}, patience, status)
+    _finished(service, {"": (config, folder)}, Patience(patience, absent), status)
     for error in service.failures.values():
         raise error
     return service.results[""]
@@ -75,6 +79,7 @@ def serve_all(
     out: str | Path,
     keys: str | Path | None = None,
     patience: float = PATIENCE,
+    absent: Literal["go-on", "end"] = "go-on",
     drain: float = DRAIN,
     status: str | None = None,
     progress: bool | Reporter | None = None,
@@ -86,7 +91,7 @@ def serve_all(
 
     Args:
         source: the service file.
-        bind, out, keys, patience, drain, status, progress: as of ``serve``.
+        bind, out, keys, patience, absent, drain, status, progress: as of ``serve``.
 
     Raises:
         CutlayerError: anything that a user can mend; of the runs, when all have ended.
@@ -96,7 +101,8 @@ def serve_all(
     configs = {entry.name: (_entry(entry, folder), folder / entry.name) for entry in found.runs}
     own = server_keys(keys) if keys is not None else None
     service = Service(bind, own, shown, stay=found.stay, house=House(Drain(drain), own.until if own else None))
-    _finished(service, configs, patience, status, again=lambda: _reload(service, source, folder, patience))
+    waits = Patience(patience, absent)
+    _finished(service, configs, waits, status, again=lambda: _reload(service, source, folder, waits))
     if service.failures:
         said = " ".join(f"'{name}': {error}" for name, error in service.failures.items())
         raise NetworkError(f"{len(service.failures)} of {len(service.runs)} runs did not end well. {said}")
@@ -104,7 +110,7 @@ def serve_all(
 
 
 def _finished(
-    service: Service, runs: Mapping[str, tuple[RunConfig, Path]], patience: float, status: str | None,
+    service: Service, runs: Mapping[str, tuple[RunConfig, Path]], patience: Patience, status: str | None,
     again: Callable[[], Awaitable[None]] | None = None,
 ) -> None:  # fmt: skip
     """Serve to the end, or until the operator (or the system, by SIGTERM) stops it; ``again`` is for SIGHUP."""
@@ -143,7 +149,7 @@ def _label(source: object) -> str:
     return Path(str(source)).stem if isinstance(source, str | Path) and "\n" not in str(source) else "run"
 
 
-async def _reload(service: Service, source: str | Path, out: Path, patience: float) -> None:
+async def _reload(service: Service, source: str | Path, out: Path, patience: Patience) -> None:
     """Serve what the service file says now; where that cannot be, what it said before."""
     try:
         found = load_service(source)

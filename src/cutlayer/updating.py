@@ -9,7 +9,6 @@ from cutlayer.arranging import Arranging
 from cutlayer.contracts import Rate
 from cutlayer.errors import NonFinite
 from cutlayer.links.local import ClientEnd
-from cutlayer.merging import at_once
 from cutlayer.models.slots import Slot
 
 
@@ -91,4 +90,4 @@ class Updating(Arranging):
                 scale *= self._clip(found * scale**2, f"client '{client}'")
             await end.ask("update", {"scale": scale})
 
-        await at_once(one, list(scales))
+        await self.reach(one, list(scales))

@@ -16,6 +16,7 @@ from cutlayer import registry
 from cutlayer.config import load_config
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
+from cutlayer.links.local import LocalLink
 from cutlayer.presence import Presence
 from spine import TWO, U, adapter, caught, equal, lines, losses, model, often, resumed  # noqa: F401
 from tiny import text_rows, write_rows
@@ -270,3 +271,25 @@ def test_a_ring_is_set_back_wherever_one_is_lost(
     train(tmp_path / "out", {"dan": {"fails": [0]}}, **framework_of("ringsfl"), rounds=2)
     nothing_is_left(caught[0])
     assert caught[0].counters.lost == {"dan": 1}
+
+
+@pytest.mark.parametrize(
+    "framework",
+    often([{"name": name} for name in ("sfl-v1", "sfl-v2", "psl", "gsfl", "p-sl", "hsfl")]
+    + [{"name": name, "order": "random"} for name in ("sequential-sl",)], {"name": "sequential-sl", "order": "random"}),
+    ids=lambda options: options["name"],
+)  # fmt: skip
+def test_who_is_lost_is_asked_for_nothing_more_in_the_round(
+    framework: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: list[Run]
+) -> None:
+    """Not even for a part that it has and would hand on: over a network it could not answer."""
+    original, lost = LocalLink.call, []
+
+    async def call(self: LocalLink, *args: Any, **options: Any) -> Any:
+        assert self.party.name not in caught[-1].presence.lost, f"{self.party.name} is asked for {args[0].verb}"
+        lost.extend(caught[-1].presence.lost)
+        return await original(self, *args, **options)
+
+    monkeypatch.setattr(LocalLink, "call", call)
+    train(tmp_path / "run", {name: {"fails": 0.5} for name in FOUR}, framework=framework, rounds=6)
+    assert len(set(lost)) > 1

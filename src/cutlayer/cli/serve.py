@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,13 @@ import typer
 from cutlayer import logs
 from cutlayer.cli.console import Format, Level, console, guarded, hush
 from cutlayer.cli.train import split_arguments
+
+
+class Absent(Enum):
+    """What is done when a client stays away for too long."""
+
+    go_on = "go-on"
+    end = "end"
 
 
 @guarded()
@@ -28,6 +36,9 @@ def serve(
         bool, typer.Option("--insecure", help="Plain text and no keys; only for clients on this machine.")
     ] = False,
     patience: Annotated[float, typer.Option(help="Seconds that a client may stay away in a run.")] = 600,
+    absent: Annotated[
+        Absent, typer.Option(help="When a client stays away for longer: the others go on without it, or the run ends.")
+    ] = Absent.go_on,
     drain: Annotated[
         float, typer.Option(help="Seconds to finish the round in after a SIGTERM; 0: stop at once.")
     ] = 120,
@@ -70,12 +81,13 @@ def serve(
     try:
         if several:
             results = serve_all(
-                source, bind=bind, out=out, keys=keys, patience=patience, drain=drain, status=status, progress=progress
-            )
+                source, bind=bind, out=out, keys=keys, patience=patience, absent=absent.value, drain=drain,
+                status=status, progress=progress,
+            )  # fmt: skip
         else:
             result = serve_run(
-                source, bind=bind, out=out, keys=keys, overrides=overrides, patience=patience, drain=drain,
-                status=status, progress=progress,
+                source, bind=bind, out=out, keys=keys, overrides=overrides, patience=patience,
+                absent=absent.value, drain=drain, status=status, progress=progress,
             )  # fmt: skip
             results = {"": result}
     finally:

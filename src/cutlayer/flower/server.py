@@ -36,7 +36,7 @@ from cutlayer.links.net.remote import Remote, on_loop
 from cutlayer.links.net.session import Session
 from cutlayer.links.net.tls import Credentials
 from cutlayer.links.network import Carry, NetworkLink
-from cutlayer.merging import at_once
+from cutlayer.losing import at_once
 from cutlayer.models.adapters import save_part
 from cutlayer.models.loading import device_named
 from cutlayer.outputs import OURS, alone

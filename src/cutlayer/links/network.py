@@ -1,7 +1,7 @@
 """The link to a client in another process: the same frames as in one process, over its session.
 
 What steps and merges need is counted as it is in a simulation. What only keeps the two processes together (``begin``,
-``keep``, ``abort``, ``finish``) is no part of split learning, changes no number, and is counted apart.
+``hold``, ``keep``, ``abort``, ``finish``) is no part of split learning, changes no number, and is counted apart.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from torch import Tensor
 
 from cutlayer.contracts import SERVER, Parcel
-from cutlayer.errors import WireError
+from cutlayer.errors import CutlayerError, WireError
 from cutlayer.links.local import STEP_VERBS, send
 from cutlayer.parties.client import VERB_STEPS
+from cutlayer.presence import Lost
 from cutlayer.step import at
 from cutlayer.wire import Frame, Header, Meter, Value, encode
 
 Carry = Callable[[Frame], Awaitable[tuple[Header, list[Tensor]]]]
-HOUSEKEEPING = ("begin", "keep", "abort", "finish")
+HOUSEKEEPING = ("begin", "hold", "keep", "abort", "finish")
 
 
 class NetworkLink:
@@ -30,21 +31,30 @@ class NetworkLink:
         meter: counts what the run sends.
         asked: is told of each message of a training step, and may raise.
         turn: of the last request that the client has answered to a server before.
+        goes_on: whether the run goes on without the client after this error; then it is ``Lost``.
+        wrote: is told of each round that the client has written down.
+
+    ``held`` is the newest round as at whose begin the client can be set again.
     """
 
     def __init__(
         self, name: str, carry: Carry, *, meter: Meter, asked: Callable[[str, str], None] = lambda *_: None,
-        turn: int = 0,
+        turn: int = 0, goes_on: Callable[[CutlayerError], bool] = lambda _: False,
+        wrote: Callable[[int], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self.name, self.carry, self.meter, self.asked, self.turn = name, carry, meter, asked, turn
+        self.goes_on, self.wrote = goes_on, wrote
+        self.held = 0
         self.apart_bytes = 0  # of requests that are counted apart
+        self._lost = False
         self._aborted = False
 
     async def call(self, header: Header, tensors: Sequence[Tensor] = (), *, to: str = SERVER) -> Parcel:
         """Send a request and give the reply, which is for the party ``to``.
 
         Raises:
-            Gone: the client is away for longer than it is waited for.
+            Lost: the client does not answer any more, and the run goes on without it.
+            Gone: it is away for longer than it is waited for, and the run does not.
             WireError: the reply is none to this request.
         """
         if header.verb in STEP_VERBS and header.values.get("graph"):
@@ -54,7 +64,7 @@ class NetworkLink:
             await self.tell("abort")
         request = send(self.meter, self._next(header), tensors, self.name)
         with at(VERB_STEPS[header.verb]):
-            reply, found = await self.carry(request)
+            reply, found = await self._carried(request)
         if reply.receiver != to or reply.sender != self.name:
             raise WireError(
                 f"Client '{self.name}' answered '{header.verb}' with a frame from '{reply.sender}' to "
@@ -69,12 +79,23 @@ class NetworkLink:
 
     async def begin(self, rounds: int, updates: int) -> None:
         """Let the client be as it was after round ``rounds`` (0: anew); its part will have ``updates`` updates."""
-        self._aborted = False
+        self._aborted = self._lost = False
         await self.tell("begin", {"round": rounds, "updates": updates})
+        self.held = rounds
+
+    async def hold(self, rounds: int) -> None:
+        """Let the client remember how it is at the begin of round ``rounds``, unless it has just written that down."""
+        if self.held != rounds:
+            await self._write("hold", rounds)
 
     async def keep(self, rounds: int) -> None:
         """Let the client write its checkpoint of round ``rounds``."""
-        await self.tell("keep", {"round": rounds})
+        await self._write("keep", rounds)
+
+    async def _write(self, verb: str, rounds: int) -> None:
+        await self.tell(verb, {"round": rounds})
+        self.held = rounds
+        self.wrote(rounds)
 
     async def finish(self) -> None:
         """Let the client write its result."""
@@ -85,7 +106,18 @@ class NetworkLink:
         assert verb in HOUSEKEEPING
         frame = encode(self._next(Header("partition", verb=verb, values=values or {})))
         self.apart_bytes += frame.length
-        await self.carry(frame)
+        await self._carried(frame)
+
+    async def _carried(self, frame: Frame) -> tuple[Header, list[Tensor]]:
+        if self._lost:  # what it holds is no longer what the run thinks
+            raise Lost(self.name)
+        try:
+            return await self.carry(frame)
+        except CutlayerError as error:
+            if not self.goes_on(error):
+                raise
+            self._lost = True
+            raise Lost(self.name) from error
 
     def _next(self, header: Header) -> Header:
         self.turn += 1

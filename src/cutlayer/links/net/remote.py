@@ -98,6 +98,22 @@ class Remote:
         """Whether it has come back as another process, and nobody has taken it back yet."""
         return self._stale is not None
 
+    @property
+    def instance(self) -> object:
+        """Which process the newest session was of."""
+        return self._instance
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is asked, whoever comes."""
+        return self._farewell is not None
+
+    @property
+    def waited_for(self) -> float:
+        """Seconds for which it is still waited for, while it is away."""
+        now, since = time.monotonic(), self._absence[1]
+        return max(self.patience - (now - (since or now)), 0.0)
+
     def renew(self) -> None:
         """It is taken back: what it is asked from now on begins with what it holds."""
         self._stale = None
@@ -134,7 +150,7 @@ class Remote:
             self._timer = None
         instance = session.hello.get("instance")
         if self._sessions and instance != self._instance:
-            self._stale = Gone(self.name, "it was started again, without what it held before.")
+            self._stale = Gone(self.name, "it was started again, without what it held before.", "anew")
             self._fail(self._stale)
         self.last_turn = max(self.last_turn, turn)
         self.reconnects += bool(self._sessions)
@@ -194,7 +210,7 @@ class Remote:
         A client that is away, or does not hear it, is told when it comes back; ``heard`` is set when it has heard it.
         """
         self._farewell = reason, done
-        self._gone = Gone(self.name, reason or "the run is over.")
+        self._gone = Gone(self.name, reason or "the run is over.", "over")
         self._fail(self._gone)
         if self._session is not None:
             await self._part(self._session)
@@ -209,8 +225,7 @@ class Remote:
     def _wait(self) -> None:
         """Have the requests in flight given up when patience is over."""
         if self._timer is None and self._gone is None:
-            now, since = time.monotonic(), self._absence[1]
-            left = max(self.patience - (now - (since or now)), 0.0) if self._sessions else self.patience
+            left = self.waited_for if self._sessions else self.patience
             self._timer = asyncio.get_running_loop().call_later(left, self._give_up)
 
     def _give_up(self) -> None:
@@ -256,7 +271,7 @@ class Remote:
         except Disconnected as error:
             LOG.info("Client '%s' is away: %s", self.name, error, extra={"client": self.name})
         except NetworkError as error:  # it was refused, or has left for good
-            self._gone = Gone(self.name, str(error))
+            self._gone = Gone(self.name, str(error), "left")
             self._fail(self._gone)
         except WireError as error:
             self._fail(error)

@@ -47,4 +47,4 @@ async def local_steps(run: Run, client: str, count: int) -> None:
 
 def newest(run: Run) -> str:
     """A client that has the last merge; where ranks are unequal, that of those which cuts least of it off."""
-    return max(run.clients, key=lambda client: (run.counters.merged.get(client, 0), run.adapted(client)))
+    return max(run.present or run.clients, key=lambda client: (run.counters.merged.get(client, 0), run.adapted(client)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from cutlayer.contracts import SERVER, Framework, Layout, Stop
+from cutlayer.contracts import SERVER, Framework, Layout, Parcel, Stop
 from cutlayer.errors import MethodError
 from cutlayer.methods.framework._cohort import check_options, cohort, newest, ordered
 from cutlayer.methods.framework._replay import Memory, Replay, Rows, blended, dealt_over
@@ -152,7 +152,10 @@ class MultiSFL(Framework):
         """A client's local steps with a branch's part and trunk; the part goes back. A lost client changes neither."""
         kept, end, master = self._kept, run.ends[client], run.parts.routes[client]
         part = kept.parts[branch]
-        await end.put({name: part[name] for name in sorted(part)}, version=kept.versions[branch], reset=True)
+        state = {name: part[name] for name in sorted(part)}
+        await run.reach(lambda _: end.put(state, version=kept.versions[branch], reset=True), [client])
+        if run.presence.out(client):
+            return
         run.set_route(client, [Stop(SERVER, branch, stop.blocks) for stop in master])
         steps = min(self.local_steps, run.steps_left(client))
         slot = run.parts.slot(run.parts.routes[client][-1])
@@ -168,13 +171,16 @@ class MultiSFL(Framework):
                 break
             norms += [run.config.optimizer.lr * stop.squared for stop in stops]
         run.set_route(client, master)
+
+        async def take(_: str) -> None:
+            parcel = await end.ask("get_state", {"optimizer": self.optimizer_state == "travel", "part": "own"})
+            kept.parts[branch], kept.versions[branch] = dict(parcel.tensors), int(parcel.header.value("version"))
+
+        if not run.presence.out(client):
+            await run.reach(take, [client])
         if run.presence.out(client):  # lost: its branch is as it was before the round
             slot.reset_optimizer()
             slot.put(before[0], version=before[1])
-            return
-        travels = self.optimizer_state == "travel"
-        parcel = await end.ask("get_state", {"optimizer": travels, "part": "own"})
-        kept.parts[branch], kept.versions[branch] = dict(parcel.tensors), int(parcel.header.value("version"))
 
     def _to_the_master(self, run: Run, trained: Mapping[str, str]) -> None:
         """The mean of all branches, and each branch's step towards it; at the servers, so nothing is sent."""
@@ -199,11 +205,15 @@ class MultiSFL(Framework):
         """By training client, the features that idle clients send for its branch."""
         memory = self._kept.memory
         found: dict[str, list[Rows]] = {}
+
+        async def count(client: str) -> None:
+            values = (await run.ends[client].ask("histogram")).header.values
+            memory.counts[client] = {name: int(count) for name, count in values.items()}
+
         for client in run.clients:
             if client not in memory.counts:
-                values = (await run.ends[client].ask("histogram")).header.values
-                memory.counts[client] = {name: int(count) for name, count in values.items()}
-        idle = [client for client in run.clients if client not in pairs]
+                await run.reach(count, [client])
+        idle = [client for client in run.present if client not in pairs]
         for client, branch in pairs.items():
             open_quota = memory.quotas(branch, round(memory.ratio * run.sizes[client]["examples"]))
             found[client] = []
@@ -212,16 +222,28 @@ class MultiSFL(Framework):
                     break
                 head = dict(sorted(_weights(self._kept.parts[branch]).items()))
                 asked: dict[str, int | str] = {"number": number, **open_quota}
-                parcel = await run.ends[helper].ask("features", asked, **head)
-                if not parcel.header.names:
+                parcel = await self._features(run, helper, asked, head)
+                if parcel is None or not parcel.header.names:
                     continue
                 found[client].append(parcel.tensors)
                 given = {name: int(parcel.header.values.get(name, 0)) for name in open_quota}
                 open_quota = {n: count - given[n] for n, count in open_quota.items() if count > given[n]}
         for branch in self.names:
-            for client in (c for c, b in pairs.items() if b == branch):
+            for client in (c for c, b in pairs.items() if b == branch and c in memory.counts):
                 memory.saw(branch, client, self.gamma)
         return found
+
+    async def _features(
+        self, run: Run, helper: str, asked: Mapping[str, int | str], head: Mapping[str, Tensor]
+    ) -> Parcel | None:  # fmt: skip
+        """What a helper sends; none from one that is lost."""
+        found: list[Parcel] = []
+
+        async def ask(name: str) -> None:
+            found.append(await run.ends[name].ask("features", asked, **head))
+
+        await run.reach(ask, [helper])
+        return found[0] if found else None
 
     def evaluators(self, run: Run) -> Sequence[str]:
         """Any client: it gets the master."""
