@@ -25,6 +25,7 @@ SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
 CASES = [
     ("sfl-v1", {}), ("sequential-sl", {}), ("sfl-v2", {}), ("psl", {}), ("gsfl", {}), ("p-sl", {}), ("hsfl", {}),
     ("multisfl", {}), ("sfl-v1", {"peft": "full"}), ("sfl-v1", {"mixing": "minibatch-sfl"}),
+    ("sfl-v1", {"framework": {"name": "sfl-v1", "participation": 0.5}, "rounds": 4, "seed": 1}),  # bob is the last
     ("sfl-v2", {"max_grad_norm": 0.1, "gradient_accumulation": 2}),
 ]  # fmt: skip
 
@@ -42,7 +43,7 @@ def test_the_network_changes_no_number(
 ) -> None:  # fmt: skip
     """The same losses by client and step, the same weights, the same bytes and frames."""
     kind = {"two-part": TWO, "u-shape": U}[partition]
-    run = Apart(tmp_path / "apart", framework=framework, partition=kind, eval_every=1, **changes)
+    run = Apart(tmp_path / "apart", partition=kind, eval_every=1, **{"framework": framework, **changes})
     alone = cutlayer.train(run.simulated, out=tmp_path / "one")
     server = run.serve()
     run.ended({**{name: run.join(name) for name in ROWS}, "server": server})

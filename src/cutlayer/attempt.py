@@ -85,6 +85,7 @@ class Attempt:
     ) -> None:  # fmt: skip
         self.config, self.out, self.base, self.clients, self.here = config, out, base, clients, list(here)
         self.network, self.watch, self.asked_to_stop = network, watch, asked_to_stop
+        self._newest = ""  # the client whose model is the run's
         self.parting = 0  # bytes by which clients got, when all was done, what they had not seen
 
     async def drive(self, **told: Mapping[str, Any]) -> Result:
@@ -152,6 +153,7 @@ class Attempt:
             raise Drained
         if self.clients.absence is not None:
             await self.clients.absence.end()
+        self._newest = run.evaluators()[0]  # all have the last merge after parting, but not all trunks at the server
         before = run.meter.state()
         await run.part()
         self.parting = run.meter.up + run.meter.down - before["up"] - before["down"]
@@ -188,7 +190,7 @@ class Attempt:
         if run.personal:
             for name in run.clients:
                 self._save_one(run, name, self.out / f"{kind}s" / name)
-        return self._save_one(run, run.evaluators()[0], self.out / kind)
+        return self._save_one(run, self._newest, self.out / kind)
 
     def _save_one(self, run: Run, client: str, final: Path) -> Path:
         state: dict[str, Tensor] = {}
