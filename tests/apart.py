@@ -82,11 +82,13 @@ class Apart:
         self.valid = str(write_rows(root / "valid.jsonl", text_rows(4, seed=9)))
         self.tree: dict[str, Any] = {
             "model": str(model(num_hidden_layers=4)),
-            "data": {"max_length": 64, "eval": self.valid}, "clients": [{"name": name} for name in ROWS],
+            "clients": [{"name": name} for name in ROWS],
             "partition": {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 1},
             "peft": {"name": "lora", "rank": 2}, "optimizer": {"name": "adamw", "lr": 0.01},
             "rounds": 3, "batch_size": 3, "device": "cpu", **changes,
         }  # fmt: skip
+        data = {"max_length": 64, **changes.get("data", {})}
+        self.tree["data"] = data if "eval_fraction" in data else {"eval": self.valid, **data}
         self.file = root / "run.yaml"
         self.file.write_text(yaml.safe_dump(self.tree))
         self.port = 0

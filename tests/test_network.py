@@ -12,20 +12,21 @@ import pytest
 import cutlayer
 from apart import ROWS, Apart, steps
 from cutlayer.apart import served
-from cutlayer.errors import ConfigError, CutlayerError, OutputError, PolicyRefused, Refused
+from cutlayer.errors import ConfigError, CutlayerError, DataError, OutputError, PolicyRefused, Refused
 from cutlayer.joining import join
 from cutlayer.keys import server_keys
 from cutlayer.serving import serve
-from spine import TWO, U, often
+from spine import TWO, U, model, often
 from tiny import make_model, text_rows, write_rows
 
 SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
 
 
+CLASSIFIER = {"model": "bert", "data": {"format": "classification", "classes": ["sad", "glad"]}}
 CASES = [
     ("sfl-v1", {}), ("sequential-sl", {}), ("sfl-v2", {}), ("psl", {}), ("gsfl", {}), ("p-sl", {}), ("hsfl", {}),
     ("multisfl", {}), ("sfl-v1", {"peft": "full"}), ("sfl-v1", {"mixing": "minibatch-sfl"}),
-    ("sfl-v2", {"max_grad_norm": 0.1, "gradient_accumulation": 2}),
+    ("sfl-v2", {"max_grad_norm": 0.1, "gradient_accumulation": 2}), ("sfl-v2", CLASSIFIER),
 ]  # fmt: skip
 
 
@@ -42,6 +43,8 @@ def test_the_network_changes_no_number(
 ) -> None:  # fmt: skip
     """The same losses by client and step, the same weights, the same bytes and frames."""
     kind = {"two-part": TWO, "u-shape": U}[partition]
+    if "model" in changes:
+        changes = {**changes, "model": str(model(changes["model"], num_hidden_layers=4))}
     run = Apart(tmp_path / "apart", framework=framework, partition=kind, eval_every=1, **changes)
     alone = cutlayer.train(run.simulated, out=tmp_path / "one")
     server = run.serve()
@@ -164,6 +167,7 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"planner": "capability-cut", "profile": "laptop"}, "cannot move cuts over the network yet"),
+        ({"data": {"format": "classification", "classes": ["sad"]}}, "must name two classes or more"),
         ({"fails": 0.5}, "is for simulated clients"),
         ({"data": {"eval_fraction": 0.5}}, "cutlayer join --eval"),
     ],
@@ -173,6 +177,27 @@ def test_what_cannot_be_over_a_network_is_refused(changes: dict[str, Any], said:
     run = Apart(tmp_path / "apart", **changes)
     with pytest.raises(ConfigError, match=said):
         served(str(run.file))
+
+
+def test_a_classifier_s_classes_must_be_known(tmp_path: Path) -> None:
+    """To the server, which sees no label; and a label that is none of them is refused where it is."""
+    about: dict[str, Any] = {"model": str(model("bert", num_hidden_layers=4))}
+    run = Apart(tmp_path / "apart", **about, data={"format": "classification"})
+    with pytest.raises(ConfigError, match=r"data\.classes is missing"):
+        serve(str(run.file), bind="localhost:0", out=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    run = Apart(tmp_path / "other", **about, data={"format": "classification", "classes": ["good", "bad"]})
+    rows = [{"text": "w3 w4", "label": label} for label in ("good", "ugly")]
+    server = run.serve()
+    try:
+        with pytest.raises(DataError, match="'ugly', which is none of the run's classes: good, bad"):
+            join(
+                f"localhost:{run.port}", data=write_rows(run.root / "rows.jsonl", rows), out=run.root / "ann",
+                name="ann", model=run.tree["model"], progress=False,
+            )  # fmt: skip
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_clients_that_run_blocks_for_others_are_refused(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 from cutlayer.allotment import Allotter
 from cutlayer.arrangement import Arranger
 from cutlayer.assembly import routes_of
-from cutlayer.build import layouts_of
+from cutlayer.build import layouts_of, task_of
 from cutlayer.config import DEFAULT_METHODS, FAMILY_KEYS, RunConfig, load_config
 from cutlayer.config_read import Overrides, numbered, read
 from cutlayer.config_write import tree_of
+from cutlayer.data.classes import classes_of
 from cutlayer.errors import ConfigError
+from cutlayer.models.heads import head_of
 
 AT_CLIENT = "at the client"  # in place of every file of data
 HERE = ("record_wire", "device", "report_to")  # keys that are each party's own
@@ -70,8 +72,6 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"selection '{config.selection.name}' asks for sketches, not yet over the network. Take selection: all."
     if config.data.eval_fraction is not None:
         yield "data.eval_fraction divides one file. Let each client give a file of its own (cutlayer join --eval)."
-    if any(config.data_of(name).format == "classification" for name in config.client_names):
-        yield "data.format 'classification' needs the classes of all clients, which is not yet over the network."
     if config.fails or any(client.fails for client in config.client_list):
         yield f"fails {simulated}"
     if config.availability != 1 or any(client.availability is not None for client in config.client_list):
@@ -102,6 +102,28 @@ def check_routes(config: RunConfig, num_blocks: int) -> None:
                 ],
                 "the run",
             )
+
+
+def known_classes(config: RunConfig) -> Sequence[str] | None:
+    """A classifier's classes, as both ends know them without each other's data; None: the run is none.
+
+    Raises:
+        ConfigError: neither the run nor the model's own head names them.
+    """
+    if task_of(config) != "classification":
+        return None
+    head = head_of(config.model)
+    if config.data.classes is not None:
+        return classes_of([], head, model=config.model, named=config.data.classes).names
+    if head is None or head.unnamed:
+        raise ConfigError(
+            [
+                "data.classes is missing: over the network nobody sees the labels of all clients, and the model has no "
+                "head that names its classes. Name them, such as: data.classes: [negative, positive]"
+            ],
+            "the run",
+        )
+    return head.names
 
 
 def offer(config: RunConfig) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer import checkpoint
-from cutlayer.apart import check_routes, taken
+from cutlayer.apart import check_routes, known_classes, taken
 from cutlayer.assembly import assemble_client, neighbours, routes_of
-from cutlayer.build import Data, layouts_of, prepare_own, tokenizer_of
+from cutlayer.build import Data, layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
 from cutlayer.engine import identity
@@ -195,6 +195,7 @@ class Seat:
         self.config, self.name, self.out, self.progress = config, name, out, progress
         blocks = number_of_blocks(load_model_config(config.model))
         check_routes(config, blocks)
+        known_classes(config)
         layouts = layouts_of(config, blocks)
         layout = layouts[name]
         self.first, self.last = neighbours(config, routes_of(config, layouts)[name])
@@ -213,12 +214,12 @@ class Seat:
 
     def _base(self, part: Part) -> Base:
         """The client's own blocks, and no others."""
-        config = self.config
+        config, task = self.config, task_of(self.config)
         model, anatomy = load_model(
-            config.model, precision=config.precision, attn_implementation=config.attn_implementation,
-            device=device_named(config.device), seed=config.seed, part=part,
+            config.model, task=task, precision=config.precision, attn_implementation=config.attn_implementation,
+            labels=self.data.labels, device=device_named(config.device), seed=config.seed, part=part,
         )  # fmt: skip
-        base: Base = config.build("peft").prepare(model, anatomy, task="causal", seed=config.seed)
+        base: Base = config.build("peft").prepare(model, anatomy, task=task, seed=config.seed)
         return base
 
     def _party(self, updates: int) -> ClientParty:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cutlayer import checkpoint
-from cutlayer.apart import offer
+from cutlayer.apart import known_classes, offer
 from cutlayer.assembly import assemble_server
 from cutlayer.build import load_base
 from cutlayer.computing import Computing
@@ -198,7 +198,7 @@ class ServedRun:
         config, out = self.config, self.out
         if self._base is None:
             with torch.random.fork_rng(devices=[]):
-                self._base = load_base(config, labels=None, device=self.device, models=self._models)
+                self._base = load_base(config, labels=known_classes(config), device=self.device, models=self._models)
         parts = assemble_server(config, self._base, {name: ready.told for name, ready in self.ready.items()})
         clock = RealClock()
         with Meter(Path(config.record_wire) if config.record_wire else None) as meter:
