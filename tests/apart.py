@@ -70,15 +70,14 @@ class Apart:
 
     Args:
         root: an empty folder.
+        rows: of each client.
         changes: keys of the run.
     """
 
-    def __init__(self, root: Path, **changes: Any) -> None:
+    def __init__(self, root: Path, rows: Mapping[str, list[dict[str, Any]]] = ROWS, **changes: Any) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        self.files = {
-            name: str(write_rows(root / f"{name}.jsonl", [dict(r) for r in rows])) for name, rows in ROWS.items()
-        }
+        self.files = {name: str(write_rows(root / f"{name}.jsonl", theirs)) for name, theirs in rows.items()}
         self.valid = str(write_rows(root / "valid.jsonl", text_rows(4, seed=9)))
         self.tree: dict[str, Any] = {
             "model": str(model(num_hidden_layers=4)),
@@ -96,7 +95,8 @@ class Apart:
     @property
     def simulated(self) -> dict[str, Any]:
         """The same run with all clients in one process."""
-        return {**self.tree, "clients": [{"name": name, "data": file} for name, file in self.files.items()]}
+        own = [{**client, "data": self.files[client["name"]]} for client in self.tree["clients"]]
+        return {**self.tree, "clients": own}
 
     def start(self, who: str, *arguments: str, fate: Fate | None = None) -> Command:
         """A command of ``who``, whose words go to its log, and whose number is in a file beside it."""
@@ -158,8 +158,13 @@ class Apart:
         folder = next(place for place in places if any(place.glob("*.safetensors")))
         return load_file(next(folder.glob("*.safetensors")))
 
-    def same(self, one: Path, *, server: str = "server", names: Sequence[str] = ()) -> bool:
-        """Whether each client's part, and the server's for it, are the bits of the run in one process; all of it."""
+    def same(
+        self, one: Path, *, server: str = "server", names: Sequence[str] = (), unequal: bool = False
+    ) -> bool:  # fmt: skip
+        """Whether each client's part, and the server's for it, are the bits of the run in one process; all of it.
+
+        With ``unequal`` ranks the server has of a client's part what was merged, which is of other ranks.
+        """
         for name in names or self.files:
             places = [one / "adapters" / name, one / "adapter", one / "models" / name, one / "model"]
             whole = load_file(next(file for place in places for file in place.glob("*.safetensors")))
@@ -167,9 +172,28 @@ class Apart:
             together = {**trunk, **own}
             if together.keys() != whole.keys() or not all(torch.equal(together[n], whole[n]) for n in whole):
                 return False
-            if not own or not trunk or not all(torch.equal(trunk[n], whole[n]) for n in trunk):
+            if (
+                not own
+                or not trunk
+                or not all(torch.equal(trunk[n], whole[n]) for n in trunk if not (unequal and n in own))
+            ):
                 return False
         return True
+
+    def same_state(self, one: Path) -> bool:
+        """Whether the last checkpoints of all have the bits of the run in one process: tensors and optimizer state."""
+        last = sorted((one / "checkpoints").iterdir())[-1]
+        found = {}
+        for file in (self.root / "server" / "checkpoints" / last.name).glob("*.safetensors"):
+            found[file.name] = load_file(file)
+        for name in self.files:
+            mine = self.root / name / "checkpoints" / last.name / "client.safetensors"
+            found[f"client-{name}.safetensors"] = load_file(mine)
+        whole = {file.name: load_file(file) for file in last.glob("*.safetensors")}
+        return found.keys() == whole.keys() and all(
+            found[file].keys() == state.keys() and all(torch.equal(found[file][n], state[n]) for n in state)
+            for file, state in whole.items()
+        )
 
     def summary(self) -> dict[str, Any]:
         """The server's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,25 @@ CASES = [
 ]  # fmt: skip
 
 
+def both(run: Apart, out: Path, names: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run between processes and in one, which must be the same; their summaries.
+
+    Where cuts and ranks are unequal, only the adapters of ``names`` can be compared; the states of all are anyhow.
+    """
+    alone = cutlayer.train(run.simulated, out=out, progress=False).summary
+    server = run.serve()
+    run.ended({"server": server, **{name: run.join(name) for name in ROWS}})
+    summary = run.summary()
+    assert steps(run.root / "server") == steps(out)
+    for key in SAME:
+        assert summary[key] == alone[key], key
+    losses = [[e["loss"] for e in one["eval"]["history"]] for one in (summary, alone)]
+    assert losses[0] == losses[1]
+    assert run.same(out, names=names, unequal=bool(names))
+    assert run.same_state(out)
+    return summary, alone
+
+
 @pytest.mark.parametrize(
     ("framework", "changes", "partition"),
     often(
@@ -46,22 +66,103 @@ def test_the_network_changes_no_number(
     if "model" in changes:
         changes = {**changes, "model": str(model(changes["model"], num_hidden_layers=4))}
     run = Apart(tmp_path / "apart", framework=framework, partition=kind, eval_every=1, **changes)
-    alone = cutlayer.train(run.simulated, out=tmp_path / "one")
-    server = run.serve()
-    run.ended({**{name: run.join(name) for name in ROWS}, "server": server})
-    summary = run.summary()
-    assert steps(run.root / "server") == steps(tmp_path / "one")
-    for key in SAME:
-        assert summary[key] == alone.summary[key], key
-    losses = [[e["loss"] for e in one["eval"]["history"]] for one in (summary, alone.summary)]
-    assert losses[0] == losses[1]
-    assert run.same(tmp_path / "one")
+    summary, alone = both(run, tmp_path / "one")
     assert all("peak_memory_bytes" not in summary["parties"][name] for name in ROWS), "nobody has measured it here"
-    peaks = [one["parties"]["server"]["peak_memory_bytes"] for one in (summary, alone.summary)]
+    peaks = [one["parties"]["server"]["peak_memory_bytes"] for one in (summary, alone)]
     if framework in ("sequential-sl", "sfl-v2"):
         assert peaks[0] == peaks[1]
     else:  # clients at once: how many graphs are open together depends on who is fast
         assert min(peaks) > 0
+
+
+# One client's text is soon learnt, the other's never, so that their cuts part.
+UNLIKE = {**ROWS, "ann": [{"text": "w5 w6 w7 w8 w5 w6 w7 w8 w5 w6"} for _ in range(7)]}
+PLANNED: dict[str, Any] = {
+    "planner": {"name": "splitft-adaptive-cut", "every": 2, "cut": 1, "least": 0, "gamma": 2.0},
+    "optimizer": {"name": "adamw", "lr": 0.05}, "rounds": 8, "eval_every": 1,
+}  # fmt: skip
+CUT_RANK = {"peft": {"name": "splitft-cut-rank", "rank": 4, "cut_rank": 2, "alpha": 4}, "aggregator": "lora-products"}
+MOVES = [
+    (framework, changes, kind) for framework in ("sfl-v1", "sfl-v2") for changes in ({}, CUT_RANK)
+    for kind in ("two-part", "u-shape")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("framework", "changes", "partition"), often(MOVES, ("sfl-v2", CUT_RANK, "u-shape")), ids=str
+)  # fmt: skip
+def test_cuts_move_between_processes(
+    framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
+) -> None:  # fmt: skip
+    """A planner moves blocks up and down: the same cuts, losses, weights and bytes."""
+    kind = {"two-part": TWO, "u-shape": U}[partition]
+    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=kind, **PLANNED, **changes)
+    summary, alone = both(run, tmp_path / "one", names=["ann"])
+    assert summary["cuts"] == alone["cuts"]
+    assert {name: len(one["moves"]) > 0 for name, one in summary["cuts"].items()} == dict.fromkeys(ROWS, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
+def test_cuts_by_what_devices_can_do(partition: dict[str, Any], tmp_path: Path) -> None:
+    """The profiles are of the run file; time is what it takes."""
+    clients = [{"name": "ann", "profile": "laptop"}, {"name": "bob", "profile": "phone"}]
+    run = Apart(
+        tmp_path / "apart", framework="sfl-v1", partition=partition, planner={"name": "capability-cut", "every": 2},
+        clients=clients, eval_every=1,
+    )  # fmt: skip
+    summary, alone = both(run, tmp_path / "one")
+    assert summary["cuts"] == alone["cuts"]
+    assert len({one["head_blocks"] for one in summary["cuts"].values()}) == 2
+    assert summary["virtual_seconds"] is None
+
+
+ALLOTTED: dict[str, Any] = {
+    "peft": {"name": "hsplitlora", "ranks": [1, 2, 4], "budget": 1500, "budgets": {"bob": 900}, "server_budget": 3000,
+             "warm_up": 2, "refresh": 2},
+    "aggregator": "lora-products", "rounds": 6, "eval_every": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("framework", "changes", "partition"),
+    often(
+        [(framework, {}, kind) for framework in ("sfl-v1", "sfl-v2") for kind in ("two-part", "u-shape")]
+        + [("sfl-v2", PLANNED, "two-part"), ("sfl-v2", PLANNED, "u-shape")],
+        ("sfl-v1", {}, "two-part"),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_ranks_by_importance_between_processes(
+    framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
+) -> None:  # fmt: skip
+    kind = {"two-part": TWO, "u-shape": U}[partition]
+    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=kind, **{**ALLOTTED, **changes})
+    summary, alone = both(run, tmp_path / "one", names=["ann"])
+    assert summary["ranks"] == alone["ranks"]
+    assert all(one["decided_after_round"] is not None for one in summary["ranks"].values())
+    assert len(set(summary["ranks"]["ann"]["ranks"].values())) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [CUT_RANK, ALLOTTED], ids=["splitft-cut-rank", "hsplitlora"])
+def test_killed_parties_find_their_cuts_again(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Killed after blocks have moved: cuts, ranks and importance are those of the round that all hold."""
+    run = Apart(tmp_path / "apart", UNLIKE, framework="sfl-v2", **{**changes, **PLANNED, "rounds": 14})
+    server = run.serve()
+    clients = {name: run.join(name) for name in ROWS}
+    run.kill_after("ann", clients["ann"], 4)
+    clients["ann"] = run.join("ann")
+    run.kill_after("server", server, 8)
+    server = run.serve()
+    run.ended({**clients, "server": server})
+    assert "going on after round" in run.said("bob")
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
+    assert run.summary()["cuts"] == alone.summary["cuts"]
+    assert any(moved[0] < 4 for one in alone.summary["cuts"].values() for moved in one["moves"])
+    assert run.same(alone.out, names=["ann"], unequal=True)
+    assert run.same_state(alone.out)
+    assert steps(run.root / "server") == steps(alone.out)
 
 
 def keys_of(folder: Path) -> Path:
@@ -166,7 +267,6 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"planner": "capability-cut", "profile": "laptop"}, "cannot move cuts over the network yet"),
         ({"data": {"format": "classification", "classes": ["sad"]}}, "must name two classes or more"),
         ({"fails": 0.5}, "is for simulated clients"),
         ({"data": {"eval_fraction": 0.5}}, "cutlayer join --eval"),

@@ -48,6 +48,19 @@ def begin(parts: Parts) -> None:
         slot.importance = _importance(parts.base, peft, slot, known)
 
 
+def begin_alone(base: Base, peft: Peft, client: str, slot: Slot, own: Iterable[str]) -> None:
+    """``begin`` for a client that is alone in its process.
+
+    Raises:
+        MethodError: its budget is too small.
+    """
+    if not isinstance(peft, Allotter):
+        return
+    even = importances(base, {}, client, sorted(pairs(set(own))))
+    fit_slot(slot, allotted(peft, base, even, peft.limit(client, trunks=1), holder=client))
+    slot.importance = _importance(base, peft, slot, {})
+
+
 async def review(run: Run) -> None:
     """Decide the ranks of those holders anew for whom it is time: they are warm, and ``refresh`` rounds have passed."""
     parts, counters, peft = run.parts, run.counters, run.parts.peft

@@ -9,16 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cutlayer.allotment import Allotter
 from cutlayer.arrangement import Arranger
 from cutlayer.assembly import routes_of
 from cutlayer.build import layouts_of, task_of
 from cutlayer.config import DEFAULT_METHODS, FAMILY_KEYS, RunConfig, load_config
 from cutlayer.config_read import Overrides, numbered, read
 from cutlayer.config_write import tree_of
+from cutlayer.contracts import Layout
 from cutlayer.data.classes import classes_of
 from cutlayer.errors import ConfigError
 from cutlayer.models.heads import head_of
+from cutlayer.models.loading import Part
 
 AT_CLIENT = "at the client"  # in place of every file of data
 HERE = ("record_wire", "device", "report_to")  # keys that are each party's own
@@ -64,10 +65,6 @@ def _elsewhere(client: dict[str, Any]) -> dict[str, Any]:
 def problems(config: RunConfig) -> Iterator[str]:
     """What of a run cannot be over the network, a sentence each."""
     simulated = "is for simulated clients; those who join come and go by themselves. Leave it out."
-    if config.planner is not None:
-        yield f"planner '{config.planner.name}' cannot move cuts over the network yet. Take planner: none."
-    if isinstance(config.build("peft"), Allotter):
-        yield f"peft '{config.peft.name}' cannot change ranks over the network yet. Take peft: lora."
     if isinstance(config.build("selection"), Arranger):
         yield f"selection '{config.selection.name}' asks for sketches, not yet over the network. Take selection: all."
     if config.data.eval_fraction is not None:
@@ -102,6 +99,12 @@ def check_routes(config: RunConfig, num_blocks: int) -> None:
                 ],
                 "the run",
             )
+
+
+def part_of(layout: Layout) -> Part:
+    """What a client holds of the model: its head, and in the U-shape its tail."""
+    tail = layout.tail if layout.tail_at_client else range(0)
+    return Part(0, len(layout.head), bottom=True, top=layout.tail_at_client, also=tail)
 
 
 def known_classes(config: RunConfig) -> Sequence[str] | None:

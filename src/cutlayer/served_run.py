@@ -10,7 +10,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cutlayer import checkpoint
 from cutlayer.apart import known_classes, offer
-from cutlayer.assembly import assemble_server
+from cutlayer.assembly import assemble_server, places_of
 from cutlayer.build import load_base
 from cutlayer.computing import Computing
 from cutlayer.config import RunConfig, dump
@@ -169,7 +169,7 @@ class ServedRun:
                 f"The model is another here: its files ({', '.join(self.files)}) have other checksums than those of "
                 f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends."
             )
-        ready = _Ready(_told(hello.get("data")), _rounds(hello.get("rounds")))
+        ready = _Ready(_told(hello.get("data"), planned=self.config.planner is not None), _rounds(hello.get("rounds")))
         before = self.ready.get(name)
         if before is not None and before.told != ready.told:
             raise Refused("Your data are of another size than when you first joined this run. Bring the same data.")
@@ -252,7 +252,11 @@ class ServedRun:
         for name, remote in self.remotes.items():
             carry = _carrier(remote, network)
             asked, turn = run.presence.asked, remote.last_turn
-            found[name] = NetworkLink(name, carry, meter=run.meter, asked=asked, turn=turn)
+            bounds = run.parts.bounds
+            found[name] = NetworkLink(
+                name, carry, meter=run.meter, asked=asked, turn=turn, shadow=run.parts.clients[name],
+                most=max(bounds[name]) if bounds else None,
+            )  # fmt: skip
         return found
 
     def _common(self) -> int:
@@ -273,9 +277,11 @@ class ServedRun:
     def _save_one(self, run: Run, client: str, final: Path) -> Path:
         state: dict[str, Tensor] = {}
         if not run.personal:
-            state |= {parameter_of(name): tensor for name, tensor in run.federated.before.items()}
-        for slot in run.slots_of([client]):
-            state |= slot.get()
+            state |= {n: tensor for n, tensor in run.federated.before.items() if parameter_of(n) == n}
+        stops, layout = run.parts.routes[client], run.parts.layouts[client]
+        for stop, place in zip(stops, places_of(run.parts.base, layout, stops), strict=True):
+            held = run.parts.slot(stop).get()  # of what it holds, that which it trains now
+            state |= {name: held[name] for name in place.segment.names if name in held}
         draft = final.with_name(f".{final.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)
         save_part(run.parts.base, state, draft, base_name=Path(self.config.model).name)
@@ -294,12 +300,12 @@ def _carrier(remote: Remote, network: asyncio.AbstractEventLoop) -> Carry:
     return carry
 
 
-def _told(data: object) -> Told:
-    """What a client says of its data, if it can be."""
-    names = ("examples", "label_tokens", "steps_per_epoch", "evaluation_batches")
+def _told(data: object, *, planned: bool) -> Told:
+    """What a client says of its data, if it can be; ``planned``: to a planner."""
+    names = [field.name for field in fields(Told)]
     if not isinstance(data, dict) or set(data) != set(names):
         raise Refused("The hello does not say what the data are. Both ends need the same version of cutlayer.")
-    least = {"examples": 1, "steps_per_epoch": 1}
+    least = {"examples": 1, "steps_per_epoch": 1, "length": 1 if planned else 0}
     if any(type(data[n]) is not int or not least.get(n, 0) <= data[n] <= MOST_EXAMPLES for n in names):
         raise Refused("The hello says of the data what cannot be: counts are whole numbers, and not below one example.")
     return Told(**data)

@@ -14,6 +14,7 @@ from cutlayer.contracts import SERVER, Parcel
 from cutlayer.errors import WireError
 from cutlayer.links.local import STEP_VERBS, send
 from cutlayer.parties.client import VERB_STEPS
+from cutlayer.parties.holder import Holder
 from cutlayer.step import at
 from cutlayer.wire import Frame, Header, Meter, Value, encode
 
@@ -30,13 +31,16 @@ class NetworkLink:
         meter: counts what the run sends.
         asked: is told of each message of a training step, and may raise.
         turn: of the last request that the client has answered to a server before.
+        shadow: stands for the client here, and follows it where it moves.
+        most: the most head blocks that it may have, where a planner says them.
     """
 
     def __init__(
         self, name: str, carry: Carry, *, meter: Meter, asked: Callable[[str, str], None] = lambda *_: None,
-        turn: int = 0,
+        turn: int = 0, shadow: Holder | None = None, most: int | None = None,
     ) -> None:  # fmt: skip
         self.name, self.carry, self.meter, self.asked, self.turn = name, carry, meter, asked, turn
+        self.shadow, self.most = shadow, most
         self.apart_bytes = 0  # of requests that are counted apart
         self._aborted = False
 
@@ -60,6 +64,8 @@ class NetworkLink:
                 f"Client '{self.name}' answered '{header.verb}' with a frame from '{reply.sender}' to "
                 f"'{reply.receiver}', not to '{to}'. Both ends need the same version of cutlayer."
             )
+        if header.verb == "move" and self.shadow is not None:
+            self.shadow.on_move(header, dict(zip(header.names, tensors, strict=True)))
         send(self.meter, reply, found, self.name)  # of equal length: it is what came, counted where all is counted
         return Parcel(reply, found)
 
@@ -70,7 +76,10 @@ class NetworkLink:
     async def begin(self, rounds: int, updates: int) -> None:
         """Let the client be as it was after round ``rounds`` (0: anew); its part will have ``updates`` updates."""
         self._aborted = False
-        await self.tell("begin", {"round": rounds, "updates": updates})
+        cuts: dict[str, Value] = {}
+        if self.shadow is not None and self.most is not None:
+            cuts = {"head_blocks": len(self.shadow.head.blocks), "most": self.most}
+        await self.tell("begin", {"round": rounds, "updates": updates, **cuts})
 
     async def keep(self, rounds: int) -> None:
         """Let the client write its checkpoint of round ``rounds``."""

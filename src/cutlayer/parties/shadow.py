@@ -19,8 +19,11 @@ class Shadow(Holder):
         tail: its segment with the norm, the head and the loss; None in the two-part split.
         slot: of the same shapes as the client's.
         evaluations: how many evaluation batches it has.
+        validations: how many batches it keeps from training.
     """
 
-    def __init__(self, name: str, *, head: Segment, tail: Segment | None, slot: Slot, evaluations: int) -> None:
+    def __init__(
+        self, name: str, *, head: Segment, tail: Segment | None, slot: Slot, evaluations: int, validations: int = 0
+    ) -> None:
         super().__init__(name, head=head, tail=tail, slot=slot, secret=b"")
-        self.evaluation = range(evaluations)
+        self.evaluation, self.validation = range(evaluations), range(validations)
