@@ -158,13 +158,8 @@ class Apart:
         folder = next(place for place in places if any(place.glob("*.safetensors")))
         return load_file(next(folder.glob("*.safetensors")))
 
-    def same(
-        self, one: Path, *, server: str = "server", names: Sequence[str] = (), unequal: bool = False
-    ) -> bool:  # fmt: skip
-        """Whether each client's part, and the server's for it, are the bits of the run in one process; all of it.
-
-        With ``unequal`` ranks the server has of a client's part what was merged, which is of other ranks.
-        """
+    def same(self, one: Path, *, server: str = "server", names: Sequence[str] = ()) -> bool:
+        """Whether each client's part, and the server's for it, are the bits of the run in one process; all of it."""
         for name in names or self.files:
             places = [one / "adapters" / name, one / "adapter", one / "models" / name, one / "model"]
             whole = load_file(next(file for place in places for file in place.glob("*.safetensors")))
@@ -172,11 +167,7 @@ class Apart:
             together = {**trunk, **own}
             if together.keys() != whole.keys() or not all(torch.equal(together[n], whole[n]) for n in whole):
                 return False
-            if (
-                not own
-                or not trunk
-                or not all(torch.equal(trunk[n], whole[n]) for n in trunk if not (unequal and n in own))
-            ):
+            if not own or not trunk or not all(torch.equal(trunk[n], whole[n]) for n in trunk):
                 return False
         return True
 

@@ -40,6 +40,7 @@ def begin(parts: Parts) -> None:
     if not isinstance(peft, Allotter):
         return
     known: dict[str, Frozen] = {}
+    parts.base.install(None)  # a run that was driven before may have left the blocks of one segment there
     for client, party in parts.clients.items():
         fit_slot(party.slot, client_ranks(parts, {}, client, party.names("own")))
         party.slot.importance = _importance(parts.base, peft, party.slot, known)
@@ -56,6 +57,7 @@ def begin_alone(base: Base, peft: Peft, client: str, slot: Slot, own: Iterable[s
     """
     if not isinstance(peft, Allotter):
         return
+    base.install(None)
     even = importances(base, {}, client, sorted(pairs(set(own))))
     fit_slot(slot, allotted(peft, base, even, peft.limit(client, trunks=1), holder=client))
     slot.importance = _importance(base, peft, slot, {})
