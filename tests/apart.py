@@ -125,12 +125,14 @@ class Apart:
         self.port = int(found[-1])
         return process
 
-    def join(self, name: str, *more: str, keys: Path | None = None, fate: Fate | None = None) -> Command:
-        """A client."""
+    def join(
+        self, name: str, *more: str, keys: Path | None = None, model: bool = True, fate: Fate | None = None
+    ) -> Command:
+        """A client; ``model`` False: it is not told where the model is."""
         own = ["--keys", str(keys / name)] if keys else ["--insecure", "--name", name]
         return self.start(
             name, "join", f"localhost:{self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
-            str(self.root / name), "--model", self.tree["model"], *own, *more, fate=fate,
+            str(self.root / name), *(["--model", self.tree["model"]] if model else []), *own, *more, fate=fate,
         )  # fmt: skip
 
     def ended(self, processes: Mapping[str, Command]) -> None:

@@ -22,11 +22,20 @@ from pydantic import BaseModel
 import cutlayer
 from cutlayer import contracts, registry
 from cutlayer.cli.main import app
-from cutlayer.config import ClientConfig, DataConfig, EarlyStop, OptimizerConfig, RunConfig, load_config
+from cutlayer.config import (
+    ClientConfig,
+    DataConfig,
+    EarlyStop,
+    EngineConfig,
+    OptimizerConfig,
+    RunConfig,
+    load_config,
+)
 from cutlayer.config_types import CodecConfig, Spec
 from cutlayer.config_write import OTHER_KEYS
 from cutlayer.models.families import EXACT
 from cutlayer.policy import Policy, load_policy
+from cutlayer.service_file import load_service
 from tiny import make_model, texts, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +89,7 @@ def checked_command(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("language", "text"), BLOCKS)
-def test_block_is_sound(language: str, text: str) -> None:
+def test_block_is_sound(language: str, text: str, tmp_path: Path) -> None:
     """Commands name what is there, Python compiles, YAML is a run or a part of one."""
     if language == "sh":
         for words in commands_of(text):
@@ -89,6 +98,9 @@ def test_block_is_sound(language: str, text: str) -> None:
         compile(text, "block", "exec")
     elif language == "yaml" and text.startswith("# policy.yaml"):
         assert load_policy(text).most.bytes
+    elif language == "yaml" and text.startswith("# service.yaml"):
+        (tmp_path / "service.yaml").write_text(text)
+        load_service(tmp_path / "service.yaml")
     elif language == "yaml":
         load_config({"model": "m", "data": {"train": "x"}, **yaml.safe_load(text)})
     else:
@@ -141,7 +153,7 @@ def test_readme_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "send_activations clinic" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/network.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/network.md", "docs/deploy.md"])
 def test_what_waits_for_another_has_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """``serve`` and ``join`` are run in test_network.py; here their documented options exist."""
     found = [words for text in blocks_of(name, "sh") for words in commands_of(text) if words[1] in ("serve", "join")]
@@ -189,7 +201,7 @@ def rows_of(file: str, heading: str = "") -> list[list[str]]:
 
 NESTED: dict[str, type[BaseModel]] = {
     "data": DataConfig, "clients": ClientConfig, "optimizer": OptimizerConfig, "early_stop": EarlyStop,
-    "codec": CodecConfig, "clients.data": type(ClientConfig(name="a", data="x").data),  # type: ignore[arg-type, dict-item]
+    "engine": EngineConfig, "codec": CodecConfig, "clients.data": type(ClientConfig(name="a", data="x").data),  # type: ignore[arg-type, dict-item]
 }  # fmt: skip
 
 
@@ -199,7 +211,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any
         key, default = f"{prefix}{name}", field.get_default(call_default_factory=True)
         if field.is_required() or key == "data.train":
             default = ...
-        elif isinstance(default, Spec):
+        elif isinstance(default, Spec | EngineConfig):
             default = default.name
         elif isinstance(default, CodecConfig) or (
             default is None and (key in (*registry.FAMILIES, *OTHER_KEYS) or prefix == "codec.")
@@ -300,13 +312,17 @@ def test_pins_cover_what_the_project_names() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *(one for extra in ("dev", "ray") for one in extras[extra])]
     for requirement in map(Requirement, named):
         name = requirement.name.lower()
         assert name in pins, f"no pin for {name}"
         assert requirement.specifier.contains(pins[name]), name
     assert pins["torch"] == "2.13.0"
     assert not {"pip", "setuptools", "cutlayer"} & set(pins)
+    other = dict(line.split("==") for line in (ROOT / "constraints-flower.txt").read_text().splitlines()[1:])
+    for requirement in map(Requirement, [*project["dependencies"], *extras["flower"]]):
+        assert requirement.specifier.contains(other[requirement.name.lower().replace("_", "-")]), requirement
 
 
 def tracked() -> list[Path]:

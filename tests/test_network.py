@@ -191,9 +191,9 @@ def test_killed_parties_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_server_that_is_stopped_at_once_says_how_to_go_on(tmp_path: Path) -> None:
     run = Apart(tmp_path / "apart", framework="psl", rounds=12)
-    server = run.serve()
+    server = run.serve("--drain", "0")
     clients = {name: run.join(name) for name in ROWS}
     assert run.kill_after("server", server, 4, gently=True) == 130
     assert "The same command goes on with the run" in run.said("server")

@@ -20,6 +20,8 @@ from cutlayer.data.classes import classes_of
 from cutlayer.errors import ConfigError
 from cutlayer.models.heads import head_of
 from cutlayer.models.loading import Part
+from cutlayer.planning import at_cut
+from cutlayer.presence import Routes
 
 AT_CLIENT = "at the client"  # in place of every file of data
 HERE = ("record_wire", "device", "report_to")  # keys that are each party's own
@@ -78,8 +80,8 @@ def problems(config: RunConfig) -> Iterator[str]:
     for key, _, spec in config.methods():
         if spec.name.endswith(".py"):
             yield f"{key} is the file {spec.name}; over the network both ends need it as an installed method."
-    if config.engine != "local":
-        yield f"engine is '{config.engine}', which is for one owner's machines. serve and join need none: leave it out."
+    if config.engine.name != "local":
+        yield f"engine is '{config.engine.name}', for one owner's machines. serve and join need none: leave it out."
 
 
 def check_routes(config: RunConfig, num_blocks: int) -> None:
@@ -88,23 +90,36 @@ def check_routes(config: RunConfig, num_blocks: int) -> None:
     Raises:
         ConfigError: they would.
     """
-    routes = routes_of(config, layouts_of(config, num_blocks))
+    for name, peer in hosts(routes_of(config, layouts_of(config, num_blocks))):
+        raise ConfigError(
+            [
+                f"framework '{config.framework.name}': client '{peer}' runs blocks for '{name}', which is not yet "
+                "over the network. Take a framework whose trunk is at the server."
+            ],
+            "the run",
+        )
+
+
+def hosts(routes: Routes) -> Iterator[tuple[str, str]]:
+    """The clients for whom another runs blocks, each with the first that does."""
     for name, stops in routes.items():
         peer = next((stop.party for stop in stops if stop.party in routes), None)
         if peer is not None:
-            raise ConfigError(
-                [
-                    f"framework '{config.framework.name}': client '{peer}' runs blocks for '{name}', which is not yet "
-                    "over the network. Take a framework whose trunk is at the server."
-                ],
-                "the run",
-            )
+            yield name, peer
 
 
 def part_of(layout: Layout) -> Part:
     """What a client holds of the model: its head, and in the U-shape its tail."""
     tail = layout.tail if layout.tail_at_client else range(0)
     return Part(0, len(layout.head), bottom=True, top=layout.tail_at_client, also=tail)
+
+
+def parts_of(config: RunConfig, num_blocks: int) -> dict[str, Part]:
+    """What each client may come to hold: where a planner moves cuts, all blocks but the trunk's last."""
+    layouts = layouts_of(config, num_blocks)
+    if config.planner is not None:
+        layouts = {name: at_cut(layout, layout.middle.stop - 1) for name, layout in layouts.items()}
+    return {name: part_of(layout) for name, layout in layouts.items()}
 
 
 def known_classes(config: RunConfig) -> Sequence[str] | None:
@@ -133,6 +148,8 @@ def offer(config: RunConfig) -> dict[str, Any]:
     """The run as the server tells it to a client: nothing of the server's own machine is in it."""
     tree = tree_of(config)
     tree["model"] = Path(config.model).name if Path(config.model).is_dir() else config.model
+    if (classes := known_classes(config)) is not None:  # all of the head's, as a client may not hold the head
+        tree["data"]["classes"] = list(classes)
     return {key: value for key, value in tree.items() if key not in HERE}
 
 

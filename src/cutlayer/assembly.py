@@ -21,7 +21,7 @@ from cutlayer.parties.holder import Holder
 from cutlayer.parties.shadow import Shadow
 from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.planning import Costs, at_cut
-from cutlayer.plans import at_ranks, first_cuts, outset, slot_ranks
+from cutlayer.plans import Outset, at_ranks, first_cuts, outset, slot_ranks
 from cutlayer.presence import Presence, Routes
 from cutlayer.schedule import (
     MOST_IDLE,
@@ -55,6 +55,7 @@ class Parts:
     costs: Costs | None  # None where nothing is known of the clients' data
     planner: Planner | None = None
     bounds: Mapping[str, range] | None = None  # by client: the cuts that the planner may give it
+    begun: Outset | None = None  # where clients began whose data are at hand
     apart: bool = False  # the clients are in processes of their own, and ``clients`` are their shadows
 
     @property
@@ -152,7 +153,7 @@ def neighbours(config: RunConfig, stops: Sequence[Stop]) -> tuple[str, str]:
 
 
 def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
-    """Cut the base, make the slots and the parties: all in this process.
+    """Cut the base, make the slots and the parties: all in this process, but with ``engine: ray`` the clients.
 
     Raises:
         DataError: the data does not fit the model.
@@ -161,8 +162,23 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     check_fit(config, base, data)
     begun = outset(config, base.model.config, base.anatomy.num_blocks, data)
     told = {name: told_of(config, begun.data, name, begun.kept[name]) for name in config.client_names}
-    seat = partial(client_party, config, base, begun.data, begun.kept)
-    return _assemble(config, base, told, seat, begun.layouts, begun.costs, begun.planner, begun.bounds)
+    seat: Callable[..., Holder] = partial(client_party, config, base, begun.data, begun.kept)
+    if config.engine.name == "ray":
+        seat = partial(mirror, config, base, begun)
+    parts = _assemble(config, base, told, seat, begun.layouts, begun.costs, begun.planner, begun.bounds)
+    return replace(parts, begun=begun)
+
+
+def mirror(
+    config: RunConfig, base: Base, begun: Outset, name: str, *, head: Segment, tail: Segment | None, slot: Slot,
+    frozen: bool,
+) -> Shadow:  # fmt: skip
+    """What stands for a client in an actor; its slot is made equal to the client's at each checkpoint."""
+    sizes = [len(chunks(rows, config.batch_size)) for rows in (begun.data.evaluation, begun.kept.get(name, []))]
+    shadow = Shadow(name, head=head, tail=tail, slot=slot, evaluations=sizes[0], validations=sizes[1])
+    if frozen:
+        shadow.params = {**{n: base.initial[n] for n in head.names}, **slot.params}
+    return shadow
 
 
 def assemble_server(config: RunConfig, base: Base, told: Mapping[str, Told]) -> Parts:
@@ -370,17 +386,4 @@ def check_somebody_trains(config: RunConfig, routes: Routes) -> None:
                 "the clients and at availability."
             ],
             "the run",
-        )
-
-
-def check_profiles(profiles: Mapping[str, object]) -> None:
-    """Refuse clients without a profile among clients with one.
-
-    Raises:
-        ConfigError: their times could not be compared.
-    """
-    without = [name for name, profile in profiles.items() if profile is None]
-    if without and len(without) < len(profiles):
-        raise ConfigError(
-            [f"client '{without[0]}' has no profile, but others have. Give it one, or set profile for all."]
         )

@@ -17,10 +17,11 @@ from cutlayer.data.batches import collate, fingerprint, split_eval
 from cutlayer.data.classes import classes_of
 from cutlayer.data.formats import pack, token_lengths, tokenize
 from cutlayer.data.sources import load_rows
-from cutlayer.errors import DataError, MethodError, ModelError
+from cutlayer.errors import ConfigError, DataError, MethodError, ModelError
 from cutlayer.models.heads import Head, head_of
+from cutlayer.models.loading import Part, load_model, load_tokenizer
 from cutlayer.models.loading import load_config as load_model_config
-from cutlayer.models.loading import load_model, load_tokenizer
+from cutlayer.models.placement import MAPS, placed
 from cutlayer.models.segment import Base
 from cutlayer.models.sharing import SharedModels
 from cutlayer.profiles import profile_from
@@ -139,12 +140,18 @@ def _tokenised(
         train = {name: pack(part, data.max_length) for name, part in train.items()}
         evaluation = pack(evaluation, data.max_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    together = partial(collate, pad_id=pad or 0, padding_side=data.padding_side, causal=task == "causal")
+    together = collating(config, pad or 0)
     prints = [fingerprint(train[name]) for name in names] + [fingerprint(evaluation)]
     return Data(
         train, evaluation, together, classes.names if classes else None, "-".join(p[:16] for p in prints), pad or 0,
         picture,
     )  # fmt: skip
+
+
+def collating(config: RunConfig, pad_id: int) -> Callable[[Sequence[Example]], Batch]:
+    """What makes batches of a run's examples."""
+    side, causal = config.data.padding_side, task_of(config) == "causal"
+    return partial(collate, pad_id=pad_id, padding_side=side, causal=causal)
 
 
 def _divide(
@@ -166,8 +173,9 @@ def _divide(
 
 
 def load_base(
-    config: RunConfig, *, labels: Sequence[str] | None, device: str, models: SharedModels | None = None
-) -> Base:
+    config: RunConfig, *, labels: Sequence[str] | None, device: str, models: SharedModels | None = None,
+    part: Part | None = None,
+) -> Base:  # fmt: skip
     """The whole model, once, with its adapters: every simulated party runs its own part of it.
 
     Args:
@@ -175,15 +183,23 @@ def load_base(
         labels: a classifier's classes.
         device: where it is to be.
         models: where its weights are shared with other runs of this process.
+        part: of the model, where not all of it is needed.
+
+    Raises:
+        ConfigError: weights that are shared cannot be spread over several devices.
     """
     task = task_of(config)
     load = partial(
         load_model, config.model, task=task, precision=config.precision, labels=labels, seed=config.seed,
-        attn_implementation=config.attn_implementation,
+        attn_implementation=config.attn_implementation, part=part,
     )  # fmt: skip
     if models is None:
         model, anatomy = load(device="cpu")
     else:
+        if device in MAPS:
+            raise ConfigError(
+                [f"device is '{device}', which is not for several runs on one base. Take cuda."], "the run"
+            )
         new = (tuple(labels), config.seed) if labels is not None else ()  # of a classifier's new head
         key = (config.model, config.precision, config.attn_implementation, device, task, *new)
         model, anatomy = models.model(key, partial(load, device=device))
@@ -204,7 +220,7 @@ def load_base(
             f"data.packing needs a family that is known to keep packed examples apart; "
             f"'{model.config.model_type}' is not. Set data.packing: false."
         )
-    model.to(device)
+    placed(model, device)
     base: Base = config.build("peft").prepare(model, anatomy, task=task, seed=config.seed)
     if not base.initial:
         raise ModelError("Nothing is trained: the adapter matches no layer. Check peft.targets.")

@@ -38,8 +38,8 @@ from cutlayer.identity import identity_of
 from cutlayer.seeds import derive
 
 __all__ = [
-    "ClientConfig", "ClientData", "CodecConfig", "DataConfig", "EarlyStop", "Many", "Maybe", "One", "OptimizerConfig",
-    "RunConfig", "Spec", "check_profile", "dump", "filled", "load_config", "resolved",
+    "ClientConfig", "ClientData", "CodecConfig", "DataConfig", "EarlyStop", "EngineConfig", "Many", "Maybe", "One",
+    "OptimizerConfig", "RunConfig", "Spec", "check_profile", "dump", "filled", "load_config", "resolved",
 ]  # fmt: skip
 
 
@@ -59,6 +59,12 @@ def _clients(value: Any) -> Any:
 
 def _counted(value: Any) -> str:
     return "list" if isinstance(value, list) else "number"
+
+
+def _engine(value: Any) -> Any:
+    if not isinstance(value, str | Mapping | EngineConfig):
+        raise ValueError("must be local or ray, or {name: ray, option: value}")
+    return _named(value)
 
 
 def _listed(value: Any) -> Any:
@@ -112,6 +118,16 @@ class EarlyStop(Tree):
     min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
+class EngineConfig(Tree):
+    """Where the clients of a run are: in this process, or in actors on a Ray cluster."""
+
+    name: Literal["local", "ray"] = "local"
+    address: Text | None = None  # of a Ray cluster; null starts one on this machine, auto takes the one that runs
+    clients_per_actor: Count | None = None  # null: as many actors as there is room for
+    num_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # of each actor
+    num_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
 class RunConfig(Tree):
     """A whole run: the keys and defaults of a run file."""
 
@@ -153,7 +169,7 @@ class RunConfig(Tree):
     gradient_checkpointing: bool = False
     verify: Literal["auto", "always"] = "auto"  # compare the cut model with the uncut one at the start
     device: str = "auto"
-    engine: Literal["local", "ray"] = "local"
+    engine: Annotated[EngineConfig, BeforeValidator(_engine)] = EngineConfig()
     profile: Profiles = None  # of the virtual clock, for all clients that have none; of a list each draws one
     profiles: dict[str, Profile] = Field(default_factory=dict)  # of other parties: the server, edges
     availability: Chance = 1.0  # the probability that a client is there in a round

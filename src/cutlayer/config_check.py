@@ -17,7 +17,7 @@ from cutlayer.method_check import PROTOCOLS
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
 
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|balanced|sequential")
 RESERVED = ("server",)
 
 
@@ -223,14 +223,23 @@ def _length(config: RunConfig) -> Iterator[str]:
 @rule("device")
 def _device(config: RunConfig) -> Iterator[str]:
     if not DEVICE.fullmatch(config.device):
-        near = suggest(config.device, ["auto", "cpu", "cuda"])
-        yield f"device is '{config.device}'.{near} Allowed: auto, cpu, cuda, cuda:0, ..."
+        near = suggest(config.device, ["auto", "cpu", "cuda", "balanced", "sequential"])
+        allowed = "auto, cpu, cuda, cuda:0, ..., balanced, sequential"
+        yield f"device is '{config.device}'.{near} Allowed: {allowed}."
 
 
-@rule("engine")
+@rule("engine", "device")
 def _engine(config: RunConfig) -> Iterator[str]:
-    if config.engine != "local":
-        yield f"engine is '{config.engine}', which does not work yet. Take engine: local."
+    engine = config.engine
+    if engine.name == "local":
+        given = [key for key in type(engine).model_fields if getattr(engine, key) != getattr(type(engine)(), key)]
+        for key in given:
+            yield f"engine.{key} is given, but engine is 'local', which has no such option. Set engine.name: ray."
+    elif config.device.startswith("cuda") and not engine.num_gpus:
+        yield (
+            f"device is '{config.device}', but the actors of engine 'ray' get no GPU. Set engine.num_gpus, or take "
+            "device: auto, which gives each process what it has."
+        )
 
 
 @rule("report_to")

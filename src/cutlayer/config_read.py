@@ -224,6 +224,8 @@ class Overrides:
             return [{"name": name} for name in numbered(value)]
         if re.fullmatch(r"clients\.\d+\.data", path) and isinstance(value, str):
             return {"train": value}
+        if path == "engine":
+            return self._named(value)
         if path == "codec" and part in ("up", "down") and (isinstance(value, str) or "name" in value):
             return {"up": self._named(value), "down": self._named(value)}
         if family and part.isdecimal() and not isinstance(value, list):

@@ -125,6 +125,8 @@ def tree_of(config: RunConfig) -> dict[str, Any]:
     for family in family_keys(type(config)):
         tree[family] = _plain(tree[family])
     tree["data"]["division"] = _plain(tree["data"]["division"])
+    if config.engine == type(config.engine)(name=config.engine.name):
+        tree["engine"] = config.engine.name
     codec = {leg: _plain(spec) for leg, spec in tree["codec"].items()}
     tree["codec"] = "none" if list(codec.values()) == ["none", "none"] else codec
     if isinstance(config.clients, list):

@@ -40,7 +40,7 @@ class Run(Updating):
 
     def __init__(
         self, config: RunConfig, parts: Parts, *, meter: Meter, clock: RunClock, out: Path, progress: Reporter,
-        links: Callable[[Run], Mapping[str, Link]] | None = None,
+        links: Links | None = None,
     ) -> None:  # fmt: skip
         self.config, self.parts, self.meter, self.clock = config, parts, meter, clock
         self.out, self.progress = out, progress
@@ -348,6 +348,9 @@ class Run(Updating):
         self.sizes = {name: self.sizes[name] for name in self.clients}  # in their order, whoever answered first
         for name in self.clients:
             self.federated.sizes[name] = self.sizes[name][by] if by else 1.0
+
+
+Links = Callable[[Run], Mapping[str, Link]]
 
 
 def local_links(run: Run) -> dict[str, Link]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,22 @@ from cutlayer.schedule import MOST_IDLE
 
 
 class Engine:
-    """Drives a run from its first round, or from a checkpoint, to its end."""
+    """Drives a run from its first round, or from a checkpoint, to its end, or until it is asked to stop."""
 
-    def __init__(self, run: Run, *, data_fingerprint: str = "") -> None:
-        self.run = run
+    def __init__(
+        self, run: Run, *, data_fingerprint: str = "", asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> None:  # fmt: skip
+        self.run, self.asked_to_stop = run, asked_to_stop
         self.data_fingerprint = data_fingerprint
         self._idle = 0  # rounds in a row without a step
         initial = {name: parameter.detach() for name, parameter in run.parts.base.initial.items()}
         run.federated.begin(initial, own_trunks(run.parts))
 
-    async def drive(self, *, rounds: int) -> None:
-        """Rounds until the run's length is reached, with evaluation, checkpoints and early stop between."""
+    async def drive(self, *, rounds: int) -> bool:
+        """Rounds until the run's length is reached, with evaluation, checkpoints and early stop between.
+
+        False: it was asked to stop, and did after the checkpoint of a round.
+        """
         run = self.run
         counters = run.counters
         if counters.rounds == 0:
@@ -52,13 +57,17 @@ class Engine:
                 run.book_outside()
             if ended or (every and counters.rounds % every == 0):
                 await self._evaluate_and_judge()
-            if ended or counters.stopped or counters.rounds % run.config.checkpoint_every == 0:
+            leaves = self.asked_to_stop()  # looked at once: a round after it is saved before anybody leaves, too
+            if ended or leaves or counters.stopped or counters.rounds % run.config.checkpoint_every == 0:
                 await self.save()
+            if leaves and not ended and not counters.stopped:
+                return False
             if ended and all(run.presence.over(client, counters.rounds) for client in run.clients):
                 run.progress.note(f"after round {counters.rounds}: nobody is left who could train")
         if not any(counters.steps.values()):
             run.progress.note("nobody made a step in any round, so nothing was trained: the result is the start")
         self._flush()
+        return True
 
     async def _round(self) -> None:
         run, counters = self.run, self.run.counters

@@ -99,7 +99,11 @@ class Disconnected(NetworkError):
 
 
 class Refused(NetworkError):
-    """The other end turned us away, or we it; trying again does not help."""
+    """The other end turned us away, or we it; trying again does not help. ``reason`` is a word to count it under."""
+
+    def __init__(self, message: str, *, reason: str = "other") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Dismissed(NetworkError):

@@ -18,7 +18,7 @@ from cutlayer.errors import MethodError, ModelError
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
 
-IRRELEVANT = {"record_wire", "device", "report_to", "checkpoint_every", "verify"}  # they change no number
+IRRELEVANT = {"record_wire", "device", "engine", "report_to", "checkpoint_every", "verify"}  # they change no number
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WHOLE = 256 << 20  # bytes: a file up to this size is read whole
 SAMPLES, SAMPLE = 1024, 4096  # of a larger one so many pieces are read, evenly spread, of so many bytes

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import shutil
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer import checkpoint
-from cutlayer.apart import check_routes, known_classes, part_of, taken
+from cutlayer.apart import check_routes, known_classes, part_of
 from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
@@ -25,29 +25,27 @@ from cutlayer.contracts import SERVER
 from cutlayer.engine import identity
 from cutlayer.errors import (
     CheckpointError,
-    ConfigError,
     CutlayerError,
     NetworkError,
     OutputError,
     PolicyRefused,
-    Refused,
     WireError,
 )  # fmt: skip
 from cutlayer.files import write_text
+from cutlayer.frames import limits_of
 from cutlayer.guard import Guard, guarded
-from cutlayer.identity import fingerprint
-from cutlayer.keys import ClientKeys, client_keys
+from cutlayer.keys import client_keys
 from cutlayer.leaving import held_by
 from cutlayer.links.net.answering import Again, answer
-from cutlayer.links.net.connecting import connect
+from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.session import Session
-from cutlayer.links.net.tls import Credentials
 from cutlayer.links.network import HOUSEKEEPING
 from cutlayer.models.adapters import save_part
 from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import Part, device_named, load_model
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
+from cutlayer.offered import fetched, opener, own_name
 from cutlayer.outputs import alone
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.client import answer as answer_step
@@ -100,7 +98,8 @@ def join(
         name: which client of the run it is, where no keys say it.
         run: which of the server's runs, where this client is in several.
         policy: the owner's policy file; None: the default one.
-        model: where it has the model; None: where the run says.
+        model: where it has the model; ``served``: its part comes from the server; None: where the run says, or from the
+            server where that is a folder of the server's own.
         device: as in a run.
         again: when to try again after the connection was lost.
         progress: as of ``cutlayer.train``.
@@ -125,56 +124,27 @@ async def _join(
     progress: Reporter,
 ) -> Joined:  # fmt: skip
     keys = client_keys(folder) if folder is not None else None
-    name = _own_name(keys, name)
+    name = own_name(keys, name)
     policy = load_policy(policy_file) if policy_file is not None else Policy()
-    open_session = _opener(address, keys, policy)
-    greeting = await open_session({"client": name, "wants": "run", **({"run": run} if run else {})})
-    tree, run = greeting.welcome.get("run"), greeting.welcome.get("name")
-    await greeting.close("It has read what the run is.")
-    if not isinstance(tree, Mapping):
-        raise Refused(f"The server at {address} offers no run.")
-    config = taken(tree, model=model, device=device)
-    if name not in config.client_names:
-        raise Refused(f"The run at {address} has no client '{name}'. It has: {', '.join(config.client_names)}.")
-    files = fingerprint(config.model)
-    if wrong := policy.problems(config, name, files=files):
-        raise PolicyRefused("the run", " ".join(wrong))
+    offered = await fetched(
+        opener(address, keys, policy, LIMITS), address, name, policy, progress=progress, run=run, model=model,
+        device=device, again=again,
+    )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
-        seat = Seat(config, name, data, held_out, out, policy, progress)
+        config = await offered.with_model(out)
+        seat = Seat(config, name, data, held_out, out, policy, progress, base_name=offered.config.model)
+        open_session = opener(address, keys, policy, limits_of(config, load_model_config(config.model)))
         progress.note(f"joined the run at {address} as '{name}'; output folder: {out}")
 
         async def open_again(extras: Mapping[str, Any]) -> Session:
             # No turn follows from an earlier session to this one, but what was released stays counted.
-            return await open_session({"client": name, "run": run, "model": files, **seat.told(), **extras})
+            return await open_session({**offered.hello, **seat.told(), **extras})
 
         words = await answer(open_again, seat.handle, again=again)
         if not seat.result.is_dir():
             raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
         return Joined(out, seat.result, seat.guard.told())
-
-
-def _own_name(keys: ClientKeys | None, name: str | None) -> str:
-    if keys is None:
-        if name is None:
-            raise ConfigError(["without --keys, say by --name which client of the run this is."], "the call")
-        return name
-    if name not in (None, keys.name):
-        raise ConfigError(
-            [f"--name is '{name}', but the keys in {keys.folder} are those of '{keys.name}'."], "the call"
-        )
-    return keys.name
-
-
-def _opener(address: str, keys: ClientKeys | None, policy: Policy) -> Callable[[Mapping[str, Any]], Awaitable[Session]]:
-    """What opens a session with a hello."""
-    credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None
-    token, pinned = keys.token if keys else "", policy.server or ""
-
-    async def opened(hello: Mapping[str, Any]) -> Session:
-        return await connect(address, credentials, token, hello, fingerprint=pinned)
-
-    return opened
 
 
 class Seat:
@@ -188,12 +158,14 @@ class Seat:
         out: its folder.
         policy: its owner's.
         progress: is told what happens.
+        base_name: what its adapter calls the model that it is of; None: where the model lies.
     """
 
     def __init__(
         self, config: RunConfig, name: str, data: str, held_out: str | None, out: Path, policy: Policy,
-        progress: Reporter,
+        progress: Reporter, base_name: str | None = None,
     ) -> None:  # fmt: skip
+        self.base_name = base_name or config.model
         self.config, self.name, self.out, self.progress = config, name, out, progress
         blocks = number_of_blocks(load_model_config(config.model))
         check_routes(config, blocks)
@@ -360,7 +332,7 @@ class Seat:
         state = {name: tensor for name, tensor in self.party.slot.get().items() if name in own}
         try:
             shutil.rmtree(draft, ignore_errors=True)
-            save_part(self.base, state, draft, base_name=self.config.model)
+            save_part(self.base, state, draft, base_name=self.base_name)
             if final.is_dir():
                 shutil.rmtree(final)
             checkpoint.move(draft, final)

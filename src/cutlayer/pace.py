@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from cutlayer.assembly import Parts, check_profiles, party_between, segments_of
+from cutlayer.assembly import Parts, party_between, segments_of
 from cutlayer.build import task_of, training_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
 from cutlayer.costs import Profile, Work, profile_from, seconds, shape_of
+from cutlayer.errors import ConfigError
 from cutlayer.links.local import Pace
 from cutlayer.models.segment import Segment
 
@@ -100,3 +101,16 @@ def workers(profiles: Mapping[str, Profile | None], party: str) -> int:
     """How many steps a party works on at a time."""
     profile = profiles.get(party)
     return profile.workers if profile is not None else 1
+
+
+def check_profiles(profiles: Mapping[str, object]) -> None:
+    """Refuse clients without a profile among clients with one.
+
+    Raises:
+        ConfigError: their times could not be compared.
+    """
+    without = [name for name, profile in profiles.items() if profile is None]
+    if without and len(without) < len(profiles):
+        raise ConfigError(
+            [f"client '{without[0]}' has no profile, but others have. Give it one, or set profile for all."]
+        )

@@ -147,6 +147,7 @@ class Policy(Tree):
 
     server: Annotated[Text | None, BeforeValidator(_fingerprint)] = None  # the fingerprint of its certificate
     models: Annotated[list[Text] | None, BeforeValidator(_listed)] = None  # names, or sha256:... of its files
+    served_model: bool | None = None  # blocks that the server hands; null: where nothing here relies on the model
     partitions: Annotated[list[Text] | None, BeforeValidator(_listed)] = None
     head_blocks: Round = 0  # the client's first part has at least so many blocks
     defenses: Annotated[list[Required], BeforeValidator(_required)] = Field(default_factory=list)
@@ -154,18 +155,21 @@ class Policy(Tree):
     most: Most = Most()
     told: Told = Told()
 
-    def problems(self, config: RunConfig, client: str, *, files: Mapping[str, str] | None = None) -> list[str]:
+    def problems(
+        self, config: RunConfig, client: str, *, files: Mapping[str, str] | None = None, served: str | None = None
+    ) -> list[str]:
         """Why the client may not take part in a run, as sentences; none if it may.
 
         Args:
             config: the run as the server offers it, with all defaults spelled out.
             client: its name there.
             files: the SHA-256 of the model's files, by name; by default of those on this machine.
+            served: of the part that the server hands, where it does; then only the server says what model it is.
         """
         if client not in config.client_names:
             return [f"clients: the run has no client '{client}'; it has: {', '.join(config.client_names)}."]
         return [
-            *self._wrong_model(config.model, files),
+            *(self._wrong_model(config.model, files) if served is None else self._wrong_served(config.model, served)),
             *self._wrong_cut(config, client),
             *(said for required in self.defenses for said in _missing(required, config.defense)),
             *self._wrong_kinds(config, client),
@@ -180,6 +184,25 @@ class Policy(Tree):
         if not weights or not set(weights.values()) <= allowed:
             seen = f" Its weights are {', '.join(f'sha256:{one}' for one in weights.values())}." if weights else ""
             yield f"models: the run's model is '{model}'; allowed: {', '.join(self.models) or 'none'}.{seen}"
+
+    def _wrong_served(self, model: str, served: str) -> Iterator[str]:
+        if f"sha256:{served}" in {one.lower() for one in self.models or ()}:
+            return
+        trusted = self.served_model
+        if trusted is None:
+            trusted = self.models is None and not self.head_blocks
+        if not trusted:
+            why = (
+                "is false"
+                if self.served_model is False
+                else "is not given, and models or head_blocks rely on the model"
+            )
+            yield (
+                f"served_model {why}, but the server would hand its own. Name your copy by --model, or allow "
+                f"this part of '{model}' by models: [sha256:{served}]."
+            )
+        elif self.models is not None and model not in self.models:
+            yield f"models: the server says that its model is '{model}'; allowed: {', '.join(self.models) or 'none'}."
 
     def _wrong_cut(self, config: RunConfig, client: str) -> Iterator[str]:
         spec = config.partition_spec(client)

@@ -75,6 +75,7 @@ def check_model(config: RunConfig) -> tuple[Any, Any, Anatomy]:
         lambda: config.build("peft").check(model, parts, task=task),
         lambda: refuse_unasked(model, parts, when=config.verify),
         lambda: _check_routes(config, parts.num_blocks),
+        lambda: _check_engine(config, parts.num_blocks),
     ])  # fmt: skip
     return found, model, parts
 
@@ -83,6 +84,13 @@ def _check_routes(config: RunConfig, num_blocks: int) -> None:
     """Refuse routes that cannot be, that nobody is ever there for, and profiles of parties that are on none."""
     routes = routes_of(config, layouts_of(config, num_blocks))
     _together([lambda: check_somebody_trains(config, routes), lambda: _check_parties(config, routes)])
+
+
+def _check_engine(config: RunConfig, num_blocks: int) -> None:
+    if config.engine.name == "ray":
+        from cutlayer.cluster import check
+
+        check(config, num_blocks)
 
 
 def _check_parties(config: RunConfig, routes: Routes) -> None:

@@ -20,15 +20,16 @@ from typing import Any
 import torch
 
 from cutlayer import checkpoint
-from cutlayer.assembly import assemble
+from cutlayer.assembly import Parts, assemble
 from cutlayer.build import Data, load_base, prepare_data, tokenizer_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig, dump, load_config, resolved
-from cutlayer.driver import Run
+from cutlayer.driver import Links, Run
 from cutlayer.engine import Engine
-from cutlayer.errors import CheckpointError, ConfigError, CutlayerError, OutputError
+from cutlayer.errors import CheckpointError, ConfigError, CutlayerError, Gone, OutputError
 from cutlayer.models.adapters import save_adapter
 from cutlayer.models.loading import device_named
+from cutlayer.models.placement import gpus_of
 from cutlayer.models.verify import check_unknown_family
 from cutlayer.outputs import OURS, alone, holds_a_run, undoing
 from cutlayer.preflight import preflight
@@ -49,6 +50,8 @@ class Result:
 
 class Interrupted(KeyboardInterrupt):
     """The user stopped a run that has an output folder; the message says how to go on with it."""
+
+    code = 130  # that the command ends with
 
 
 def total_rounds(config: RunConfig) -> int:
@@ -117,7 +120,7 @@ def _attempt(config: RunConfig, folder: Path, progress: Reporter, *, undo: Calla
     """Carry the run out; undo it if it fails before its first checkpoint, else say how to go on after a full disk."""
     again = f"cutlayer train --resume {shlex.quote(str(folder))}"
     try:
-        return _carry_out(config, folder, progress)
+        return _going_on(config, folder, progress)
     except KeyboardInterrupt as stop:
         raise Interrupted(f"nothing half-written is left. Take the run up where it was with: {again}") from stop
     except Exception as error:
@@ -135,6 +138,19 @@ def _attempt(config: RunConfig, folder: Path, progress: Reporter, *, undo: Calla
             said = f"{where} cannot be written: {error.strerror or error}."
         then = "start the run again" if undone else f"go on with: {again}"
         raise OutputError(f"{said} Free some space (or mend the rights), then {then}.") from error
+
+
+def _going_on(config: RunConfig, folder: Path, progress: Reporter) -> Result:
+    """Carry the run out; again from its newest checkpoint when an actor has died, as long as there is a newer one."""
+    kept = folder / "checkpoints"
+    while True:
+        before = checkpoint.newest(kept)
+        try:
+            return _carry_out(config, folder, progress)
+        except Gone as gone:
+            if checkpoint.newest(kept) == before:
+                raise
+            progress.note(f"{gone} All go back to the newest checkpoint.")
 
 
 def _config_of(folder: Path) -> RunConfig:
@@ -164,10 +180,10 @@ def _new_folder(source: object) -> Path:
 def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
     """From a configuration and a folder to the result."""
     device = device_named(config.device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    for gpu in gpus_of(device):
+        torch.cuda.reset_peak_memory_stats(gpu)
     data: Data = prepare_data(config, tokenizer_of(config))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if gpus_of(device) else []):
         base = load_base(config, labels=data.labels, device=device)
         _ = config.identity  # of the files as they are now
         parts = assemble(config, base, data)
@@ -184,8 +200,8 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
                 "the result is saved with two"
             )
         clock = VirtualClock()
-        with _metered(config.record_wire) as meter:
-            run = Run(config, parts, meter=meter, clock=clock, out=out, progress=progress)
+        with _metered(config.record_wire) as meter, _elsewhere(config, parts, data, progress) as links:
+            run = Run(config, parts, meter=meter, clock=clock, out=out, progress=progress, links=links)
             engine = Engine(run, data_fingerprint=data.fingerprint)
             found = checkpoint.newest(out / "checkpoints")
             keep = 0
@@ -221,6 +237,18 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
         except OSError as error:
             raise OutputError(f"{out / 'summary.json'} cannot be written: {error}.") from error
     return Result(out, adapter, summary)
+
+
+@contextlib.contextmanager
+def _elsewhere(config: RunConfig, parts: Parts, data: Data, progress: Reporter) -> Iterator[Links | None]:
+    """The links to clients that are not in this process; none with ``engine: local``."""
+    if config.engine.name == "local":
+        yield None
+        return
+    from cutlayer.cluster import started
+
+    with started(config, parts, data.pad_id, progress) as links:
+        yield links
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +23,21 @@ from cutlayer.assembly import assemble_server, places_of
 from cutlayer.build import load_base
 from cutlayer.computing import Computing
 from cutlayer.config import RunConfig, dump
+from cutlayer.draining import PARTING, Drain, Drained
 from cutlayer.driver import Run
 from cutlayer.engine import Engine
 from cutlayer.errors import Disconnected, Gone, MethodError, NonFinite, Refused
+from cutlayer.frames import limits_of
+from cutlayer.handing import WANTS, Handing
 from cutlayer.identity import fingerprint
 from cutlayer.links.local import Link
+from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.remote import Remote, on_loop
 from cutlayer.links.net.session import Session
 from cutlayer.links.network import Carry, NetworkLink
 from cutlayer.models.adapters import save_part
 from cutlayer.models.loading import device_named
+from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
 from cutlayer.models.sharing import SharedModels
 from cutlayer.models.slots import parameter_of
@@ -42,11 +47,11 @@ from cutlayer.report.progress import Reporter
 from cutlayer.report.summary import summarize
 from cutlayer.run import Result, first_of, total_rounds
 from cutlayer.schedule import Told
-from cutlayer.wire import Frame, Header, Meter, keep_lines
+from cutlayer.watching import State, Watch
+from cutlayer.wire import Frame, Header, Limits, Meter, keep_lines
 
 FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
 MOST_EXAMPLES = 2**40  # that a client may claim to have
-State = Literal["waiting", "training", "done", "failed"]
 
 
 @dataclass(frozen=True)
@@ -68,19 +73,23 @@ class ServedRun:
         progress: is told what happens.
         computing: the thread that computes for all runs of this server.
         models: what runs share of their models.
+        drain: whether the server was asked to stop.
+        label: what metrics call it, where it has no name.
     """
 
     def __init__(
         self, name: str, config: RunConfig, out: Path, *, patience: float, progress: Reporter, computing: Computing,
-        models: SharedModels,
+        models: SharedModels, drain: Drain | None = None, label: str = "",
     ) -> None:  # fmt: skip
-        self.name, self.config, self.out, self.progress = name, config, out, progress
-        self.state: State = "waiting"
-        self.files = fingerprint(config.model)
+        self.name, self.config, self.out = name, config, out
+        self._drain = drain or Drain()
+        self.files, self.handing = fingerprint(config.model), Handing(config)
+        self.offered = offer(config)
+        self._limits = limits_of(config, load_model_config(config.model))
         self.device = device_named(config.device)
         self.remotes = {client: Remote(client, patience=patience) for client in config.client_names}
+        self.progress = self.watch = Watch(name or label, progress, self.remotes)
         self.ready: dict[str, _Ready] = {}
-        self.run: Run | None = None  # as it is driven now
         self._computing, self._models = computing, models
         self._came = asyncio.Event()
         self._error: Exception | None = None
@@ -97,7 +106,7 @@ class ServedRun:
     async def _served(self) -> Result:
         try:
             result = await self._driven()
-            self.state = "done"
+            self.watch.state = "done"
             for remote in self.remotes.values():
                 await remote.close("The run is done.")
             heard = [asyncio.ensure_future(remote.heard.wait()) for remote in self.remotes.values()]
@@ -105,15 +114,28 @@ class ServedRun:
             for task in heard:
                 task.cancel()
             return result
+        except Drained:
+            await self.stop(PARTING)
+            raise
         except Exception as error:
-            self.state, self._error = "failed", error
-            self._base = self.run = None
+            self.watch.state, self._error = "failed", error
+            self._base = None
             for remote in self.remotes.values():
                 if remote.session is not None and self._hopeless:
                     await remote.session.refuse(self._failure)
                 else:
                     await remote.close(self._failure, done=False)
             raise
+
+    @property
+    def state(self) -> State:
+        """Whether it waits for its clients, trains, or has ended."""
+        return self.watch.state
+
+    @property
+    def run(self) -> Run | None:
+        """The run as it is driven now."""
+        return self.watch.run
 
     @property
     def _hopeless(self) -> bool:
@@ -133,9 +155,9 @@ class ServedRun:
     async def _driven(self) -> Result:
         """Drive the run; again from the last common round when a client has come back without what it held."""
         while True:
-            self.state = "waiting"
-            await self._all_here()
-            self.state = "training"
+            self.watch.state = "waiting"
+            await self._drain.unless(self._all_here())
+            self.watch.state = "training"
             for remote in self.remotes.values():
                 remote.renew()
             network = asyncio.get_running_loop()
@@ -151,8 +173,10 @@ class ServedRun:
                 await self.stop("The server was stopped.")
                 await asyncio.gather(attempt, return_exceptions=True)
                 raise
+            finally:
+                self.watch.run = None
 
-    def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
+    async def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
         """What to tell a client of this run that may come in.
 
         Raises:
@@ -163,23 +187,37 @@ class ServedRun:
         if self.state == "failed":
             raise (Refused if self._hopeless else Disconnected)(self._failure)
         if hello.get("wants") == "run":
-            return {"run": offer(self.config), "name": self.name}
-        if hello.get("model") != self.files:
+            return {"run": self.offered, "name": self.name, "own_model": Path(self.config.model).is_dir()}
+        if hello.get("wants") == WANTS:
+            return {"client": name}
+        model = hello.get("model")
+        if model != self.files and not await self.handing.is_same(name, model):
             raise Refused(
                 f"The model is another here: its files ({', '.join(self.files)}) have other checksums than those of "
-                f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends."
+                f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends.",
+                reason="model",
             )
-        ready = _Ready(_told(hello.get("data"), planned=self.config.planner is not None), _rounds(hello.get("rounds")))
+        told = read_told(hello.get("data"), planned=self.config.planner is not None)
+        ready = _Ready(told, read_rounds(hello.get("rounds")))
         before = self.ready.get(name)
         if before is not None and before.told != ready.told:
-            raise Refused("Your data are of another size than when you first joined this run. Bring the same data.")
+            raise Refused(
+                "Your data are of another size than when you first joined this run. Bring the same data.", reason="data"
+            )
         self.ready[name] = ready
         return {"client": name, "name": self.name}
+
+    def limits(self, hello: dict[str, Any]) -> Limits:
+        """The most that a frame of a client may hold that was admitted with this hello."""
+        return LIMITS if hello.get("wants") else self._limits
 
     async def session(self, session: Session) -> None:
         """Serve a session that was admitted."""
         if session.hello.get("wants") == "run":
             await session.ended.wait()
+            return
+        if session.hello.get("wants") == WANTS:
+            await self.handing.serve(session)
             return
         name = session.hello["client"]
         self.progress.note(f"client '{name}' is here")
@@ -206,7 +244,7 @@ class ServedRun:
                 config, parts, meter=meter, clock=clock, out=out, progress=self.progress,
                 links=lambda run: self._links(run, network),
             )  # fmt: skip
-            engine, self.run = Engine(run), run
+            engine, self.watch.run = Engine(run, asked_to_stop=self._drain.asked), run
             number = self._common()
             for newer in [n for n in checkpoint.rounds(out / "checkpoints") if n > number]:
                 shutil.rmtree(out / "checkpoints" / f"round-{newer:06d}")  # not everybody has it
@@ -230,7 +268,7 @@ class ServedRun:
         summary["network"] = {
             name: {
                 "reconnects": remote.reconnects, "retries": remote.retries, "dropped": remote.dropped,
-                "seconds_away": round(remote.seconds_away, 3),
+                "seconds_away": round(remote.seconds_away, 3), "model_bytes": self.handing.bytes[name],
             }
             for name, remote in self.remotes.items()
         }  # fmt: skip
@@ -238,7 +276,8 @@ class ServedRun:
         return Result(out, adapter, summary)
 
     async def _drive(self, run: Run, engine: Engine) -> None:
-        await engine.drive(rounds=total_rounds(self.config))
+        if not await engine.drive(rounds=total_rounds(self.config)):
+            raise Drained
         before = run.meter.state()
         await run.part()
         self.parting = run.meter.up + run.meter.down - before["up"] - before["down"]
@@ -300,7 +339,7 @@ def _carrier(remote: Remote, network: asyncio.AbstractEventLoop) -> Carry:
     return carry
 
 
-def _told(data: object, *, planned: bool) -> Told:
+def read_told(data: object, *, planned: bool = False) -> Told:
     """What a client says of its data, if it can be; ``planned``: to a planner."""
     names = [field.name for field in fields(Told)]
     if not isinstance(data, dict) or set(data) != set(names):
@@ -311,7 +350,8 @@ def _told(data: object, *, planned: bool) -> Told:
     return Told(**data)
 
 
-def _rounds(rounds: object) -> list[int]:
+def read_rounds(rounds: object) -> list[int]:
+    """The rounds that a client says it holds, if they can be."""
     if not isinstance(rounds, list) or any(type(number) is not int or number < 1 for number in rounds):
         raise Refused("The hello names rounds that cannot be.")
     return rounds[-100:]

@@ -15,6 +15,7 @@ from typing import Any
 
 from cutlayer.computing import Computing
 from cutlayer.config import RunConfig
+from cutlayer.draining import Drained
 from cutlayer.errors import CutlayerError, Refused
 from cutlayer.keys import ServerKeys
 from cutlayer.links.net.listener import Listener
@@ -24,6 +25,7 @@ from cutlayer.models.sharing import SharedModels
 from cutlayer.report.progress import Reporter, labelled
 from cutlayer.run import Result
 from cutlayer.served_run import ServedRun
+from cutlayer.watching import House
 
 LOG = getLogger("cutlayer.net")
 RECHECK = 5.0  # seconds between two looks at who was revoked
@@ -39,9 +41,16 @@ class Service:
         keys: the server's; None: plain text, on this machine only.
         progress: is told what happens.
         stay: do not end when all runs have.
+        house: what the operator sees of the server.
+        label: what metrics call a run that has no name.
     """
 
-    def __init__(self, bind: str, keys: ServerKeys | None, progress: Reporter, *, stay: bool = False) -> None:
+    def __init__(
+        self, bind: str, keys: ServerKeys | None, progress: Reporter, *, stay: bool = False, house: House | None = None,
+        label: str = "",
+    ) -> None:  # fmt: skip
+        self.house, self.label = house or House(), label
+        self.drained: set[str] = set()  # runs that stopped as they were asked to
         self.bind, self.keys, self.progress, self.stay = bind, keys, progress, stay
         self.computing, self.models = Computing(), SharedModels()
         self.runs: dict[str, ServedRun] = {}
@@ -49,7 +58,10 @@ class Service:
         self.failures: dict[str, Exception] = {}
         credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None
         revoked = keys.revoked if keys else lambda serial: False
-        self.listener = Listener(bind, credentials, self._admit, self._session, revoked=revoked)
+        self.listener = Listener(
+            bind, credentials, self._admit, self._session, limits=lambda hello: self._run_of(hello).limits(hello),
+            revoked=revoked,
+        )  # fmt: skip
         self.port = 0  # once it listens
         self._serving: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -66,8 +78,9 @@ class Service:
         assert name not in self.runs
         self.runs[name] = ServedRun(
             name, config, out, patience=patience, progress=labelled(self.progress, name), computing=self.computing,
-            models=self.models,
+            models=self.models, drain=self.house.drain, label=self.label,
         )  # fmt: skip
+        self.house.runs.append(self.runs[name].watch)
         if self.port:
             self._tell(self.runs[name])
         self._changed.set()
@@ -75,6 +88,7 @@ class Service:
     async def remove(self, name: str) -> None:
         """Serve a run no longer; its clients are told, and its folder stays as it is."""
         run = self.runs.pop(name)
+        self.house.runs.remove(run.watch)
         if task := self._serving.pop(name, None):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -84,6 +98,7 @@ class Service:
         """Listen, and serve until all runs have ended (or, where it is to stay, until it is cancelled)."""
         try:
             self.port = await self.listener.start()
+            self.house.listener, self.house.loop = self.listener, asyncio.get_running_loop()
             for run in self.runs.values():
                 self._tell(run)
             recheck = asyncio.ensure_future(self._recheck())
@@ -110,15 +125,21 @@ class Service:
                     self._serving[name] = asyncio.ensure_future(self._serve(run))
             changed = asyncio.ensure_future(self._changed.wait())
             going = [task for task in self._serving.values() if not task.done()]
-            if not going and not self.stay:
+            draining = self.house.drain.asked()
+            if not going and (draining or not self.stay):
                 changed.cancel()
                 return
-            await asyncio.wait({changed, *going}, return_when=asyncio.FIRST_COMPLETED)
+            asked = asyncio.ensure_future(self.house.drain.wait())
+            waits = {changed, *going, *([] if draining else [asked])}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
+            asked.cancel()
 
     async def _serve(self, run: ServedRun) -> None:
         try:
             self.results[run.name] = await run.serve()
+        except Drained:
+            self.drained.add(run.name)
         except CutlayerError as error:
             self.failures[run.name] = error
             run.progress.note(f"the run has ended: {error}")
@@ -137,8 +158,8 @@ class Service:
         name = hello.get("client")
         assert isinstance(name, str), "the listener has seen to it"
         if self.keys is not None and (not hmac.compare_digest(peer, name) or not self.keys.token_ok(name, token)):
-            raise Refused("The certificate and the token do not belong to this client, or were revoked.")
-        return self._run_of(hello).welcome(hello)
+            raise Refused("The certificate and the token do not belong to this client, or were revoked.", reason="keys")
+        return await self._run_of(hello).welcome(hello)
 
     async def _session(self, session: Session) -> None:
         """Serve a session that was admitted."""
@@ -157,7 +178,11 @@ class Service:
             return found[0]
         names = ", ".join(f"'{run.name}'" for run in own)
         if found:
-            raise Refused(f"Client '{client}' is in several runs here: {names}. Say which (cutlayer join --run).")
+            raise Refused(
+                f"Client '{client}' is in several runs here: {names}. Say which (cutlayer join --run).", reason="client"
+            )
         if asked and own:
-            raise Refused(f"No run {asked!r} here has a client '{client}'. It is in: {names}.")
-        raise Refused(f"No run here has a client {client!r}. The operator knows the names in the run file.")
+            raise Refused(f"No run {asked!r} here has a client '{client}'. It is in: {names}.", reason="client")
+        raise Refused(
+            f"No run here has a client {client!r}. The operator knows the names in the run file.", reason="client"
+        )

@@ -12,6 +12,7 @@ from typing import Any
 from cutlayer.apart import check_routes, known_classes, served
 from cutlayer.build import open_model
 from cutlayer.config import RunConfig, dump
+from cutlayer.draining import DRAIN, Drain, Drained, Paused
 from cutlayer.errors import ConfigError, CutlayerError, NetworkError, OutputError
 from cutlayer.keys import server_keys
 from cutlayer.outputs import OURS, holds_a_run
@@ -20,6 +21,8 @@ from cutlayer.report.progress import Reporter, reporter
 from cutlayer.run import Interrupted, Result
 from cutlayer.service import Service
 from cutlayer.service_file import Entry, load_service
+from cutlayer.status import status_server
+from cutlayer.watching import House
 
 PATIENCE = 600.0  # seconds that a client may stay away before the run gives it up
 
@@ -32,6 +35,8 @@ def serve(
     keys: str | Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     patience: float = PATIENCE,
+    drain: float = DRAIN,
+    status: str | None = None,
     progress: bool | Reporter | None = None,
 ) -> Result:
     """Serve one run to its end. Where ``out`` holds it already, it goes on.
@@ -43,16 +48,21 @@ def serve(
         keys: its folder of ``cutlayer keys``; None: plain text, on this machine only.
         overrides: as of ``cutlayer.train``.
         patience: seconds that a client may stay away in the middle of the run.
+        drain: seconds that the round under way gets after a SIGTERM; 0: the server stops at once.
+        status: ``HOST:PORT`` for metrics, health and readiness: plain text, for the operator's own machine.
         progress: as of ``cutlayer.train``.
 
     Raises:
         CutlayerError: anything that a user can mend.
         Gone: a client stayed away for too long; serving the same again goes on with the run.
+        Interrupted: it was stopped; ``Paused``: by SIGTERM, after a round.
     """
     shown, folder = reporter(progress), Path(out)
     config = _checked(source, overrides, folder)
-    service = Service(bind, server_keys(keys) if keys is not None else None, shown)
-    _finished(service, {"": (config, folder)}, patience)
+    own = server_keys(keys) if keys is not None else None
+    house = House(Drain(drain), own.until if own else None)
+    service = Service(bind, own, shown, house=house, label=_label(source))
+    _finished(service, {"": (config, folder)}, patience, status)
     for error in service.failures.values():
         raise error
     return service.results[""]
@@ -65,6 +75,8 @@ def serve_all(
     out: str | Path,
     keys: str | Path | None = None,
     patience: float = PATIENCE,
+    drain: float = DRAIN,
+    status: str | None = None,
     progress: bool | Reporter | None = None,
 ) -> dict[str, Result]:
     """Serve the runs of a service file at a time, each in a folder of its own name in ``out``; their results by name.
@@ -74,7 +86,7 @@ def serve_all(
 
     Args:
         source: the service file.
-        bind, out, keys, patience, progress: as of ``serve``.
+        bind, out, keys, patience, drain, status, progress: as of ``serve``.
 
     Raises:
         CutlayerError: anything that a user can mend; of the runs, when all have ended.
@@ -82,8 +94,9 @@ def serve_all(
     shown, folder = reporter(progress), Path(out)
     found = load_service(source)
     configs = {entry.name: (_entry(entry, folder), folder / entry.name) for entry in found.runs}
-    service = Service(bind, server_keys(keys) if keys is not None else None, shown, stay=found.stay)
-    _finished(service, configs, patience, again=lambda: _reload(service, source, folder, patience))
+    own = server_keys(keys) if keys is not None else None
+    service = Service(bind, own, shown, stay=found.stay, house=House(Drain(drain), own.until if own else None))
+    _finished(service, configs, patience, status, again=lambda: _reload(service, source, folder, patience))
     if service.failures:
         said = " ".join(f"'{name}': {error}" for name, error in service.failures.items())
         raise NetworkError(f"{len(service.failures)} of {len(service.runs)} runs did not end well. {said}")
@@ -91,7 +104,7 @@ def serve_all(
 
 
 def _finished(
-    service: Service, runs: Mapping[str, tuple[RunConfig, Path]], patience: float,
+    service: Service, runs: Mapping[str, tuple[RunConfig, Path]], patience: float, status: str | None,
     again: Callable[[], Awaitable[None]] | None = None,
 ) -> None:  # fmt: skip
     """Serve to the end, or until the operator (or the system, by SIGTERM) stops it; ``again`` is for SIGHUP."""
@@ -103,19 +116,31 @@ def _finished(
             service.begin(name, config, folder, patience)
         if threading.current_thread() is threading.main_thread():
             loop, reading = asyncio.get_running_loop(), set[asyncio.Future[None]]()
-            loop.add_signal_handler(signal.SIGTERM, task.cancel)
             if again is not None:
                 # Held, as asyncio has no strong hold of its tasks.
                 loop.add_signal_handler(signal.SIGHUP, lambda: reading.add(asyncio.ensure_future(again())))
-        await service.run()
+        with service.house.drain.on_sigterm(task, service.progress.note):
+            await service.run()
+        if service.drained:
+            raise Drained
 
     try:
-        asyncio.run(all_of_it())
+        with status_server(status, service.house, service.progress.note):
+            asyncio.run(all_of_it())
+    except Drained as stop:
+        raise Paused(
+            "the server finished its round as it was asked to. The same command goes on with the run"
+        ) from stop
     except (KeyboardInterrupt, asyncio.CancelledError) as stop:
         raise Interrupted(
             "the server was stopped; its clients wait for it. The same command goes on with the run, from the last "
             "round that everybody holds"
         ) from stop
+
+
+def _label(source: object) -> str:
+    """What metrics call a run that has no name."""
+    return Path(str(source)).stem if isinstance(source, str | Path) and "\n" not in str(source) else "run"
 
 
 async def _reload(service: Service, source: str | Path, out: Path, patience: float) -> None:

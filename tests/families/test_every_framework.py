@@ -14,7 +14,7 @@ import unsplit
 from cutlayer import registry
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
-from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, lines, losses, model, resumed, train  # noqa: F401
+from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, lines, losses, model, often, resumed, train  # noqa: F401
 from tiny import text_rows
 
 EVERY = registry.names("framework")
@@ -25,7 +25,7 @@ ALONE: dict[str, dict[str, Any]] = {  # options that a single client needs
 }
 NOT_ALONE = {"ringsfl", "pairingfl", "clicooper"}  # they need a peer, and say so
 U_ONLY = {"ringsfl"}
-BOTH = {"psl", "sfl-v2", "ringsfl", "gsfl"}  # whose two-part case is in the default suite
+BOTH = {"psl", "ringsfl"}  # whose two-part case is in the default suite
 slow = pytest.mark.slow
 RUN_ON = {name for name in EVERY if registry.load("framework", name).asynchronous}
 
@@ -101,7 +101,7 @@ def test_who_needs_a_peer_says_so(name: str, tmp_path: Path) -> None:
         train(model(), tmp_path / "out", {"ann": text_rows(3)}, framework=name)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", often(EVERY, "async-sfl", "gsfl", "multisfl", "p-sl", "ringsfl"))
 def test_a_killed_run_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
     """Resumed after the first of three rounds, everything a framework keeps between rounds is there."""
     framework = {

@@ -9,16 +9,19 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from logging import ERROR, getLogger
+from logging import ERROR, WARNING, getLogger
 from traceback import print_exception, walk_tb
-from typing import ParamSpec, TypeVar
+from typing import Annotated, Literal, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from cutlayer import logs
 from cutlayer.errors import CutlayerError
 
+Format = Annotated[Literal["text", "json"], typer.Option(help="Of the log, which goes to stderr.")]
+Level = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="The least that is logged.")]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -54,6 +57,9 @@ def hush() -> None:
     """Keep the libraries' own bars and notes off the screen; a command shows its own."""
     from transformers.utils import logging
 
+    if logs.as_json():
+        logging.disable_default_handler()
+        logging.enable_propagation()
     # Of the tries to reach the Hub only the last is told, as the error.
     getLogger("huggingface_hub").setLevel(ERROR)
     logging.disable_progress_bar()
@@ -62,7 +68,13 @@ def hush() -> None:
 
 
 def complain(message: str, head: str = "Error") -> None:
-    """Print one paragraph on stderr, its head in red where there are colours; the message is printed as it stands."""
+    """Print one paragraph on stderr, its head in red where there are colours; the message is printed as it stands.
+
+    Where the log is JSON, it is a line of it.
+    """
+    if logs.as_json():
+        logs.LOG.log(ERROR if head == "Error" else WARNING, "%s", message, extra={"what": head.lower()})
+        return
     paragraph = Text.assemble((head, "bold red"), ": ", message)
     Console(stderr=True, highlight=False, emoji=False).print(paragraph, soft_wrap=True)
 
@@ -70,7 +82,8 @@ def complain(message: str, head: str = "Error") -> None:
 def guarded() -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For a command: errors of the user and of the machine as one paragraph (exit code 2), ours with a traceback.
 
-    A command that the user stops ends with exit code 130, and with what the run says of how to go on.
+    A command that the user stops ends with exit code 130 (a server that could finish its round: 75), and with what the
+    run says of how to go on.
     """
 
     def wrap(command: Callable[P, R]) -> Callable[P, R]:
@@ -80,7 +93,7 @@ def guarded() -> Callable[[Callable[P, R]], Callable[P, R]]:
                 return command(*args, **kwargs)
             except KeyboardInterrupt as stop:
                 complain(str(stop) or "before anything was written.", head="Stopped")
-                raise typer.Exit(130) from None
+                raise typer.Exit(getattr(stop, "code", 130)) from None
             except (typer.Exit, typer.Abort):
                 raise
             except Exception as error:

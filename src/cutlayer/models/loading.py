@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from cutlayer.errors import ConfigError, ModelError
 from cutlayer.models.families import Anatomy, anatomy, number_of_blocks
+from cutlayer.models.placement import MAPS, check_map, placed
 from cutlayer.models.standins import Skip, stand_in
 from cutlayer.seeds import derive
 
@@ -53,13 +54,16 @@ class Part:
 
 
 def device_named(name: str) -> str:
-    """The device of a name: ``auto`` is CUDA when there is one.
+    """The device of a name: ``auto`` is CUDA when there is one; ``balanced`` and ``sequential`` are all GPUs.
 
     Raises:
         ConfigError: this machine does not have it.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name in MAPS:
+        check_map(name)
+        return name
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -133,9 +137,7 @@ def load_model(
             loaded, info = cls.from_pretrained(model, config=config, output_loading_info=True, **options)
             shape = anatomy(loaded, causal=causal)
         else:
-            if config.tie_word_embeddings and causal and not (part.bottom and part.top):
-                config = copy.deepcopy(config)
-                config.tie_word_embeddings = part.top  # the head alone still reads the embedding's tensor
+            config = _own_config(config, part, causal)
             cut = _cut_class(cls, part, causal)
             with tempfile.TemporaryDirectory(prefix="cutlayer-") as folder:
                 source = _filtered(model, cut, config, Path(folder))
@@ -150,7 +152,7 @@ def load_model(
     _fill_missing(loaded, info, shape, seed, str(model), causal)
     loaded.requires_grad_(False)
     loaded.eval()
-    return loaded.to(device), shape
+    return placed(loaded, device), shape
 
 
 def class_of(model: str | os.PathLike[str], config: Any, task: str) -> Any:
@@ -180,6 +182,14 @@ def _fill_missing(loaded: Any, info: Mapping[str, Any], shape: Anatomy, seed: in
             else:
                 source = torch.Generator().manual_seed(derive(seed, "new", name))
                 named[name].copy_(torch.randn(named[name].shape, generator=source) * std)
+
+
+def _own_config(config: Any, part: Part, causal: bool) -> Any:
+    """The configuration under which a part is loaded."""
+    if config.tie_word_embeddings and causal and not (part.bottom and part.top):
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = part.top  # the head alone still reads the embedding's tensor
+    return config
 
 
 def _cut_class(cls: Any, part: Part, causal: bool) -> Any:
@@ -224,9 +234,7 @@ def _filtered(model: str | os.PathLike[str], cut: Any, config: Any, folder: Path
     found = cached_file(model, INDEX, _raise_exceptions_for_missing_entries=False)
     if found is None:
         return model
-    with torch.device("meta"):
-        owned = set(cut(copy.deepcopy(config)).state_dict())
-        whole = cut.__mro__[1](copy.deepcopy(config))
+    owned, whole = _on_meta(cut, config)
     known = set(whole.state_dict())
     index = json.loads(Path(found).read_text())
     names = {key: _model_name(key, whole, known) for key in index["weight_map"]}
@@ -236,6 +244,28 @@ def _filtered(model: str | os.PathLike[str], cut: Any, config: Any, folder: Path
     (folder / INDEX).write_text(json.dumps({"metadata": index.get("metadata", {}), "weight_map": keep}))
     config.save_pretrained(folder)
     return folder
+
+
+def _on_meta(cut: Any, config: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """The tensors of a part, and the whole model; both without memory."""
+    with torch.device("meta"):
+        return cut(copy.deepcopy(config)).state_dict(), cut.__mro__[1](copy.deepcopy(config))
+
+
+def own_tensors(model: str | os.PathLike[str], part: Part) -> tuple[Callable[[str], bool], int]:
+    """Whether a tensor of a causal model's checkpoint, by its name there, is a part's; how many numbers these have.
+
+    Only the model's configuration is read.
+
+    Raises:
+        ModelError: it cannot be read, or the model cannot be cut.
+    """
+    config = load_config(model)
+    cls = class_of(model, config, "causal")
+    number_of_blocks(config)
+    owned, whole = _on_meta(_cut_class(cls, part, True), _own_config(config, part, True))
+    known = set(whole.state_dict())
+    return lambda key: _model_name(key, whole, known) in owned, sum(t.numel() for t in owned.values())
 
 
 def _model_name(key: str, model: Any, known: set[str]) -> str:

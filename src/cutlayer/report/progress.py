@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cutlayer.logs import LogReporter
+
 
 class Reporter(Protocol):
     """What a run tells while it goes."""
@@ -155,7 +157,7 @@ def labelled(shown: Reporter, label: str) -> Reporter:
     """What one of several runs at a time is told to; its notes begin with ``label``, its records have it as ``run``."""
     if not label:
         return shown
-    return shown.labelled(label) if isinstance(shown, RichProgress) else _Labelled(shown, label)
+    return shown.labelled(label) if isinstance(shown, RichProgress | LogReporter) else _Labelled(shown, label)
 
 
 def readable(count: float) -> str:

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from cutlayer import allotting
 from cutlayer.allotment import Allotter
 from cutlayer.assembly import segments_of
+from cutlayer.models.placement import peak_bytes
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties.memory import storage_bytes
@@ -69,7 +69,7 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
         "virtual_seconds": run.clock.now() if run.paces.profiles else None,
         "peak_memory": {
             "process_bytes": peak_rss(),
-            "accelerator_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else None,
+            "accelerator_bytes": peak_bytes(device),
             "by_party": "counted from the tensors that each party holds (see parties/memory.py); base weights that "
             "simulated parties share are counted at each of them",
         },

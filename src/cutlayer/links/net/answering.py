@@ -36,6 +36,11 @@ class Again:
     most: float = 60.0
     give_up: float = 24 * 3600.0
 
+    def pause(self, tries: int, draw: random.Random | None = None) -> float:
+        """Seconds to wait after so many tries; ``draw`` is where chance comes from."""
+        seconds: float = min(self.first * 2 ** min(tries, 30), self.most) * (draw or random.Random()).uniform(0.5, 1.0)
+        return seconds
+
 
 async def answer(
     connect: Connect, handle: Handle, *, again: Again | None = None, draw: random.Random | None = None
@@ -104,7 +109,7 @@ class _Answering:
             except Disconnected as error:
                 if time.monotonic() - since > self.again.give_up:
                     raise
-                seconds = min(self.again.first * 2 ** min(tries, 30), self.again.most) * self.draw.uniform(0.5, 1.0)
+                seconds = self.again.pause(tries, self.draw)
                 tries += 1
                 LOG.warning("%s Trying again in %.1f seconds.", error, seconds)
                 await asyncio.wait({self._crash}, timeout=seconds)

@@ -38,7 +38,8 @@ def check_versions(told: Mapping[str, Any], who: str) -> None:
         spoken = ", ".join(f"{name} {theirs.get(name, 'unknown')}" for name in own)
         ours = ", ".join(f"{name} {own[name]}" for name in own)
         raise Refused(
-            f"{who} speaks {spoken}; the other end speaks {ours}. Install one version of cutlayer at both ends."
+            f"{who} speaks {spoken}; the other end speaks {ours}. Install one version of cutlayer at both ends.",
+            reason="version",
         )
 
 

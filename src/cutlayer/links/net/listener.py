@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from logging import getLogger
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -29,8 +30,8 @@ OnSession = Callable[[Session], Awaitable[None]]
 class Listener:
     """Takes sessions on one address.
 
-    A second session of the same client (certificate, tenant, run and name) replaces the first: a client that lost its
-    connection is back before the server has noticed.
+    A second session of the same client (certificate, run, name, and what it comes for) replaces the first: a client
+    that lost its connection is back before the server has noticed.
 
     Args:
         bind: ``HOST:PORT``; port 0 lets the system choose.
@@ -39,7 +40,7 @@ class Listener:
             raises ``Refused`` (do not come back) or ``Disconnected`` (come back later). It must check that the name in
             the hello belongs to the peer and the token.
         on_session: serves a session; the session is closed when this returns.
-        limits: the most that a frame of a client may hold.
+        limits: the most that a frame of a client may hold, by its hello, once it was admitted.
         heartbeat: how a lost client is noticed.
         hello_timeout: seconds for a handshake, and again for a hello.
         revoked: whether the certificate of this serial number is revoked; asked at each session, and by ``recheck``.
@@ -54,7 +55,7 @@ class Listener:
         admit: Admit,
         on_session: OnSession,
         *,
-        limits: Limits | None = None,
+        limits: Callable[[dict[str, Any]], Limits] = lambda hello: Limits(),
         heartbeat: Heartbeat | None = None,
         hello_timeout: float = 20.0,
         revoked: Callable[[int], bool] = lambda serial: False,
@@ -62,11 +63,12 @@ class Listener:
         max_waiting: int = 128,
     ) -> None:
         self.bind, self.credentials, self.admit, self.on_session = bind, credentials, admit, on_session
-        self.limits, self.heartbeat = limits or Limits(), heartbeat or Heartbeat()
+        self.limits, self.heartbeat = limits, heartbeat or Heartbeat()
         self.hello_timeout, self.revoked = hello_timeout, revoked
         self.max_sessions, self.max_waiting = max_sessions, max_waiting
         self.sessions: dict[tuple[str, ...], Session] = {}
         self.refusals: Counter[str] = Counter()  # of those who were turned away, by their peer's name
+        self.reasons: Counter[str] = Counter()  # the same by a word for the reason, and who may come again ("later")
         self._serials: dict[Session, int | None] = {}
         self._waiting: Counter[str] = Counter()
         self._ending: set[asyncio.Future[None]] = set()
@@ -106,7 +108,7 @@ class Listener:
 
     def _options(self) -> Options:
         return [
-            *options(self.limits, self.heartbeat),
+            *options(Limits(), self.heartbeat),
             ("grpc.so_reuseport", 0),  # two servers on one port would share its clients without a word
             ("grpc.server_handshake_timeout_ms", int(self.hello_timeout * 1000)),
             ("grpc.max_connection_idle_ms", int(max(self.hello_timeout, 1.0) * 1000)),
@@ -124,8 +126,15 @@ class Listener:
         """End the sessions whose certificates have been revoked since they began."""
         for session, serial in list(self._serials.items()):
             if serial is not None and self.revoked(serial):
-                self.refusals[session.peer] += 1
+                self._count(session.peer, "revoked")
+                LOG.warning("Ended the session of '%s': its certificate was revoked.", session.peer, extra={
+                    "client": session.peer, "reason": "revoked"
+                })  # fmt: skip
                 await session.refuse("Your certificate has been revoked.")
+
+    def _count(self, peer: str, reason: str) -> None:
+        self.refusals[peer] += 1
+        self.reasons[reason] += 1
 
     async def _handle(self, _: Any, context: Any) -> None:
         """One stream, from its hello to its end."""
@@ -138,15 +147,19 @@ class Listener:
         try:
             peer = self._peer(context)
             if peer.serial is not None and self.revoked(peer.serial):
-                raise Refused("Your certificate has been revoked. Ask the operator for a new one.")
+                raise Refused("Your certificate has been revoked. Ask the operator for a new one.", reason="revoked")
             session = await self._greeted(pipe, peer, context)
         except (Refused, WireError) as error:
-            self.refusals[peer.name] += 1
-            LOG.warning("Refused a session of '%s' (%s): %s", peer.name, context.peer(), error)
+            reason = error.reason if isinstance(error, Refused) else "protocol"
+            self._count(peer.name, reason)
+            about = {"client": peer.name, "peer": _where(context), "reason": reason}
+            LOG.warning("Refused a session of '%s' (%s): %s", peer.name, _where(context), error, extra=about)
             await self._last_word(pipe, pack(Type.REFUSED, cut(str(error))))
             return
         except CutlayerError as error:
-            LOG.info("No session with '%s' (%s): %s", peer.name, context.peer(), error)
+            self.reasons["later"] += 1
+            about = {"client": peer.name, "peer": _where(context), "reason": "later"}
+            LOG.info("No session with '%s' (%s): %s", peer.name, _where(context), error, extra=about)
             await self._last_word(pipe, pack_bye(str(error), done=False))
             return
         await self._serve(session, peer)
@@ -172,7 +185,7 @@ class Listener:
                 raise Disconnected("The stream ended without a hello.")
             hello = _hello(data)
             welcome = await self._admitted(peer, _token(context), hello)
-            key = (peer.name, *(str(hello.get(name, "")) for name in ("tenant", "run", "client")))
+            key = (peer.name, *(str(hello.get(name, "")) for name in ("run", "client", "wants")))
             if key not in self.sessions and len(self.sessions) >= self.max_sessions:
                 raise Disconnected(f"The server has its {self.max_sessions} sessions. Try again in a while.")
             async with asyncio.timeout(self.hello_timeout):
@@ -183,7 +196,7 @@ class Listener:
             self._waiting[peer.name] -= 1
             self._waiting += Counter()  # drops those at 0, or each name ever seen would stay
         session = Session(
-            pipe, peer=peer.name, hello=hello, welcome=welcome, limits=self.limits, heartbeat=self.heartbeat
+            pipe, peer=peer.name, hello=hello, welcome=welcome, limits=self.limits(hello), heartbeat=self.heartbeat
         )
         before = self.sessions.get(key)
         self.sessions[key] = session
@@ -229,7 +242,7 @@ class Listener:
         except Refused as error:
             await session.refuse(str(error))
         except (NetworkError, WireError) as error:
-            LOG.info("The session with '%s' is over: %s", session.peer, error)
+            LOG.info("The session with '%s' is over: %s", session.peer, error, extra={"client": session.peer})
             words = str(error)
         except Exception:
             LOG.exception("Serving '%s' failed.", session.peer)
@@ -242,6 +255,11 @@ class Listener:
                 await pipe.write(message)
                 while await pipe.read() is not None:  # see ``Session._part``
                     continue
+
+
+def _where(context: Any) -> str:
+    """The peer's address, such as ``ipv6:[::1]:40312``."""
+    return unquote(str(context.peer()))
 
 
 def _token(context: Any) -> str:
@@ -264,7 +282,7 @@ def _hello(data: bytes) -> dict[str, Any]:
     check_versions(hello, "This client")
     name = hello.get("client")
     if not isinstance(name, str) or not name.strip() or len(name) > NAME or not name.isprintable():
-        raise Refused(f"A client needs a name of 1 to {NAME} printable characters.")
+        raise Refused(f"A client needs a name of 1 to {NAME} printable characters.", reason="protocol")
     return hello
 
 

@@ -56,8 +56,9 @@ class Remote:
         assert 0 < window <= WINDOW, window  # the client keeps the replies of so many
         self.name, self.patience = name, patience
         self.retries = self.dropped = self.reconnects = self.last_turn = 0
-        self._away = 0.0
-        self._left = time.monotonic()
+        # What another thread reads at any moment is one tuple each, so that it is never seen half changed.
+        self._absence: tuple[float, float | None] = 0.0, time.monotonic()  # seconds before; since when it is away
+        self._frames: tuple[int, int, Session | None] = 0, 0, None  # bytes received and sent before, and what counts on
         self._session: Session | None = None
         self._instance: object = None
         self._sessions = 0
@@ -74,7 +75,18 @@ class Remote:
     @property
     def seconds_away(self) -> float:
         """Seconds without a session, from the beginning."""
-        return self._away + (0.0 if self._session is not None else time.monotonic() - self._left)
+        before, since = self._absence
+        return before + (0.0 if since is None else time.monotonic() - since)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose reply has not come."""
+        return len(self._requests)
+
+    def frame_bytes(self) -> tuple[int, int]:
+        """Bytes of frames received and sent over all sessions, with those that came twice."""
+        received, sent, session = self._frames
+        return received + (session.received if session else 0), sent + (session.sent if session else 0)
 
     @property
     def session(self) -> Session | None:
@@ -127,7 +139,8 @@ class Remote:
         self.last_turn = max(self.last_turn, turn)
         self.reconnects += bool(self._sessions)
         self._sessions += 1
-        self._away += time.monotonic() - self._left
+        self._absence = self.seconds_away, None
+        self._frames = (*self.frame_bytes(), session)
         self._session, self._instance = session, instance
         self._here.set()
         if self._farewell is not None:
@@ -140,7 +153,8 @@ class Remote:
         """This session is over; the client has ``patience`` seconds from now on to come back."""
         if self._session is not session:
             return
-        self._session, self._left = None, time.monotonic()
+        self._session, self._absence = None, (self.seconds_away, time.monotonic())
+        self._frames = (*self.frame_bytes(), None)
         self._here.clear()
         for task in self._tasks:
             task.cancel()
@@ -195,7 +209,8 @@ class Remote:
     def _wait(self) -> None:
         """Have the requests in flight given up when patience is over."""
         if self._timer is None and self._gone is None:
-            left = max(self.patience - (time.monotonic() - self._left), 0.0) if self._sessions else self.patience
+            now, since = time.monotonic(), self._absence[1]
+            left = max(self.patience - (now - (since or now)), 0.0) if self._sessions else self.patience
             self._timer = asyncio.get_running_loop().call_later(left, self._give_up)
 
     def _give_up(self) -> None:
@@ -239,7 +254,7 @@ class Remote:
                 else:
                     self._settle(header.turn, (header, tensors, length))
         except Disconnected as error:
-            LOG.info("Client '%s' is away: %s", self.name, error)
+            LOG.info("Client '%s' is away: %s", self.name, error, extra={"client": self.name})
         except NetworkError as error:  # it was refused, or has left for good
             self._gone = Gone(self.name, str(error))
             self._fail(self._gone)

@@ -1,0 +1,1 @@
+"""A run of cutlayer in a Flower federation."""

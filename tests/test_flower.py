@@ -1,0 +1,151 @@
+"""A run in a Flower federation: rounds and step 11 by a strategy, and the same numbers as a run of our own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="the extra [flower] is not installed; it has an environment of its own")
+
+from flwr.serverapp.strategy import FedAvg, FedMedian
+
+import cutlayer
+from apart import ROWS, Apart, steps
+from cutlayer.errors import ConfigError, Gone
+from cutlayer.flower import client_app, train
+from flower_nodes import Nodes
+from spine import TWO, U, adapter
+
+
+def nodes_of(run: Apart, **more: dict[str, str]) -> Nodes:
+    """A node for each client of a run."""
+    configs = {}
+    for number, name in enumerate(ROWS, start=1):
+        own = {"name": name, "data": run.files[name], "eval": run.valid, "out": str(run.root / name)}
+        configs[number] = {**own, "model": run.tree["model"], "device": "cpu", **more.get(name, {})}
+    return Nodes(client_app(), configs)
+
+
+def federated(run: Apart, nodes: Nodes, strategy: Any, **options: Any) -> Any:
+    """The run, with its rounds by a strategy."""
+    return train(
+        nodes, run.tree, strategy=strategy, bind="localhost:0", address="localhost:0", out=run.root / "server",
+        progress=False, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
+def test_flower_s_average_is_ours(partition: dict[str, Any], tmp_path: Path) -> None:
+    """FedAvg of Flower, weighted by examples: losses and weights up to the rounding of another average."""
+    run = Apart(tmp_path, framework="sfl-v2", partition=partition)
+    one = cutlayer.train(run.simulated, out=tmp_path / "one")
+    nodes = nodes_of(run)
+    two = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert nodes.errors == []
+    ours, theirs = steps(one.out), steps(two.out)
+    assert [line[:3] for line in ours] == [line[:3] for line in theirs]
+    assert [line[3] for line in theirs] == pytest.approx([line[3] for line in ours], abs=1e-5)
+    assert [line[4:] for line in theirs] == [line[4:] for line in ours], "the bytes of steps"
+    whole, found = adapter(one.out), adapter(two.out)
+    assert whole.keys() == found.keys()
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, found[name], atol=1e-4), name
+    assert two.summary["rounds"] == 3
+    assert two.summary["bytes"]["aggregate"] == 0, "step 11 is not on our wire"
+    left = [json.loads(line) for line in (run.root / "ann" / "sent.jsonl").read_text().splitlines()]
+    assert [line["verb"] for line in left].count("get_state") == 3, "what Flower gets passes the guard, too"
+
+
+def test_over_tls_with_keys(tmp_path: Path) -> None:
+    """Each node is who its keys say it is."""
+    run = Apart(tmp_path, framework="sfl-v2", rounds=1)
+    keys = tmp_path / "keys"
+    clients = [word for name in ROWS for word in ("--client", name)]
+    command = [sys.executable, "-m", "cutlayer", "keys", "--out", str(keys), "--host", "localhost", *clients]
+    subprocess.run(command, check=True, capture_output=True)
+    nodes = nodes_of(run, **{name: {"keys": str(keys / name)} for name in ROWS})
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0), keys=keys / "server")
+    assert nodes.errors == []
+    assert result.summary["steps"] == {"ann": 1, "bob": 1}
+
+
+def test_any_strategy_and_evaluation(tmp_path: Path) -> None:
+    run = Apart(tmp_path, framework="sfl-v2", rounds=2)
+    nodes, said = nodes_of(run), list[Any]()
+    strategy = FedMedian(fraction_evaluate=1.0)
+    before = strategy.aggregate_evaluate
+
+    def heard(number: int, replies: Any) -> Any:
+        said.append(before(number, replies))
+        return said[-1]
+
+    strategy.aggregate_evaluate = heard  # type: ignore[method-assign]
+    result = federated(run, nodes, strategy)
+    assert nodes.errors == []
+    assert [0 < metrics["eval_loss"] < 10 for metrics in said] == [True, True]
+    assert result.summary["steps"] == {"ann": 2, "bob": 2}
+
+
+def test_a_round_of_some(tmp_path: Path) -> None:
+    """Flower draws one of two clients; the other goes on from where it was, with the newest merge."""
+    run = Apart(tmp_path, framework="sfl-v2", rounds=4)
+    nodes = nodes_of(run)
+    result = federated(run, nodes, FedAvg(fraction_train=0.5, min_train_nodes=1, fraction_evaluate=0.0))
+    assert nodes.errors == []
+    assert sum(result.summary["steps"].values()) == 4
+
+
+def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path) -> None:
+    """Its owner's policy forbids what Flower would get: nothing of it leaves, and the others go on."""
+    run = Apart(tmp_path, framework="sfl-v2", rounds=2)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("may_leave: {head_adapter: false}\n")
+    nodes = nodes_of(run, ann={"policy": str(policy)})
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert len(nodes.errors) == 2
+    assert all("may_leave.head_adapter" in error for error in nodes.errors), nodes.errors
+    assert result.summary["steps"] == {"ann": 0, "bob": 2}
+    assert not (run.root / "ann" / "sent.jsonl").exists()
+
+
+def test_nobody_comes(tmp_path: Path) -> None:
+    run = Apart(tmp_path, framework="sfl-v2", rounds=1)
+    nodes = nodes_of(run, ann={"name": "eve"}, bob={"data": str(tmp_path / "nowhere.jsonl")})
+    with pytest.raises(Gone, match="nobody of those whom Flower drew has come"):
+        federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert len(nodes.errors) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"framework": "sfl-v1"}, "Flower merges the clients' parts once a round and no trunks"),
+        ({"framework": "psl"}, "Flower merges the clients' parts once a round and no trunks"),
+        ({"rounds": None, "epochs": 2}, "epochs is given, but Flower counts rounds"),
+        ({"framework": {"name": "sfl-v2", "participation": 0.5}}, "Flower's strategy draws the clients"),
+    ],
+    ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
+)
+def test_what_flower_cannot_carry_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    run = Apart(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=said):
+        federated(run, nodes_of(run), FedAvg(fraction_evaluate=0.0))
+    assert not (run.root / "server").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("server_app", "ServerApp"), ("client_app", "ClientApp")])
+def test_the_app_of_the_demo_loads(name: str, kind: str) -> None:
+    file = Path(__file__).parents[1] / "demo" / "flower" / "cutlayer_federation" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert type(module.app).__name__ == kind

@@ -1,0 +1,282 @@
+"""``engine: ray``: clients in actors, and the same losses, weights and bytes as with all in one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cutlayer
+from apart import Apart, steps
+from cutlayer import cluster
+from cutlayer.contracts import IGNORE, Example
+from cutlayer.crew import packed, unpacked
+from cutlayer.errors import ConfigError, CutlayerError, Gone
+from cutlayer.wire import read_frames
+from spine import TWO, U, adapter, equal, model, resumed
+from tiny import write_rows
+
+ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
+SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps", "lost", "virtual_seconds", "eval")
+TWO_IN_ONE = {"name": "ray", "clients_per_actor": 2}
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[None]:
+    """A Ray that is here already, as in a user's own program; many runs share its start."""
+    ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+def same(one: Any, two: Any) -> None:
+    """Both runs have the same losses, weights and bytes."""
+    assert steps(one.out) == steps(two.out)
+    for key in SAME:
+        assert one.summary[key] == two.summary[key], key
+    for name in ("adapter", *(f"adapters/{client}" for client in one.summary.get("adapters", ()))):
+        assert equal(adapter(one.out, name), adapter(two.out, name)), name
+
+
+def frames(folder: Path) -> list[Any]:
+    """What crossed, whoever was first."""
+    found = [(str(header), [t.tolist() for t in tensors]) for _, header, tensors in read_frames(folder)]
+    return sorted(found, key=str)
+
+
+def test_clients_in_actors_change_no_number(tmp_path: Path) -> None:
+    """A Ray that is started by one option; two clients share an actor; each frame has the same content."""
+    run = Apart(tmp_path, framework="sfl-v2", rounds=2, eval_every=1)
+    one = cutlayer.train({**run.simulated, "record_wire": str(tmp_path / "wire-1")}, out=tmp_path / "one")
+    tree = {**run.simulated, "record_wire": str(tmp_path / "wire-2"), "engine": "ray"}
+    two = cutlayer.train(tree, out=tmp_path / "two", **{"engine.clients_per_actor": 2})
+    same(one, two)
+    assert frames(tmp_path / "wire-1") == frames(tmp_path / "wire-2")
+    assert one.summary["parties"] == two.summary["parties"], "the memory of clients was measured at them"
+    assert not ray.is_initialized()
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("sfl-v1", {}),
+    ("sequential-sl", {}),
+    ("psl", {}),
+    ("sfl-v2", {"max_grad_norm": 0.1, "gradient_accumulation": 2}),
+    ("p-sl", {"engine": TWO_IN_ONE}),
+    ("hsfl", {}),
+    ("multisfl", {"engine": TWO_IN_ONE}),
+    ("sfl-v1", {"peft": "full", "engine": TWO_IN_ONE}),
+    ("sfl-v1", {"mixing": "minibatch-sfl"}),
+    ("async-sfl", {"profile": ["laptop", "phone+4g"], "aggregator": "dt-asfl"}),
+    ("sfl-v2", {"profile": "laptop", "exchange": "splitfrozen", "engine": TWO_IN_ONE}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
+@pytest.mark.parametrize(("framework", "changes"), CASES, ids=str)
+def test_every_framework_is_the_same_in_actors(
+    framework: str, changes: dict[str, Any], partition: dict[str, Any], tmp_path: Path, here: None
+) -> None:
+    changes = {"engine": "ray", **changes}
+    run = Apart(tmp_path, framework=framework, partition=partition, eval_every=1, **changes)
+    one = cutlayer.train({**run.simulated, "engine": "local"}, out=tmp_path / "one")
+    same_kind = "model" if changes.get("peft") == "full" else "adapter"
+    two = cutlayer.train(run.simulated, out=tmp_path / "two")
+    assert two.adapter.name == same_kind
+    if same_kind == "model":
+        files = [next(result.adapter.glob("*.safetensors")) for result in (one, two)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert steps(one.out) == steps(two.out)
+    else:
+        same(one, two)
+
+
+@pytest.mark.slow
+def test_other_runs(tmp_path: Path, here: None) -> None:
+    """Moving cuts, classes, packing, unequal cuts, clients that come and go: one base for all in an actor."""
+    run = Apart(tmp_path)
+    cut = {"partition": {"name": "two-part-split", "head_blocks": 2}, "profile": ["laptop", "phone+4g"], "rounds": 4}
+    texts = [{"text": f"a text of {'good' if n % 2 else 'bad'} words {n}", "label": n % 2} for n in range(12)]
+    classes = {"train": str(write_rows(tmp_path / "classes.jsonl", texts)), "format": "classification"}
+    unequal = [{**client, "head_blocks": 1 + n} for n, client in enumerate(run.simulated["clients"])]
+    goings = [{**client, "leaves": 2} if n else client for n, client in enumerate(run.simulated["clients"])]
+    cases: dict[str, dict[str, Any]] = {
+        "planner": {"framework": "sfl-v1", "planner": {"name": "capability-cut", "every": 1}, **cut},
+        "classes": {
+            "data": {**classes, "eval_fraction": 0.25, "max_length": 64},
+            "clients": 2,
+            "model": str(model("bert", num_hidden_layers=4)),
+        },
+        "packing": {"data": {**run.simulated["data"], "packing": True}},
+        "unequal": {"clients": unequal, "framework": "sfl-v1"},
+        "goings": {"clients": goings, "framework": "sfl-v2", "availability": 0.7, "rounds": 5},
+    }
+    for name, changes in cases.items():
+        tree = {**run.simulated, **changes}
+        one = cutlayer.train(tree, out=tmp_path / f"{name}-1")
+        two = cutlayer.train({**tree, "engine": TWO_IN_ONE}, out=tmp_path / f"{name}-2")
+        same(one, two)
+        assert one.summary.get("cuts") == two.summary.get("cuts")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_either_engine(tmp_path: Path, here: None) -> None:
+    """A checkpoint has everything that the actors hold, and is the one of the local engine."""
+    run = Apart(tmp_path, framework="sfl-v1", rounds=3)
+    one = cutlayer.train(run.simulated, out=tmp_path / "one")
+    two = cutlayer.train({**run.simulated, "engine": TWO_IN_ONE}, out=tmp_path / "two")
+    same(one, two)
+    before = adapter(one.out)
+    assert equal(before, adapter(resumed(two.out).out))
+    text = (two.out / "run.yaml").read_text()
+    assert "name: ray" in text
+    (two.out / "run.yaml").write_text("\n".join(
+        "engine: local" if line.startswith("engine:") else line for line in text.splitlines()
+    ) + "\n")  # fmt: skip
+    assert equal(before, adapter(resumed(two.out).out))
+
+
+class _Killer:
+    """A reporter that kills an actor at the first step of a round."""
+
+    def __init__(self, actors: list[Any], number: int) -> None:
+        self.actors, self.number, self.done, self.notes = actors, number, False, list[str]()
+
+    def start(self, total: int) -> None: ...
+
+    def update(self, record: dict[str, Any]) -> None:
+        if record["round"] == self.number and not self.done:
+            self.done = True
+            ray.kill(self.actors[0].handle)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def stop(self) -> None: ...
+
+
+@pytest.fixture
+def actors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The actors of the runs of a test."""
+    found: list[Any] = []
+    original = cluster._actor
+    monkeypatch.setattr(cluster, "_actor", lambda *args: found.append(original(*args)) or found[-1])
+    return found
+
+
+@pytest.mark.slow
+def test_an_actor_that_dies_changes_nothing(tmp_path: Path, here: None, actors: list[Any]) -> None:
+    run = Apart(tmp_path, framework="sfl-v2", rounds=4, engine="ray")
+    killer = _Killer(actors, 2)
+    two = cutlayer.train(run.simulated, out=tmp_path / "two", progress=killer)
+    said = next(note for note in killer.notes if "has died" in note)
+    assert "'ann' is gone" in said
+    assert "All go back" in said
+    assert "going on after round 2" in killer.notes
+    same(cutlayer.train({**run.simulated, "engine": "local"}, out=tmp_path / "one"), two)
+
+
+@pytest.mark.slow
+def test_an_actor_that_dies_before_a_checkpoint_ends_the_run(tmp_path: Path, here: None, actors: list[Any]) -> None:
+    run = Apart(tmp_path, framework="sfl-v2", rounds=4, engine=TWO_IN_ONE)
+    with pytest.raises(Gone, match=r"'ann' is gone: the actor that it was in \(with bob\) has died"):
+        cutlayer.train(run.simulated, out=tmp_path / "two", progress=_Killer(actors, 0))
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
+def test_errors_at_an_actor_are_told_in_words(tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Apart(tmp_path, engine="ray")
+    monkeypatch.setattr(cluster, "versions", lambda: {"torch": "1.0"})
+    with pytest.raises(CutlayerError, match=f"An actor has torch {torch.__version__.split('+')[0]}"):
+        cutlayer.train(run.simulated, out=tmp_path / "one")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="and no node of the cluster has that"):
+        cutlayer.train({**run.simulated, "engine": {"name": "ray", "num_gpus": 64}}, out=tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"makes 2 actors\. Each actor wants 2 CPUs, and this machine has room for 1"):
+        cutlayer.train(
+            {**run.simulated, "engine": {"name": "ray", "num_cpus": 2, "clients_per_actor": 1}}, out=tmp_path / "one"
+        )
+    assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.slow
+def test_an_address(tmp_path: Path, here: None) -> None:
+    """The command line joins the cluster that runs."""
+    run = Apart(tmp_path)
+    file = tmp_path / "simulated.yaml"
+    file.write_text(json.dumps(run.simulated, indent=1))
+    command = [sys.executable, "-m", "cutlayer", "train", str(file), "engine=ray", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "engine.address=auto"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert equal(adapter(tmp_path / "out"), adapter(cutlayer.train(run.simulated, out=tmp_path / "one").out))
+    assert ray.is_initialized(), "it is not ours to end"
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:9", "no Ray cluster answers at '127.0.0.1:9'"),
+        ("ray://head:10001", "Write HOST:PORT"),
+        ("x", "Write"),
+    ],
+)
+def test_an_address_without_a_cluster(address: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        cutlayer.train(
+            {**Apart(tmp_path).simulated, "engine": {"name": "ray", "address": address}}, out=tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"framework": "ringsfl"}, "runs blocks for"),
+    ({"fails": 0.5}, "sets a client back"),
+    ({"peft": "hsplitlora", "aggregator": "lora-products"}, "cannot change ranks"),
+    ({"device": "cuda"}, "the actors of engine 'ray' get no GPU"),
+    ({"engine": {"name": "local", "num_gpus": 1}}, "engine is 'local', which has no such option"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), REFUSED, ids=lambda value: next(iter(value)) if type(value) is dict else ""
+)
+def test_what_cannot_be_in_actors_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    run = Apart(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        cutlayer.train({**run.simulated, "engine": "ray", **changes}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ray" else original(name, *a))
+    with pytest.raises(ConfigError, match=r"pip install 'cutlayer\[ray\]'"):
+        cutlayer.train({**Apart(tmp_path).simulated, "engine": "ray"}, out=tmp_path / "out")
+
+
+def test_examples_come_as_they_were() -> None:
+    groups = {
+        "train/a": [Example([1, 2, 3], [IGNORE, 2, 3]), Example([4], [IGNORE], None, [0])],
+        "train/b": [Example([7, 8], None, 1), Example([9], None, 0)],
+        "kept/a": [],
+    }
+    assert unpacked(packed(groups)) == groups
+
+
+@pytest.mark.parametrize(
+    ("clients", "size", "expected"), [(5, 2, [1, 2, 2]), (4, 2, [2, 2]), (3, 9, [3]), (3, 1, [1, 1, 1])]
+)
+def test_clients_are_dealt_evenly(clients: int, size: int, expected: list[int]) -> None:
+    names = [str(number) for number in range(clients)]
+    crews = cluster.dealt(names, size)
+    assert [len(crew) for crew in crews] == expected
+    assert [name for crew in crews for name in crew] == names
