@@ -102,6 +102,17 @@ def test_cuts_move_between_processes(
 
 
 @pytest.mark.slow
+def test_cuts_move_in_a_model_that_was_handed(tmp_path: Path) -> None:
+    """A client that has no model gets all blocks that a planner may give it."""
+    run = Apart(tmp_path / "apart", UNLIKE, framework="sfl-v2", **PLANNED)
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
+    server = run.serve()
+    run.ended({"server": server, **{name: run.join(name, model=False) for name in ROWS}})
+    assert run.summary()["cuts"] == alone.summary["cuts"]
+    assert steps(run.root / "server") == steps(alone.out)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
 def test_cuts_by_what_devices_can_do(partition: dict[str, Any], tmp_path: Path) -> None:
     """The profiles are of the run file; time is what it takes."""

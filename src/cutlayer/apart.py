@@ -68,7 +68,10 @@ def problems(config: RunConfig) -> Iterator[str]:
     """What of a run cannot be over the network, a sentence each."""
     simulated = "is for simulated clients; those who join come and go by themselves. Leave it out."
     if isinstance(config.build("selection"), Arranger):
-        yield f"selection '{config.selection.name}' asks for sketches, not yet over the network. Take selection: all."
+        yield (
+            f"selection '{config.selection.name}' asks for sketches, which are made with a secret and a text that all "
+            "clients share; over the network there is neither yet. Take selection: all."
+        )
     if config.data.eval_fraction is not None:
         yield "data.eval_fraction divides one file. Let each client give a file of its own (cutlayer join --eval)."
     if config.fails or any(client.fails for client in config.client_list):
@@ -94,7 +97,8 @@ def check_routes(config: RunConfig, num_blocks: int) -> None:
         raise ConfigError(
             [
                 f"framework '{config.framework.name}': client '{peer}' runs blocks for '{name}', which is not yet "
-                "over the network. Take a framework whose trunk is at the server."
+                "over the network: the server would see what they send each other. Take a framework whose trunk is at "
+                "the server."
             ],
             "the run",
         )
