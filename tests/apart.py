@@ -92,23 +92,24 @@ class Apart:
 
     Args:
         root: an empty folder.
+        rows: of each client.
         changes: keys of the run.
     """
 
-    def __init__(self, root: Path, **changes: Any) -> None:
+    def __init__(self, root: Path, rows: Mapping[str, list[dict[str, Any]]] = ROWS, **changes: Any) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        self.files = {
-            name: str(write_rows(root / f"{name}.jsonl", [dict(r) for r in rows])) for name, rows in ROWS.items()
-        }
+        self.files = {name: str(write_rows(root / f"{name}.jsonl", theirs)) for name, theirs in rows.items()}
         self.valid = str(write_rows(root / "valid.jsonl", text_rows(4, seed=9)))
         self.tree: dict[str, Any] = {
             "model": str(model(num_hidden_layers=4)),
-            "data": {"max_length": 64, "eval": self.valid}, "clients": [{"name": name} for name in ROWS],
+            "clients": [{"name": name} for name in ROWS],
             "partition": {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 1},
             "peft": {"name": "lora", "rank": 2}, "optimizer": {"name": "adamw", "lr": 0.01},
             "rounds": 3, "batch_size": 3, "device": "cpu", **changes,
         }  # fmt: skip
+        data = {"max_length": 64, **changes.get("data", {})}
+        self.tree["data"] = data if "eval_fraction" in data else {"eval": self.valid, **data}
         self.file = root / "run.yaml"
         self.file.write_text(yaml.safe_dump(self.tree))
         self.port = 0
@@ -117,7 +118,8 @@ class Apart:
     @property
     def simulated(self) -> dict[str, Any]:
         """The same run with all clients in one process."""
-        return {**self.tree, "clients": [{"name": name, "data": file} for name, file in self.files.items()]}
+        own = [{**client, "data": self.files[client["name"]]} for client in self.tree["clients"]]
+        return {**self.tree, "clients": own}
 
     def start(self, who: str, *arguments: str, fate: Fate | None = None, traps: Sequence[Trap] = ()) -> Command:
         """A command of ``who``, whose words go to its log, and whose number is in a file beside it."""
@@ -209,6 +211,21 @@ class Apart:
             if not own or not trunk or not all(torch.equal(trunk[n], whole[n]) for n in trunk):
                 return False
         return True
+
+    def same_state(self, one: Path) -> bool:
+        """Whether the last checkpoints of all have the bits of the run in one process: tensors and optimizer state."""
+        last = sorted((one / "checkpoints").iterdir())[-1]
+        found = {}
+        for file in (self.root / "server" / "checkpoints" / last.name).glob("*.safetensors"):
+            found[file.name] = load_file(file)
+        for name in self.files:
+            mine = self.root / name / "checkpoints" / last.name / "client.safetensors"
+            found[f"client-{name}.safetensors"] = load_file(mine)
+        whole = {file.name: load_file(file) for file in last.glob("*.safetensors")}
+        return found.keys() == whole.keys() and all(
+            found[file].keys() == state.keys() and all(torch.equal(found[file][n], state[n]) for n in state)
+            for file, state in whole.items()
+        )
 
     def summary(self) -> dict[str, Any]:
         """The server's."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apart import Apart
 from cutlayer.apart import offer, served, taken
@@ -28,10 +29,10 @@ class Noted:
         self.words.append(text)
 
 
-def seat(folder: Path, policy: dict[str, Any] | None = None) -> tuple[Seat, Noted]:
-    run, noted = Apart(folder), Noted()
+def seat(folder: Path, policy: dict[str, Any] | None = None, **changes: Any) -> tuple[Seat, Noted]:
+    run, noted = Apart(folder, **changes), Noted()
     config = taken(offer(served(run.file)), model=str(run.tree["model"]), device="cpu")
-    (folder / "ann").mkdir()
+    (folder / "ann").mkdir(exist_ok=True)
     return Seat(config, "ann", run.files["ann"], None, folder / "ann", load_policy(policy or {}), noted), noted
 
 
@@ -57,3 +58,81 @@ def test_the_words_of_a_refusal_stay_unless_they_may_leave(may: bool, tmp_path: 
     assert ("nothing that a client may be asked for" in str(caught.value)) == may
     assert str(caught.value).startswith("PolicyRefused")
     assert "'show_me_all' is nothing that a client may be asked for" in noted.words[-1]
+
+
+MOVING: dict[str, Any] = {"planner": {"name": "splitft-adaptive-cut", "cut": 1}, "peft": "splitft-cut-rank"}
+MOVING |= {"aggregator": "lora-products"}
+
+
+def blocks_of(own: Seat) -> set[int]:
+    """The blocks whose weights are loaded."""
+    assert own.base is not None
+    return {number for number in range(4) if own.base.model.model.layers[number].state_dict()}
+
+
+def test_a_client_loads_what_a_planner_may_give_it_and_no_more(tmp_path: Path) -> None:
+    """Nothing before the server says it; and a block that it has not loaded cannot come to be its own."""
+    own, noted = seat(tmp_path, **MOVING)
+    assert own.base is None
+    own.handle(ask("begin", 1, round=0, updates=3, head_blocks=1, most=2), [])
+    assert blocks_of(own) == {0, 1, 3}
+    assert len(own.party.head.blocks) == 1
+    own.handle(ask("move", 2, head_blocks=2), [])
+    assert len(own.party.head.blocks) == 2
+    with pytest.raises(CutlayerError):
+        own.handle(ask("move", 3, head_blocks=3), [])
+    assert "was given 3 head blocks, but it has loaded 2" in noted.words[-1]
+
+
+@pytest.mark.parametrize(
+    ("cut", "most", "said"),
+    [
+        (0, 2, "the server gives 0 blocks; allowed: 1 or more"), (-1, 2, "the server gives -1 blocks"),
+        (2, 1, "2 head blocks, and 1 at most, which cannot"), (1, 3, "1 head blocks, and 3 at most, which cannot"),
+    ],
+)  # fmt: skip
+def test_cuts_that_a_server_may_not_give(cut: int, most: int, said: str, tmp_path: Path) -> None:
+    own, noted = seat(tmp_path, {"head_blocks": 1}, **MOVING)
+    with pytest.raises(CutlayerError):
+        own.handle(ask("begin", 1, round=0, updates=3, head_blocks=cut, most=most), [])
+    assert said in noted.words[-1]
+    assert own.base is None
+
+
+def test_a_move_below_the_owner_s_smallest_head_is_refused(tmp_path: Path) -> None:
+    own, noted = seat(tmp_path, {"head_blocks": 1}, **MOVING)
+    own.handle(ask("begin", 1, round=0, updates=3, head_blocks=1, most=2), [])
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        own.handle(ask("move", 2, head_blocks=0), [])
+    assert "the server gives 0 blocks; allowed: 1 or more" in noted.words[-1]
+    assert len(own.party.head.blocks) == 1
+
+
+@pytest.mark.parametrize("ranks", [[1], [99] * 14, [-1] * 14], ids=["too few", "too high", "negative"])
+def test_ranks_that_a_server_may_not_give(ranks: list[int], tmp_path: Path) -> None:
+    own, noted = seat(tmp_path, **MOVING)
+    own.handle(ask("begin", 1, round=0, updates=3, head_blocks=1, most=2), [])
+    before = {name: one.shape for name, one in own.party.slot.params.items()}
+    with pytest.raises(CutlayerError):
+        own.handle(ask("move", 2, head_blocks=1).but(names=("ranks",)), [torch.tensor(ranks, dtype=torch.int32)])
+    assert "told" in noted.words[-1]
+    assert {name: one.shape for name, one in own.party.slot.params.items()} == before
+
+
+def test_a_client_knows_the_cut_that_it_had(tmp_path: Path) -> None:
+    """A server whose folder is of another run gives another; the examples that are kept back are the same again."""
+    own, _ = seat(tmp_path, **MOVING)
+    own.handle(ask("begin", 1, round=0, updates=3, head_blocks=1, most=2), [])
+    own.handle(ask("move", 2, head_blocks=2), [])
+    own.handle(ask("keep", 3, round=1), [])
+    again, noted = seat(tmp_path, **MOVING)
+    with pytest.raises(CutlayerError):
+        again.handle(ask("begin", 1, round=1, updates=3, head_blocks=1, most=2), [])
+    assert "After round 1 this client had 2 head blocks, and the server says 1" in noted.words[-1]
+    again.handle(ask("begin", 2, round=1, updates=3, head_blocks=2, most=2), [])
+    assert again.party.names("own") == own.party.names("own")
+    told, data = again.told(), own.told()
+    assert told["data"] == data["data"]
+    assert told["data"]["validation_batches"] == 1
+    assert told["data"]["examples"] == 6
+    assert told["data"]["length"] > 1

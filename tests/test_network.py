@@ -12,22 +12,42 @@ import pytest
 import cutlayer
 from apart import ROWS, Apart, steps
 from cutlayer.apart import served
-from cutlayer.errors import ConfigError, CutlayerError, OutputError, PolicyRefused, Refused
+from cutlayer.errors import ConfigError, CutlayerError, DataError, OutputError, PolicyRefused, Refused
 from cutlayer.joining import join
 from cutlayer.keys import server_keys
 from cutlayer.serving import serve
-from spine import TWO, U, often
+from spine import TWO, U, model, often
 from tiny import make_model, text_rows, write_rows
 
 SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
 
 
+CLASSIFIER = {"model": "bert", "data": {"format": "classification", "classes": ["sad", "glad"]}}
 CASES = [
     ("sfl-v1", {}), ("sequential-sl", {}), ("sfl-v2", {}), ("psl", {}), ("gsfl", {}), ("p-sl", {}), ("hsfl", {}),
     ("multisfl", {}), ("sfl-v1", {"peft": "full"}), ("sfl-v1", {"mixing": "minibatch-sfl"}),
     ("sfl-v1", {"framework": {"name": "sfl-v1", "participation": 0.5}, "rounds": 4, "seed": 1}),  # bob is the last
-    ("sfl-v2", {"max_grad_norm": 0.1, "gradient_accumulation": 2}),
+    ("sfl-v2", {"max_grad_norm": 0.1, "gradient_accumulation": 2}), ("sfl-v2", CLASSIFIER),
 ]  # fmt: skip
+
+
+def both(run: Apart, out: Path, *, unequal: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run between processes and in one, which must be the same; their summaries.
+
+    Where cuts or ranks are unequal, the adapter of the run is that of one client, and only states are compared.
+    """
+    alone = cutlayer.train(run.simulated, out=out, progress=False).summary
+    server = run.serve()
+    run.ended({"server": server, **{name: run.join(name) for name in ROWS}})
+    summary = run.summary()
+    assert steps(run.root / "server") == steps(out)
+    for key in SAME:
+        assert summary[key] == alone[key], key
+    losses = [[e["loss"] for e in one["eval"]["history"]] for one in (summary, alone)]
+    assert losses[0] == losses[1]
+    assert unequal or run.same(out)
+    assert run.same_state(out)
+    return summary, alone
 
 
 @pytest.mark.parametrize(
@@ -43,23 +63,117 @@ def test_the_network_changes_no_number(
 ) -> None:  # fmt: skip
     """The same losses by client and step, the same weights, the same bytes and frames."""
     kind = {"two-part": TWO, "u-shape": U}[partition]
+    if "model" in changes:
+        changes = {**changes, "model": str(model(changes["model"], num_hidden_layers=4))}
     run = Apart(tmp_path / "apart", partition=kind, eval_every=1, **{"framework": framework, **changes})
-    alone = cutlayer.train(run.simulated, out=tmp_path / "one")
-    server = run.serve()
-    run.ended({**{name: run.join(name) for name in ROWS}, "server": server})
-    summary = run.summary()
-    assert steps(run.root / "server") == steps(tmp_path / "one")
-    for key in SAME:
-        assert summary[key] == alone.summary[key], key
-    losses = [[e["loss"] for e in one["eval"]["history"]] for one in (summary, alone.summary)]
-    assert losses[0] == losses[1]
-    assert run.same(tmp_path / "one")
+    summary, alone = both(run, tmp_path / "one")
     assert all("peak_memory_bytes" not in summary["parties"][name] for name in ROWS), "nobody has measured it here"
-    peaks = [one["parties"]["server"]["peak_memory_bytes"] for one in (summary, alone.summary)]
+    peaks = [one["parties"]["server"]["peak_memory_bytes"] for one in (summary, alone)]
     if framework in ("sequential-sl", "sfl-v2"):
         assert peaks[0] == peaks[1]
     else:  # clients at once: how many graphs are open together depends on who is fast
         assert min(peaks) > 0
+
+
+# One client's text is soon learnt, the other's never, so that their cuts part.
+UNLIKE = {**ROWS, "ann": [{"text": "w5 w6 w7 w8 w5 w6 w7 w8 w5 w6"} for _ in range(7)]}
+PLANNED: dict[str, Any] = {
+    "planner": {"name": "splitft-adaptive-cut", "every": 2, "cut": 1, "least": 0, "gamma": 2.0},
+    "optimizer": {"name": "adamw", "lr": 0.05}, "rounds": 8, "eval_every": 1,
+}  # fmt: skip
+CUT_RANK = {"peft": {"name": "splitft-cut-rank", "rank": 4, "cut_rank": 2, "alpha": 4}, "aggregator": "lora-products"}
+MOVES = [
+    (framework, changes, kind) for framework in ("sfl-v1", "sfl-v2") for changes in ({}, CUT_RANK)
+    for kind in ("two-part", "u-shape")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("framework", "changes", "partition"), often(MOVES, ("sfl-v2", CUT_RANK, "u-shape")), ids=str
+)  # fmt: skip
+def test_cuts_move_between_processes(
+    framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
+) -> None:  # fmt: skip
+    """A planner moves blocks up and down: the same cuts, losses, weights and bytes."""
+    kind = {"two-part": TWO, "u-shape": U}[partition]
+    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=kind, **PLANNED, **changes)
+    summary, alone = both(run, tmp_path / "one", unequal=True)
+    assert summary["cuts"] == alone["cuts"]
+    assert {name: len(one["moves"]) > 0 for name, one in summary["cuts"].items()} == dict.fromkeys(ROWS, True)
+
+
+@pytest.mark.slow
+def test_cuts_move_in_a_model_that_was_handed(tmp_path: Path) -> None:
+    """A client that has no model gets all blocks that a planner may give it."""
+    run = Apart(tmp_path / "apart", UNLIKE, framework="sfl-v2", **PLANNED)
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
+    server = run.serve()
+    run.ended({"server": server, **{name: run.join(name, model=False) for name in ROWS}})
+    assert run.summary()["cuts"] == alone.summary["cuts"]
+    assert steps(run.root / "server") == steps(alone.out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
+def test_cuts_by_what_devices_can_do(partition: dict[str, Any], tmp_path: Path) -> None:
+    """The profiles are of the run file; time is what it takes."""
+    link = {"up_mbps": 100, "down_mbps": 100, "rtt_ms": 1}
+    clients = [{"name": "ann", "profile": {"flops": 1e9, **link}}, {"name": "bob", "profile": {"flops": 5e9, **link}}]
+    run = Apart(
+        tmp_path / "apart", framework="sfl-v1", partition=partition, clients=clients, eval_every=1,
+        planner={"name": "capability-cut", "serves": "parallel", "every": 2},
+    )  # fmt: skip
+    summary, alone = both(run, tmp_path / "one")
+    assert summary["cuts"] == alone["cuts"]
+    assert len({one["head_blocks"] for one in summary["cuts"].values()}) == 2
+    assert summary["virtual_seconds"] is None
+
+
+ALLOTTED: dict[str, Any] = {
+    "peft": {"name": "hsplitlora", "ranks": [1, 2, 4], "budget": 1500, "budgets": {"bob": 900}, "server_budget": 3000,
+             "warm_up": 2, "refresh": 2},
+    "aggregator": "lora-products", "rounds": 6, "eval_every": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("framework", "changes", "partition"),
+    often(
+        [(framework, {}, kind) for framework in ("sfl-v1", "sfl-v2") for kind in ("two-part", "u-shape")]
+        + [("sfl-v2", PLANNED, "two-part"), ("sfl-v2", PLANNED, "u-shape")],
+        ("sfl-v1", {}, "two-part"),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_ranks_by_importance_between_processes(
+    framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
+) -> None:  # fmt: skip
+    kind = {"two-part": TWO, "u-shape": U}[partition]
+    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=kind, **{**ALLOTTED, **changes})
+    summary, alone = both(run, tmp_path / "one", unequal=True)
+    assert summary["ranks"] == alone["ranks"]
+    assert all(one["decided_after_round"] is not None for one in summary["ranks"].values())
+    assert len(set(summary["ranks"]["ann"]["ranks"].values())) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [CUT_RANK, ALLOTTED], ids=["splitft-cut-rank", "hsplitlora"])
+def test_killed_parties_find_their_cuts_again(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Killed after blocks have moved: cuts, ranks and importance are those of the round that all hold."""
+    run = Apart(tmp_path / "apart", UNLIKE, framework="sfl-v2", **{**changes, **PLANNED, "rounds": 14})
+    server = run.serve()
+    clients = {name: run.join(name) for name in ROWS}
+    run.kill_after("ann", clients["ann"], 4)
+    clients["ann"] = run.join("ann")
+    run.kill_after("server", server, 8)
+    server = run.serve()
+    run.ended({**clients, "server": server})
+    assert "going on after round" in run.said("bob")
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
+    assert run.summary()["cuts"] == alone.summary["cuts"]
+    assert any(moved[0] < 4 for one in alone.summary["cuts"].values() for moved in one["moves"])
+    assert run.same_state(alone.out)
+    assert steps(run.root / "server") == steps(alone.out)
 
 
 def keys_of(folder: Path) -> Path:
@@ -164,7 +278,7 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"planner": "capability-cut", "profile": "laptop"}, "cannot move cuts over the network yet"),
+        ({"data": {"format": "classification", "classes": ["sad"]}}, "must name two classes or more"),
         ({"fails": 0.5}, "is for simulated clients"),
         ({"data": {"eval_fraction": 0.5}}, "cutlayer join --eval"),
     ],
@@ -174,6 +288,27 @@ def test_what_cannot_be_over_a_network_is_refused(changes: dict[str, Any], said:
     run = Apart(tmp_path / "apart", **changes)
     with pytest.raises(ConfigError, match=said):
         served(str(run.file))
+
+
+def test_a_classifier_s_classes_must_be_known(tmp_path: Path) -> None:
+    """To the server, which sees no label; and a label that is none of them is refused where it is."""
+    about: dict[str, Any] = {"model": str(model("bert", num_hidden_layers=4))}
+    run = Apart(tmp_path / "apart", **about, data={"format": "classification"})
+    with pytest.raises(ConfigError, match=r"data\.classes is missing"):
+        serve(str(run.file), bind="localhost:0", out=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    run = Apart(tmp_path / "other", **about, data={"format": "classification", "classes": ["good", "bad"]})
+    rows = [{"text": "w3 w4", "label": label} for label in ("good", "ugly")]
+    server = run.serve()
+    try:
+        with pytest.raises(DataError, match="'ugly', which is none of the run's classes: good, bad"):
+            join(
+                f"localhost:{run.port}", data=write_rows(run.root / "rows.jsonl", rows), out=run.root / "ann",
+                name="ann", model=run.tree["model"], progress=False,
+            )  # fmt: skip
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_clients_that_run_blocks_for_others_are_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlayer import checkpoint
+from cutlayer.allotment import Allotter
 from cutlayer.config_fit import batches_meet
 from cutlayer.errors import CutlayerError, Gone, NetworkError, RequestFailed, WireError
 from cutlayer.files import write_text
@@ -158,9 +159,16 @@ class Absence:
             self._why[name] = str(error)
         if left:
             self._left[name] = (self.remotes[name].instance, str(error))
-        if goes_on and batches_meet(self.run.config):
+        if goes_on and self._goes_back:
             raise Gone(name, error.why if isinstance(error, Gone) else str(error), "left" if left else "away")
         return goes_on
+
+    @property
+    def _goes_back(self) -> bool:
+        """Whether nobody can be left out of a round that has begun: where batches meet, and where cuts and ranks move,
+        as a client set back to its begin would have those from before."""
+        parts = self.run.parts
+        return batches_meet(self.run.config) or parts.planner is not None or isinstance(parts.peft, Allotter)
 
     def lost(self, name: str) -> None:
         """A client was lost just now.

@@ -40,12 +40,27 @@ def begin(parts: Parts) -> None:
     if not isinstance(peft, Allotter):
         return
     known: dict[str, Frozen] = {}
+    parts.base.install(None)  # a run that was driven before may have left the blocks of one segment there
     for client, party in parts.clients.items():
         fit_slot(party.slot, client_ranks(parts, {}, client, party.names("own")))
         party.slot.importance = _importance(parts.base, peft, party.slot, known)
     for slot in parts.server.slots.values():
         fit_slot(slot, trunk_ranks(parts, {}, slot))
         slot.importance = _importance(parts.base, peft, slot, known)
+
+
+def begin_alone(base: Base, peft: Peft, client: str, slot: Slot, own: Iterable[str]) -> None:
+    """``begin`` for a client that is alone in its process.
+
+    Raises:
+        MethodError: its budget is too small.
+    """
+    if not isinstance(peft, Allotter):
+        return
+    base.install(None)
+    even = importances(base, {}, client, sorted(pairs(set(own))))
+    fit_slot(slot, allotted(peft, base, even, peft.limit(client, trunks=1), holder=client))
+    slot.importance = _importance(base, peft, slot, {})
 
 
 async def review(run: Run) -> None:

@@ -9,16 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cutlayer.allotment import Allotter
 from cutlayer.arrangement import Arranger
 from cutlayer.assembly import routes_of
-from cutlayer.build import layouts_of
+from cutlayer.build import layouts_of, task_of
 from cutlayer.config import DEFAULT_METHODS, FAMILY_KEYS, RunConfig, load_config
 from cutlayer.config_read import Overrides, numbered, read
 from cutlayer.config_write import tree_of
 from cutlayer.contracts import Layout
+from cutlayer.data.classes import classes_of
 from cutlayer.errors import ConfigError
+from cutlayer.models.heads import head_of
 from cutlayer.models.loading import Part
+from cutlayer.planning import at_cut
 from cutlayer.presence import Routes
 
 AT_CLIENT = "at the client"  # in place of every file of data
@@ -65,16 +67,13 @@ def _elsewhere(client: dict[str, Any]) -> dict[str, Any]:
 def problems(config: RunConfig) -> Iterator[str]:
     """What of a run cannot be over the network, a sentence each."""
     simulated = "is for simulated clients; those who join come and go by themselves. Leave it out."
-    if config.planner is not None:
-        yield f"planner '{config.planner.name}' cannot move cuts over the network yet. Take planner: none."
-    if isinstance(config.build("peft"), Allotter):
-        yield f"peft '{config.peft.name}' cannot change ranks over the network yet. Take peft: lora."
     if isinstance(config.build("selection"), Arranger):
-        yield f"selection '{config.selection.name}' asks for sketches, not yet over the network. Take selection: all."
+        yield (
+            f"selection '{config.selection.name}' asks for sketches, which are made with a secret and a text that all "
+            "clients share; over the network there is neither yet. Take selection: all."
+        )
     if config.data.eval_fraction is not None:
         yield "data.eval_fraction divides one file. Let each client give a file of its own (cutlayer join --eval)."
-    if any(config.data_of(name).format == "classification" for name in config.client_names):
-        yield "data.format 'classification' needs the classes of all clients, which is not yet over the network."
     if config.fails or any(client.fails for client in config.client_list):
         yield f"fails {simulated}"
     if config.availability != 1 or any(client.availability is not None for client in config.client_list):
@@ -98,7 +97,8 @@ def check_routes(config: RunConfig, num_blocks: int) -> None:
         raise ConfigError(
             [
                 f"framework '{config.framework.name}': client '{peer}' runs blocks for '{name}', which is not yet "
-                "over the network. Take a framework whose trunk is at the server."
+                "over the network: the server would see what they send each other. Take a framework whose trunk is at "
+                "the server."
             ],
             "the run",
         )
@@ -118,10 +118,42 @@ def part_of(layout: Layout) -> Part:
     return Part(0, len(layout.head), bottom=True, top=layout.tail_at_client, also=tail)
 
 
+def parts_of(config: RunConfig, num_blocks: int) -> dict[str, Part]:
+    """What each client may come to hold: where a planner moves cuts, all blocks but the trunk's last."""
+    layouts = layouts_of(config, num_blocks)
+    if config.planner is not None:
+        layouts = {name: at_cut(layout, layout.middle.stop - 1) for name, layout in layouts.items()}
+    return {name: part_of(layout) for name, layout in layouts.items()}
+
+
+def known_classes(config: RunConfig) -> Sequence[str] | None:
+    """A classifier's classes, as both ends know them without each other's data; None: the run is none.
+
+    Raises:
+        ConfigError: neither the run nor the model's own head names them.
+    """
+    if task_of(config) != "classification":
+        return None
+    head = head_of(config.model)
+    if config.data.classes is not None:
+        return classes_of([], head, model=config.model, named=config.data.classes).names
+    if head is None or head.unnamed:
+        raise ConfigError(
+            [
+                "data.classes is missing: over the network nobody sees the labels of all clients, and the model has no "
+                "head that names its classes. Name them, such as: data.classes: [negative, positive]"
+            ],
+            "the run",
+        )
+    return head.names
+
+
 def offer(config: RunConfig) -> dict[str, Any]:
     """The run as the server tells it to a client: nothing of the server's own machine is in it."""
     tree = tree_of(config)
     tree["model"] = Path(config.model).name if Path(config.model).is_dir() else config.model
+    if (classes := known_classes(config)) is not None:  # all of the head's, as a client may not hold the head
+        tree["data"]["classes"] = list(classes)
     return {key: value for key, value in tree.items() if key not in HERE}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cutlayer.allotting import begin
+from cutlayer.allotting import begin, begin_alone
 from cutlayer.arrangement import Arranger
 from cutlayer.build import Data, check_fit, layouts_of, task_of
 from cutlayer.config import RunConfig
@@ -21,7 +21,7 @@ from cutlayer.parties.holder import Holder
 from cutlayer.parties.shadow import Shadow
 from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.planning import Costs, at_cut
-from cutlayer.plans import Outset, at_ranks, outset, slot_ranks
+from cutlayer.plans import Outset, at_ranks, first_cuts, outset, slot_ranks
 from cutlayer.presence import Presence, Routes
 from cutlayer.schedule import (
     MOST_IDLE,
@@ -161,7 +161,7 @@ def assemble(config: RunConfig, base: Base, data: Data) -> Parts:
     """
     check_fit(config, base, data)
     begun = outset(config, base.model.config, base.anatomy.num_blocks, data)
-    told = {name: told_of(config, begun.data, name) for name in config.client_names}
+    told = {name: told_of(config, begun.data, name, begun.kept[name]) for name in config.client_names}
     seat: Callable[..., Holder] = partial(client_party, config, base, begun.data, begun.kept)
     if config.engine.name == "ray":
         seat = partial(mirror, config, base, begun)
@@ -189,13 +189,23 @@ def assemble_server(config: RunConfig, base: Base, told: Mapping[str, Told]) -> 
     """
 
     def shadow(name: str, *, head: Segment, tail: Segment | None, slot: Slot, frozen: bool) -> Shadow:
-        return Shadow(name, head=head, tail=tail, slot=slot, evaluations=told[name].evaluation_batches)
+        counts = told[name].evaluation_batches, told[name].validation_batches
+        return Shadow(name, head=head, tail=tail, slot=slot, evaluations=counts[0], validations=counts[1])
 
-    return replace(_assemble(config, base, told, shadow, layouts_of(config, base.anatomy.num_blocks)), apart=True)
+    num_blocks = base.anatomy.num_blocks
+    if config.planner is None:
+        parts = _assemble(config, base, told, shadow, layouts_of(config, num_blocks))
+    else:
+        lengths = {name: one.length for name, one in told.items()}
+        examples = {name: one.examples for name, one in told.items()}
+        begun = first_cuts(config, base.model.config, num_blocks, lengths, examples)
+        parts = _assemble(config, base, told, shadow, begun.layouts, begun.costs, begun.planner, begun.bounds)
+    return replace(parts, apart=True)
 
 
 def assemble_client(
-    config: RunConfig, base: Base, data: Data, name: str, *, updates: int, secret: bytes
+    config: RunConfig, base: Base, data: Data, kept: Mapping[str, Sequence[Example]], name: str, *, updates: int,
+    secret: bytes, cuts: tuple[int, int] | None = None,
 ) -> ClientParty:  # fmt: skip
     """A client that is alone in its process.
 
@@ -203,9 +213,11 @@ def assemble_client(
         config: the run.
         base: the client's own blocks, or more of the model.
         data: its own.
+        kept: the examples that it validates with.
         name: its name.
         updates: how many its part will have in the run, for the learning rate.
         secret: of this client alone.
+        cuts: its head blocks now and at most, where a planner says them.
 
     Raises:
         DataError: the data does not fit the model.
@@ -213,18 +225,24 @@ def assemble_client(
     check_fit(config, base, data)
     layouts = layouts_of(config, base.anatomy.num_blocks)
     framework: Framework = config.build("framework")
+    highest = None
+    if cuts is not None:
+        layouts[name] = at_cut(layouts[name], cuts[0])
+        highest = base.segment("head", range(cuts[1]), bottom=True)
     head, _, tail = segments_of(base, layouts[name], routes_of(config, layouts)[name])
-    names, frozen = own_names(config, head, tail)
+    names, frozen = own_names(config, head, tail, highest)
     ranks = slot_ranks(config.build("peft"), base, names, [layouts[name]])
     start = {**base.initial, **at_ranks(base, ranks)} if ranks else base.initial
     arena = Arena()
     params = new_params(start, names, arena)
     slot = Slot(name, params, make_optimizer(config), learning_rate(config, updates), arena)
     party = client_party(
-        config, base, data, {}, name, head=head, tail=tail, slot=slot, frozen=frozen, secret=secret
+        config, base, data, kept, name, head=head, tail=tail, slot=slot, frozen=frozen, secret=secret
     )  # fmt: skip
+    party.most = cuts[1] if cuts is not None else len(head.blocks)
     first = {n: base.initial[n].detach() for n in names}
     party.slot.put(framework.start(name, config.client_names, first, config.seed))
+    begin_alone(base, config.build("peft"), name, slot, party.names("own"))
     return party
 
 
@@ -368,17 +386,4 @@ def check_somebody_trains(config: RunConfig, routes: Routes) -> None:
                 "the clients and at availability."
             ],
             "the run",
-        )
-
-
-def check_profiles(profiles: Mapping[str, object]) -> None:
-    """Refuse clients without a profile among clients with one.
-
-    Raises:
-        ConfigError: their times could not be compared.
-    """
-    without = [name for name, profile in profiles.items() if profile is None]
-    if without and len(without) < len(profiles):
-        raise ConfigError(
-            [f"client '{without[0]}' has no profile, but others have. Give it one, or set profile for all."]
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cutlayer import checkpoint
 from cutlayer.absence import Absence
-from cutlayer.assembly import assemble_server
+from cutlayer.assembly import assemble_server, places_of
 from cutlayer.config import RunConfig
 from cutlayer.draining import Drained
 from cutlayer.driver import Run
@@ -169,11 +169,12 @@ class Attempt:
     def _links(self, run: Run) -> dict[str, Link]:
         found: dict[str, Link] = {}
         for name, remote in self.clients.remotes.items():
-            absence = self.clients.absence
+            absence, bounds = self.clients.absence, run.parts.bounds
             found[name] = NetworkLink(
                 name, _carrier(remote, self.network), meter=run.meter, asked=run.presence.asked,
                 turn=remote.last_turn, goes_on=partial(absence.goes_on, name) if absence else lambda _: False,
-                wrote=self.clients.ready[name].wrote,
+                wrote=self.clients.ready[name].wrote, shadow=run.parts.clients[name],
+                most=max(bounds[name]) if bounds else None,
             )  # fmt: skip
         return found
 
@@ -195,9 +196,11 @@ class Attempt:
     def _save_one(self, run: Run, client: str, final: Path) -> Path:
         state: dict[str, Tensor] = {}
         if not run.personal:
-            state |= {parameter_of(name): tensor for name, tensor in run.federated.before.items()}
-        for slot in run.slots_of([client]):
-            state |= slot.get()
+            state |= {n: tensor for n, tensor in run.federated.before.items() if parameter_of(n) == n}
+        stops, layout = run.parts.routes[client], run.parts.layouts[client]
+        for stop, place in zip(stops, places_of(run.parts.base, layout, stops), strict=True):
+            held = run.parts.slot(stop).get()  # of what it holds, that which it trains now
+            state |= {name: held[name] for name in place.segment.names if name in held}
         draft = final.with_name(f".{final.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)
         save_part(run.parts.base, state, draft, base_name=Path(self.config.model).name)

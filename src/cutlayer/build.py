@@ -128,7 +128,7 @@ def _tokenised(
     data, names, task, classes = config.data, list(divided), task_of(config), None
     if task == "classification":
         everything = [row for part in (*divided.values(), held_out) for row in part]
-        classes = classes_of(everything, head(config.model), model=config.model)
+        classes = classes_of(everything, head(config.model), model=config.model, named=data.classes)
     made = partial(tokenize, tokenizer=tokenizer, task=task, classes=classes.numbers if classes else None)
     train = {name: made(divided[name], config.data_of(name), where=f"client '{name}'") for name in names}
     evaluation = made(held_out, data, where="the evaluation data") if held_out else []
@@ -182,7 +182,7 @@ def load_base(
         config: the run.
         labels: a classifier's classes.
         device: where it is to be.
-        models: where its weights are shared with other runs of this process; it cannot be a classifier's then.
+        models: where its weights are shared with other runs of this process.
         part: of the model, where not all of it is needed.
 
     Raises:
@@ -200,7 +200,8 @@ def load_base(
             raise ConfigError(
                 [f"device is '{device}', which is not for several runs on one base. Take cuda."], "the run"
             )
-        key = (config.model, config.precision, config.attn_implementation, device)
+        new = (tuple(labels), config.seed) if labels is not None else ()  # of a classifier's new head
+        key = (config.model, config.precision, config.attn_implementation, device, task, *new)
         model, anatomy = models.model(key, partial(load, device=device))
     if config.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):

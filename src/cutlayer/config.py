@@ -79,6 +79,7 @@ class DataConfig(Tree):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     format: Format = "text"
     columns: dict[str, str] = Field(default_factory=dict)  # our name -> the file's column
+    classes: list[Text] | None = None  # of classification, in the order of their numbers; None: those of the data
     max_length: Annotated[int, Field(ge=2)] = 1024  # tokens, after appending
     append_eos: bool = True
     completion_only: bool = True  # for the formats that have completions; the others have nothing to leave out

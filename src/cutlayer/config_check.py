@@ -121,6 +121,17 @@ def _one_task(config: RunConfig) -> Iterator[str]:
         yield "Some clients have the format 'classification' and others not. All clients of a run train one task."
 
 
+@rule("data.classes", "data.format", "clients")
+def _classes(config: RunConfig) -> Iterator[str]:
+    classes = config.data.classes
+    if classes is None:
+        return
+    if config.data_of(config.client_names[0]).format != "classification":
+        yield "data.classes is for the format 'classification'. Leave it out, or set data.format: classification."
+    if len(set(classes)) < max(2, len(classes)):
+        yield "data.classes must name two classes or more, each once."
+
+
 @rule("data.columns", "data.format", "clients")
 def _columns(config: RunConfig) -> Iterator[str]:
     from cutlayer.data.fields import FIELDS

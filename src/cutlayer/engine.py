@@ -228,6 +228,7 @@ class Engine:
             "counters": vars(run.counters), "versions": {name: slot.version for name, slot in slots.items()},
             "meter": run.meter.state(), "clock": run.clock.state(), "data": self.data_fingerprint,
             "importance": {name: slot.importance.state() for name, slot in slots.items() if slot.importance},
+            "ranks": moving.ranks_elsewhere(run),
             "aggregator": dict(run.federated.aggregator.state()),
             "planner": dict(run.parts.planner.state()) if run.parts.planner else {},
             "framework": {name: value for name, value in kept.items() if name not in tensors},
@@ -245,7 +246,7 @@ class Engine:
         manifest, states = checkpoint.load(path, expect=expect)
         try:
             run.counters = Counters(**manifest["counters"])
-            moving.restore(run)
+            moving.restore(run, manifest["ranks"])
             self._prove_records(path, manifest["meter"])
             run.sketches = dict(states.get("sketches", {}))
             if run.counters.arrangement is not None:

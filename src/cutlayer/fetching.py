@@ -19,8 +19,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cutlayer.apart import part_of
-from cutlayer.build import layouts_of
+from cutlayer.apart import parts_of
 from cutlayer.config import RunConfig
 from cutlayer.errors import Disconnected, OutputError, Refused
 from cutlayer.files import move
@@ -246,7 +245,7 @@ def _judge(draft: Path, listing: Listing, config: RunConfig, client: str) -> Non
                 f"'{item.name}' of the server's model has '{key}', by which other files or code would be loaded. A "
                 "model with it can only be used from your own disk: name it by --model."
             )
-    part = part_of(layouts_of(config, number_of_blocks(load_config(draft)))[client])
+    part = parts_of(config, number_of_blocks(load_config(draft)))[client]
     is_own, most = own_tensors(draft, part)
     other = next((item.name for item in listing.tensors if not is_own(item.name)), None)
     if other is not None:

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from cutlayer.apart import part_of
-from cutlayer.build import layouts_of
+from cutlayer.apart import parts_of
 from cutlayer.config import RunConfig
 from cutlayer.errors import Disconnected, ModelError, Refused
 from cutlayer.links.net.handing import hand
@@ -72,8 +71,7 @@ class Handing:
 
     def _part(self, client: str) -> Part:
         if not self._parts:
-            layouts = layouts_of(self.config, number_of_blocks(load_config(self.config.model)))
-            self._parts = {name: part_of(layout) for name, layout in layouts.items()}
+            self._parts = parts_of(self.config, number_of_blocks(load_config(self.config.model)))
         return self._parts[client]
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer import checkpoint
-from cutlayer.apart import check_routes, part_of
+from cutlayer.apart import check_routes, known_classes, part_of
 from cutlayer.assembly import assemble_client, neighbours, routes_of
-from cutlayer.build import Data, layouts_of, prepare_own, tokenizer_of
+from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
 from cutlayer.engine import identity
@@ -49,6 +49,8 @@ from cutlayer.offered import fetched, opener, own_name
 from cutlayer.outputs import alone
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.client import answer as answer_step
+from cutlayer.planning import at_cut
+from cutlayer.plans import keep_back
 from cutlayer.policy import Policy, load_policy
 from cutlayer.released import Counts, Log
 from cutlayer.report.progress import Reporter, reporter
@@ -167,13 +169,19 @@ class Seat:
         self.config, self.name, self.out, self.progress = config, name, out, progress
         blocks = number_of_blocks(load_model_config(config.model))
         check_routes(config, blocks)
+        known_classes(config)
         layouts = layouts_of(config, blocks)
-        layout = layouts[name]
+        self.layout = layouts[name]
         self.first, self.last = neighbours(config, routes_of(config, layouts)[name])
-        self.data: Data = prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
-        self.base = self._base(part_of(layout))
+        self.data, self.kept = keep_back(
+            config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
+        )
         self.secret = _secret(out / "secret")
-        self.party: ClientParty = self._party(0)
+        self.most = 0  # head blocks that are loaded
+        self.base: Base | None = None
+        self.party: ClientParty
+        if config.planner is None:  # else the server says the cut, once all clients are known
+            self.party = self._party(0)
         self._begun = False  # a server has said which round it goes on from
         self._base_round, self._checkpoints, self._holds = 0, list[int](), 0  # what of its past it may be set back to
         self.guard = Guard(
@@ -184,16 +192,40 @@ class Seat:
 
     def _base(self, part: Part) -> Base:
         """The client's own blocks, and no others."""
-        config = self.config
+        config, task = self.config, task_of(self.config)
         model, anatomy = load_model(
-            config.model, precision=config.precision, attn_implementation=config.attn_implementation,
-            device=device_named(config.device), seed=config.seed, part=part,
+            config.model, task=task, precision=config.precision, attn_implementation=config.attn_implementation,
+            labels=self.data.labels, device=device_named(config.device), seed=config.seed, part=part,
         )  # fmt: skip
-        base: Base = config.build("peft").prepare(model, anatomy, task="causal", seed=config.seed)
+        base: Base = config.build("peft").prepare(model, anatomy, task=task, seed=config.seed)
         return base
 
-    def _party(self, updates: int) -> ClientParty:
-        return assemble_client(self.config, self.base, self.data, self.name, updates=updates, secret=self.secret)
+    def _party(self, updates: int, cuts: tuple[int, int] | None = None) -> ClientParty:
+        """The client at its start; ``cuts`` are its head blocks now and at most, where a planner says them."""
+        layout = self.layout if cuts is None else at_cut(self.layout, cuts[1])
+        if self.base is None or len(layout.head) != self.most:
+            self.base, self.most = self._base(part_of(layout)), len(layout.head)
+        return assemble_client(
+            self.config, self.base, self.data, self.kept, self.name, updates=updates, secret=self.secret, cuts=cuts
+        )
+
+    def _cuts(self, header: Header) -> tuple[int, int] | None:
+        """What a planner says of the client's cut.
+
+        Raises:
+            PolicyRefused: it is below the owner's.
+            WireError: it cannot be.
+        """
+        if self.config.planner is None:
+            return None
+        cut, most = int(header.value("head_blocks")), int(header.value("most"))
+        if cut < self.guard.policy.head_blocks:
+            raise PolicyRefused(
+                "head_blocks", f"the server gives {cut} blocks; allowed: {self.guard.policy.head_blocks} or more."
+            )
+        if not 0 <= cut <= most < self.layout.middle.stop:
+            raise WireError(f"The server gives {cut} head blocks, and {most} at most, which cannot be.")
+        return cut, most
 
     def told(self) -> dict[str, Any]:
         """What the server is told before anything is asked: the sizes of its data, and the rounds that it holds.
@@ -203,7 +235,8 @@ class Seat:
         """
         if not self.guard.policy.may_leave.sizes:
             raise PolicyRefused("may_leave.sizes", "a run needs to know how much data each client has.")
-        return {"data": asdict(told_of(self.config, self.data, self.name)), "rounds": checkpoint.rounds(self._kept)}
+        told = told_of(self.config, self.data, self.name, self.kept[self.name])
+        return {"data": asdict(told), "rounds": checkpoint.rounds(self._kept)}
 
     def handle(self, header: Header, tensors: list[Tensor]) -> Answer:
         """Answer a request.
@@ -237,7 +270,8 @@ class Seat:
     @property
     def result(self) -> Path:
         """Where this client's part of the adapter (of the model, where all weights are trained) comes to be."""
-        return self.out / ("adapter" if self.base.peft_model is not None else "model")
+        whole = self.base.peft_model is None if self.base is not None else (self.out / "model").is_dir()
+        return self.out / ("model" if whole else "adapter")
 
     @property
     def _kept(self) -> Path:
@@ -249,7 +283,7 @@ class Seat:
     def _begin(self, header: Header) -> None:
         """Be as after a round, or anew."""
         number, updates = int(header.value("round")), int(header.value("updates"))
-        self.party = self._party(updates)
+        self.party = self._party(updates, self._cuts(header))
         self.guard.begin()
         self._base_round, self._checkpoints, self._holds = number, [], 0
         if number == 0:
@@ -257,8 +291,16 @@ class Seat:
             self._begun = True
             return
         manifest, states = checkpoint.load(self._kept / f"round-{number:06d}", expect=self._identity())
+        if manifest.get("head_blocks") != len(self.party.head.blocks):
+            raise CheckpointError(
+                f"After round {number} this client had {manifest.get('head_blocks')} head blocks, and the server says "
+                f"{len(self.party.head.blocks)}. Its folder {self.out} and the server's are not of one run."
+            )
         try:
-            self.party.slot.put(states["client"], version=int(manifest["slot_version"]), resize=True)
+            slot = self.party.slot
+            slot.put(states["client"], version=int(manifest["slot_version"]), resize=True)
+            if slot.importance is not None:
+                slot.importance.restore(manifest["importance"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint of round {number} in {self._kept} does not fit: {error}") from error
         self._begun = True
@@ -283,8 +325,16 @@ class Seat:
         """
         slot, newest = self.party.slot, self._checkpoints[-checkpoint.KEEP :]
         spared = {self._holds, *newest, *([self._base_round] if len(newest) < checkpoint.KEEP else [])}
-        told = {**self._identity(), "slot_version": slot.version}
+        told = {**self._identity(), **self._noted()}
         checkpoint.save(self._kept, number, {"client": slot.get(optimizer=True)}, told, spared=spared)
+
+    def _noted(self) -> dict[str, Any]:
+        """What of this client's state is no tensor."""
+        slot = self.party.slot
+        return {
+            "slot_version": slot.version, "head_blocks": len(self.party.head.blocks),
+            "importance": slot.importance.state() if slot.importance is not None else None,
+        }  # fmt: skip
 
     def _abort(self, header: Header) -> None:
         """Forget what is under way."""
@@ -295,6 +345,7 @@ class Seat:
         """Write this client's part of the adapter."""
         final = self.result
         draft = final.with_name(f".{final.name}.draft")
+        assert self.base is not None
         own = self.party.names("own")
         state = {name: tensor for name, tensor in self.party.slot.get().items() if name in own}
         try:

@@ -124,9 +124,19 @@ async def move(run: Run, cuts: Mapping[str, int]) -> None:
     run.federated.aggregator.begin(own_trunks(parts))
 
 
-def restore(run: Run) -> None:
-    """Give a resumed run the cuts that it had."""
+def ranks_elsewhere(run: Run) -> dict[str, dict[str, int]]:
+    """For a checkpoint: by client that writes its own, the rank of each factor A of its slot."""
+    if not run.parts.apart:
+        return {}
+    slots = {client: party.slot.params for client, party in run.parts.clients.items()}
+    return {client: {a: len(params[a]) for a in pairs(params)} for client, params in slots.items()}
+
+
+def restore(run: Run, ranks: Mapping[str, Mapping[str, int]]) -> None:
+    """Give a resumed run the cuts that it had; ``ranks`` as ``ranks_elsewhere`` gave them."""
     parts = run.parts
+    for client, theirs in ranks.items():
+        fit_slot(parts.clients[client].slot, theirs)
     for client, moves in run.counters.cuts.items():
         parts.layouts[client] = at_cut(parts.layouts[client], moves[-1][1])
         parts.clients[client].head = parts.base.segment("head", parts.layouts[client].head, bottom=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.apart import taken
+from cutlayer.build import task_of
 from cutlayer.config import RunConfig
 from cutlayer.errors import ConfigError, PolicyRefused, Refused
 from cutlayer.fetching import SERVED, Fetch, Open, is_served
@@ -89,6 +90,10 @@ async def fetched(
     fetch, listing = Fetch(open_again, name, again=again, progress=progress), None
     files: Mapping[str, str]
     if is_served(model, config, own=welcome.get("own_model") is True):
+        if task_of(config) == "classification":
+            raise ConfigError(
+                ["a classifier's model cannot come from the server yet. Name your own copy by --model."], "the call"
+            )
         listing = await fetch.listing()
         files = {"handed": listing.checksum}
     else:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from cutlayer.assembly import Parts, check_profiles, party_between, segments_of
+from cutlayer.assembly import Parts, party_between, segments_of
 from cutlayer.build import task_of, training_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
 from cutlayer.costs import Profile, Work, profile_from, seconds, shape_of
+from cutlayer.errors import ConfigError
 from cutlayer.links.local import Pace
 from cutlayer.models.segment import Segment
 
@@ -17,7 +18,7 @@ EDGE = "edge-box+fibre"  # a party that is neither a client nor the server, wher
 
 
 class Paces:
-    """The durations of a run's work; all of them None where the run has no profile.
+    """The durations of a run's work; all of them None where the run has no profile, or the clock is real.
 
     Raises:
         ConfigError: some clients have a profile and some have none, so that their times could not be compared.
@@ -26,7 +27,8 @@ class Paces:
     def __init__(self, config: RunConfig, parts: Parts) -> None:
         clients = {name: profile_from(config.profile_of(name)) for name in config.client_names}
         check_profiles(clients)
-        self._timed = all(profile is not None for profile in clients.values())
+        # Of clients elsewhere time is what it takes, and profiles are only for who plans.
+        self._timed = not parts.apart and all(profile is not None for profile in clients.values())
         self._parts = parts
         self._frozen_head = config.build("exchange").frozen_head
         self.profiles: dict[str, Profile | None] = {}
@@ -99,3 +101,16 @@ def workers(profiles: Mapping[str, Profile | None], party: str) -> int:
     """How many steps a party works on at a time."""
     profile = profiles.get(party)
     return profile.workers if profile is not None else 1
+
+
+def check_profiles(profiles: Mapping[str, object]) -> None:
+    """Refuse clients without a profile among clients with one.
+
+    Raises:
+        ConfigError: their times could not be compared.
+    """
+    without = [name for name, profile in profiles.items() if profile is None]
+    if without and len(without) < len(profiles):
+        raise ConfigError(
+            [f"client '{without[0]}' has no profile, but others have. Give it one, or set profile for all."]
+        )

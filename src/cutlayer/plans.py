@@ -5,7 +5,6 @@ The cuts need no weights: the model's configuration and the tokenised data are e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,18 @@ from cutlayer.errors import DataError
 from cutlayer.models.segment import Base
 from cutlayer.planning import Costs, Situation, at_cut
 from cutlayer.ranks import pairs, refit
+from cutlayer.schedule import mean_length
 from cutlayer.seeds import derive
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Where a run begins: its cuts, what steps and memory cost, and (``bounds``) the cuts that its planner may give."""
+
+    layouts: dict[str, Layout]
+    costs: Costs
+    planner: Planner | None = None
+    bounds: Mapping[str, range] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,24 +62,46 @@ def outset(config: RunConfig, model_config: Any, num_blocks: int, data: Data) ->
         DataError: a client has too few examples to keep some back.
         MethodError: a cut does not fit the model, the framework or the clients.
     """
-    layouts = layouts_of(config, num_blocks)
-    planner: Planner | None = config.build("planner")
-    data, kept = keep_back(config, data, planner.validation if planner else 0.0)
-    costs = costs_of(config, model_config, data)
+    data, kept = keep_back(config, data)
+    lengths = {name: mean_length(rows) for name, rows in data.train.items()}
+    examples = {name: len(rows) for name, rows in data.train.items()}
+    begun = first_cuts(config, model_config, num_blocks, lengths, examples)
+    return Outset(begun.layouts, begun.costs, data, kept, begun.planner, begun.bounds)
+
+
+def first_cuts(
+    config: RunConfig, model_config: Any, num_blocks: int, lengths: Mapping[str, int], examples: Mapping[str, int]
+) -> Begun:
+    """The cuts that a run begins with, from what is known of the clients' data.
+
+    Args:
+        config: the run.
+        model_config: the model's configuration, as Transformers has it.
+        num_blocks: of the model.
+        lengths: by client, the mean tokens of a row.
+        examples: by client, those that it trains on.
+
+    Raises:
+        MethodError: a cut does not fit the model, the framework or the clients.
+    """
+    layouts, planner = layouts_of(config, num_blocks), config.build("planner")
+    costs = costs_of(config, model_config, lengths)
     if planner is None:
-        return Outset(layouts, costs, data, kept)
-    now = situation(costs, num_blocks, layouts, {name: len(rows) for name, rows in data.train.items()})
+        return Begun(layouts, costs)
+    now = situation(costs, num_blocks, layouts, examples)
     bounds, cuts = planner.bounds(now), planner.start(now)
-    layouts = {name: at_cut(layout, cuts[name]) for name, layout in layouts.items()}
-    return Outset(layouts, costs, data, kept, planner, bounds)
+    return Begun({name: at_cut(layout, cuts[name]) for name, layout in layouts.items()}, costs, planner, bounds)
 
 
-def keep_back(config: RunConfig, data: Data, share: float) -> tuple[Data, dict[str, Sequence[Example]]]:
-    """Take a validation shard out of each client's examples: ``share`` of them, drawn from the seed, at least one.
+def keep_back(config: RunConfig, data: Data) -> tuple[Data, dict[str, Sequence[Example]]]:
+    """Take a validation shard out of each client's examples, as large as the planner asks: drawn from the seed, at
+    least one.
 
     Raises:
         DataError: a client has but one example.
     """
+    planner: Planner | None = config.build("planner")
+    share = planner.validation if planner else 0.0
     train, kept = dict(data.train), dict[str, Sequence[Example]]()
     for name, rows in data.train.items():
         kept[name] = []
@@ -87,13 +119,9 @@ def keep_back(config: RunConfig, data: Data, share: float) -> tuple[Data, dict[s
     return replace(data, train=train), kept
 
 
-def costs_of(config: RunConfig, model_config: Any, data: Data) -> Costs:
-    """The cost model of a run; a row is as long as the client's rows are in the mean."""
+def costs_of(config: RunConfig, model_config: Any, lengths: Mapping[str, int]) -> Costs:
+    """The cost model of a run; a row is as long as the client's rows are in the mean (``lengths``)."""
     profiles = {name: profile_from(config.profile_of(name)) for name in config.client_names}
-    lengths = {
-        name: math.ceil(sum(len(row.input_ids) for row in rows) / max(1, len(rows))) or 1
-        for name, rows in data.train.items()
-    }
     return Costs(
         shape=shape_of(model_config, task=task_of(config)), training=training_of(config), rows=config.batch_size,
         micro=config.gradient_accumulation, lengths=lengths,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cutlayer import registry
+from cutlayer.allotment import Allotter
 from cutlayer.config_read import read
 from cutlayer.config_types import Count, Round, Text, Tree
 from cutlayer.config_words import problems_of, show
@@ -110,7 +111,7 @@ class MayLeave(Tree):
     losses: bool = True  # the loss of each step (U-shape; in the two-part split the server computes it)
     token_counts: bool = True  # of each micro-batch and step
     sizes: bool = True  # of the data: examples, label tokens, steps in an epoch, batches; and of the trained part
-    evaluation: bool = True  # activations of evaluation data; U-shape: its loss and accuracy too
+    evaluation: bool = True  # activations of evaluation data, or a planner's; U-shape: its loss and accuracy too
     head_adapter: bool = True  # trained tensors of the first part, at step 11 or when a block moves to the server
     tail_adapter: bool = True  # those of the last part (U-shape)
     hosted: bool = True  # what was trained here for others
@@ -226,8 +227,12 @@ class Policy(Tree):
             needed["sketches"] = f"the selection '{config.selection.name}' asks for them"
         if config.build("exchange").caches:
             needed["sample_numbers"] = f"the exchange '{config.exchange.name}' tells them for its cache"
+        if config.planner is not None and config.build("planner").validation:
+            needed["evaluation"] = f"the planner '{config.planner.name}' asks how well a part of the examples is known"
         if config.build("framework").merges:
             needed["head_adapter"] = f"the framework '{config.framework.name}' merges them"
+        if isinstance(config.build("peft"), Allotter):
+            needed["gradient_norms"] = f"peft '{config.peft.name}' asks how much each matrix matters"
         if config.max_grad_norm is not None:
             needed["gradient_norms"] = "max_grad_norm asks for them"
         for kind, why in needed.items():

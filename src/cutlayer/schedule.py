@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,19 +23,35 @@ ENDLESS = 2**31  # more steps than any client will make
 
 @dataclass(frozen=True)
 class Told:
-    """What a client tells of its data before a run begins: no more than a run needs to know."""
+    """What a client tells of its data before a run begins: no more than a run needs to know.
+
+    ``length``, the mean tokens of a row, and ``validation_batches`` are told to a planner only, else they are 0.
+    """
 
     examples: int
     label_tokens: int
     steps_per_epoch: int
     evaluation_batches: int
+    length: int = 0
+    validation_batches: int = 0
 
 
-def told_of(config: RunConfig, data: Data, name: str) -> Told:
-    """What a client with these data tells."""
+def told_of(config: RunConfig, data: Data, name: str, kept: Sequence[Example] = ()) -> Told:
+    """What a client with these data tells; ``kept`` are the examples that it validates with."""
     rows, batches = data.train[name], batches_of(config, data, name)
-    tokens = sum(example.label_tokens for example in rows)
-    return Told(len(rows), tokens, batches.steps_per_epoch, len(chunks(data.evaluation, config.batch_size)))
+    return Told(
+        examples=len(rows),
+        label_tokens=sum(example.label_tokens for example in rows),
+        steps_per_epoch=batches.steps_per_epoch,
+        evaluation_batches=len(chunks(data.evaluation, config.batch_size)),
+        length=mean_length(rows) if config.planner else 0,
+        validation_batches=len(chunks(kept, config.batch_size)),
+    )
+
+
+def mean_length(rows: Sequence[Example]) -> int:
+    """The mean tokens of a row, rounded up; at least 1."""
+    return math.ceil(sum(len(row.input_ids) for row in rows) / max(1, len(rows))) or 1
 
 
 def planned_steps(config: RunConfig, told: Mapping[str, Told]) -> dict[str, int]:

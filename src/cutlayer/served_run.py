@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 
 from cutlayer import checkpoint
 from cutlayer.absence import Absence
-from cutlayer.apart import offer
+from cutlayer.apart import known_classes, offer
 from cutlayer.attempt import MOST_ROUNDS, Attempt, Clients, Ready
 from cutlayer.build import load_base
 from cutlayer.computing import Computing
@@ -77,6 +77,7 @@ class ServedRun:
         self.name, self.config, self.out = name, config, out
         self._drain = drain or Drain()
         self.files, self.handing = fingerprint(config.model), Handing(config)
+        self.offered = offer(config)
         self._limits = limits_of(config, load_model_config(config.model))
         self.device = device_named(config.device)
         self.remotes = {client: Remote(client, patience=patience.seconds) for client in config.client_names}
@@ -188,7 +189,7 @@ class ServedRun:
         if self.state == "failed":
             raise (Refused if self._hopeless else Disconnected)(self._failure)
         if hello.get("wants") == "run":
-            return {"run": offer(self.config), "name": self.name, "own_model": Path(self.config.model).is_dir()}
+            return {"run": self.offered, "name": self.name, "own_model": Path(self.config.model).is_dir()}
         if hello.get("wants") == WANTS:
             return {"client": name}
         model = hello.get("model")
@@ -198,7 +199,8 @@ class ServedRun:
                 f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends.",
                 reason="model",
             )
-        ready = Ready(read_told(hello.get("data")), read_rounds(hello.get("rounds")))
+        told = read_told(hello.get("data"), planned=self.config.planner is not None)
+        ready = Ready(told, read_rounds(hello.get("rounds")))
         before = self.ready.get(name)
         if before is not None and before.told != ready.told:
             raise Refused(
@@ -241,19 +243,21 @@ class ServedRun:
         """Drive the run; in the thread that computes."""
         if self._base is None:
             with torch.random.fork_rng(devices=[]):
-                self._base = load_base(self.config, labels=None, device=self.device, models=self._models)
+                self._base = load_base(
+                    self.config, labels=known_classes(self.config), device=self.device, models=self._models
+                )
         attempt = Attempt(
             self.config, self.out, self._base, self.clients, here, network, self.watch, self._drain.asked
         )  # fmt: skip
         return await attempt.drive(model_bytes=self.handing.bytes)
 
 
-def read_told(data: object) -> Told:
-    """What a client says of its data, if it can be."""
-    names = ("examples", "label_tokens", "steps_per_epoch", "evaluation_batches")
+def read_told(data: object, *, planned: bool = False) -> Told:
+    """What a client says of its data, if it can be; ``planned``: to a planner."""
+    names = [field.name for field in fields(Told)]
     if not isinstance(data, dict) or set(data) != set(names):
         raise Refused("The hello does not say what the data are. Both ends need the same version of cutlayer.")
-    least = {"examples": 1, "steps_per_epoch": 1}
+    least = {"examples": 1, "steps_per_epoch": 1, "length": 1 if planned else 0}
     if any(type(data[n]) is not int or not least.get(n, 0) <= data[n] <= MOST_EXAMPLES for n in names):
         raise Refused("The hello says of the data what cannot be: counts are whole numbers, and not below one example.")
     return Told(**data)

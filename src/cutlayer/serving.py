@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cutlayer.apart import check_routes, served
+from cutlayer.apart import check_routes, known_classes, served
 from cutlayer.build import open_model
 from cutlayer.config import RunConfig, dump
 from cutlayer.draining import DRAIN, Drain, Drained, Paused
@@ -184,6 +184,7 @@ def _checked(source: Any, overrides: Sequence[str] | Mapping[str, Any], folder: 
     preflight(config, None if begun else folder)
     _, blocks = open_model(config)
     check_routes(config, blocks)
+    known_classes(config)
     if begun and (folder / "run.yaml").read_text(encoding="utf-8") != OURS + dump(config):
         raise OutputError(f"{folder} holds another run. Serve the run that it was made with, or give another --out.")
     return config

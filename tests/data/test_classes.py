@@ -81,3 +81,29 @@ def test_too_many_classes_for_the_head():
 def test_a_number_that_is_no_class():
     with pytest.raises(DataError, match=rf"holds {MOST}"):
         label_names(rows(0, MOST))
+
+
+def test_classes_that_the_run_names():
+    """They are the same whatever rows a client has; texts by name, whole numbers by place."""
+    named = ["b", "a"]
+    for some in (rows("a"), rows("b", "a"), []):
+        found = classes_of(some, None, model="m", named=named)
+        assert (found.names, found.numbers) == (named, {"b": 0, "a": 1})
+    assert numbers(classes_of(rows(1), None, model="m", named=named), 0, 1) == [0, 1]
+    with pytest.raises(DataError, match="'c', which is none of the run's classes: b, a"):
+        classes_of(rows("a", "c"), None, model="m", named=named)
+    with pytest.raises(DataError, match="'2', which is none of the run's classes: 0, 1"):
+        classes_of(rows(2), None, model="m", named=named)
+
+
+def test_classes_that_the_run_names_for_a_head():
+    """A head that names its classes keeps their numbers; one that does not gets the run's names in order."""
+    found = classes_of(rows("glad"), MOODS, model="m", named=["glad", "sad"])
+    assert found.names == ["sad", "neutral", "glad"]
+    assert found.numbers == {"glad": 2, "sad": 0}
+    assert classes_of(rows("y"), UNNAMED, model="m", named=["y", "x"]).names == ["y", "x", "LABEL_2"]
+    assert classes_of(rows("y"), UNNAMED, model="m", named=["y", "x"]).numbers == {"y": 0, "x": 1}
+    with pytest.raises(DataError, match="was trained for sad, neutral, glad"):
+        classes_of(rows("joy"), MOODS, model="m", named=["joy", "sad"])
+    with pytest.raises(DataError, match="in another order than the head"):
+        classes_of(rows(0), MOODS, model="m", named=["glad", "sad"])

@@ -58,7 +58,9 @@ def _one_of_each(labels: set[Any]) -> str:
     return f"{numbers[0]} and {texts[0]}"
 
 
-def classes_of(rows: Sequence[Row], head: Head | None, *, model: str) -> Classes:
+def classes_of(
+    rows: Sequence[Row], head: Head | None, *, model: str, named: Sequence[str] | None = None
+) -> Classes:  # fmt: skip
     """The classes of a run.
 
     Without a head they are those of the data. A head is kept: whole numbers in the data are its numbers, names are
@@ -68,10 +70,13 @@ def classes_of(rows: Sequence[Row], head: Head | None, *, model: str) -> Classes
         rows: all rows of the run, to train and to evaluate on.
         head: the checkpoint's head, if it has one.
         model: the checkpoint, for messages.
+        named: the run's own classes (``data.classes``), in place of those that the rows happen to have.
 
     Raises:
-        DataError: there is one class only, or the head has too few or other ones.
+        DataError: there is one class only, the head has too few or other ones, or a row has none of those named.
     """
+    if named is not None:
+        return _named(rows, head, named, model)
     ours = label_names(rows)
     numbers = {name: number for number, name in enumerate(ours)}
     if head is None:
@@ -105,6 +110,38 @@ def classes_of(rows: Sequence[Row], head: Head | None, *, model: str) -> Classes
     for name, number in numbers.items():
         names[number] = name
     return Classes(names, numbers)
+
+
+def _named(rows: Sequence[Row], head: Head | None, named: Sequence[str], model: str) -> Classes:
+    """The classes that a run names, with the numbers of the head where it knows them; all rows must be of these."""
+    numbers = {name: number for number, name in enumerate(named)}
+    names = list(named)
+    if head is not None:
+        if head.unnamed and len(named) <= len(head.names):
+            names += head.names[len(named) :]
+        elif set(named) <= set(head.numbers):
+            names, numbers = list(head.names), {name: head.numbers[name] for name in named}
+            for name, number in numbers.items():
+                names[number] = name
+        else:
+            raise DataError(
+                f"data.classes are {_some(named)}, but the classification head of '{model}' was trained for "
+                f"{_some(head.names)}. Name them as the head does, or use a checkpoint without a classification head."
+            )
+    whole = bool(rows) and not isinstance(rows[0]["label"], str)
+    ours = label_names(rows) if rows else []
+    if whole and list(numbers.values()) != list(range(len(named))):
+        raise DataError(
+            f"The labels are whole numbers, but data.classes has the classes in another order than the head of "
+            f"'{model}': {_some(head.names if head else names)}. Name them in its order."
+        )
+    known = {str(number): number for number in range(len(named))} if whole else numbers
+    if others := [label for label in ours if label not in known]:
+        raise DataError(
+            f"A row has the label {others[0]!r}, which is none of the run's classes: {_some(list(known))} "
+            "(data.classes). Correct the label, or take the row out."
+        )
+    return Classes(names, known)
 
 
 def _some(names: Sequence[str]) -> str:

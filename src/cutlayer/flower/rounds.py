@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord
 
+from cutlayer.allotment import Allotter
 from cutlayer.assembly import routes_of
 from cutlayer.build import layouts_of
 from cutlayer.config import RunConfig
@@ -46,6 +47,8 @@ def check(config: RunConfig, blocks: int) -> None:
         wrong.append("the clients have different cuts, but Flower's strategies merge equal parts. Give all the same.")
     if config.mixing is not None or config.early_stop is not None or config.profile is not None:
         wrong.append("mixing, early_stop and profile are not there with Flower. Leave them out.")
+    if config.planner is not None or isinstance(config.build("peft"), Allotter):
+        wrong.append("planners that move cuts, and ranks by importance, are not there with Flower. Leave them out.")
     if wrong:
         raise ConfigError(wrong, "the run")
 

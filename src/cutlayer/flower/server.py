@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from cutlayer import checkpoint
-from cutlayer.apart import offer, served
+from cutlayer.apart import known_classes, offer, served
 from cutlayer.assembly import assemble_server
 from cutlayer.build import load_base, open_model
 from cutlayer.config import RunConfig, dump
@@ -123,7 +123,7 @@ class Federation:
         self.config, self.out, self.keys, self.patience, self.progress = config, out, keys, patience, progress
         self.files, self.device = fingerprint(config.model), device_named(config.device)
         with torch.random.fork_rng(devices=[]):
-            base = load_base(config, labels=None, device=self.device)
+            base = load_base(config, labels=known_classes(config), device=self.device)
         parts = assemble_server(config, base, dict.fromkeys(config.client_names, UNKNOWN))
         self.run = _FlowerRun(
             config, parts, meter=meter, clock=RealClock(), out=out, progress=progress, links=self._links

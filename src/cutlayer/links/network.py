@@ -14,6 +14,7 @@ from cutlayer.contracts import SERVER, Parcel
 from cutlayer.errors import CutlayerError, WireError
 from cutlayer.links.local import STEP_VERBS, send
 from cutlayer.parties.client import VERB_STEPS
+from cutlayer.parties.holder import Holder
 from cutlayer.presence import Lost
 from cutlayer.step import at
 from cutlayer.wire import Frame, Header, Meter, Value, encode
@@ -33,6 +34,8 @@ class NetworkLink:
         turn: of the last request that the client has answered to a server before.
         goes_on: whether the run goes on without the client after this error; then it is ``Lost``.
         wrote: is told of each round that the client has written down.
+        shadow: stands for the client here, and follows it where it moves.
+        most: the most head blocks that it may have, where a planner says them.
 
     ``held`` is the newest round as at whose begin the client can be set again.
     """
@@ -40,10 +43,10 @@ class NetworkLink:
     def __init__(
         self, name: str, carry: Carry, *, meter: Meter, asked: Callable[[str, str], None] = lambda *_: None,
         turn: int = 0, goes_on: Callable[[CutlayerError], bool] = lambda _: False,
-        wrote: Callable[[int], None] = lambda _: None,
+        wrote: Callable[[int], None] = lambda _: None, shadow: Holder | None = None, most: int | None = None,
     ) -> None:  # fmt: skip
         self.name, self.carry, self.meter, self.asked, self.turn = name, carry, meter, asked, turn
-        self.goes_on, self.wrote = goes_on, wrote
+        self.goes_on, self.wrote, self.shadow, self.most = goes_on, wrote, shadow, most
         self.held = 0
         self.apart_bytes = 0  # of requests that are counted apart
         self._lost = False
@@ -70,6 +73,8 @@ class NetworkLink:
                 f"Client '{self.name}' answered '{header.verb}' with a frame from '{reply.sender}' to "
                 f"'{reply.receiver}', not to '{to}'. Both ends need the same version of cutlayer."
             )
+        if header.verb == "move" and self.shadow is not None:
+            self.shadow.on_move(header, dict(zip(header.names, tensors, strict=True)))
         send(self.meter, reply, found, self.name)  # of equal length: it is what came, counted where all is counted
         return Parcel(reply, found)
 
@@ -80,7 +85,10 @@ class NetworkLink:
     async def begin(self, rounds: int, updates: int) -> None:
         """Let the client be as it was after round ``rounds`` (0: anew); its part will have ``updates`` updates."""
         self._aborted = self._lost = False
-        await self.tell("begin", {"round": rounds, "updates": updates})
+        cuts: dict[str, Value] = {}
+        if self.shadow is not None and self.most is not None:
+            cuts = {"head_blocks": len(self.shadow.head.blocks), "most": self.most}
+        await self.tell("begin", {"round": rounds, "updates": updates, **cuts})
         self.held = rounds
 
     async def hold(self, rounds: int) -> None:

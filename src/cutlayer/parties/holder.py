@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from cutlayer.errors import WireError
 from cutlayer.models.importance import UNKNOWN
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot, parameter_of
@@ -33,6 +34,7 @@ class Holder:
 
     evaluation: Sequence[Any] = ()  # the evaluation batches that it has
     validation: Sequence[Any] = ()  # those that it keeps from training, numbered after these
+    most: int | None = None  # the most head blocks that it can have; None: any number
 
     def __init__(self, name: str, *, head: Segment, tail: Segment | None, slot: Slot, secret: bytes) -> None:
         self.name, self.head, self.tail, self.slot = name, head, tail, slot
@@ -66,16 +68,27 @@ class Holder:
         What leaves with the blocks that the server takes over (parameters and optimizer state) is the answer.
         """
         before, cut = self.names("own"), int(header.value("head_blocks"))
+        if cut < 0 or (self.most is not None and cut > self.most):
+            raise WireError(f"Client '{self.name}' was given {cut} head blocks, but it has loaded {self.most}.")
         self.head = self.head.base.segment("head", range(cut), bottom=True)
         leaving = before - self.names("own")
         state = {n: t.clone() for n, t in self.slot.get(optimizer=True).items() if parameter_of(n) in leaving}
         self.slot.forget(leaving)
         if "ranks" in tensors:
             held = {n: t for n, t in self.slot.get().items() if n in self.names("own")}
-            ranks = dict(zip(pairs(held), tensors["ranks"].tolist(), strict=True))
-            fitted = refit(held, ranks)
+            fitted = refit(held, self._ranks(pairs(held), tensors["ranks"]))
             self.slot.reshape({n: t for n, t in fitted.items() if t.shape != held[n].shape})
         return self._reply(header, "partition", "state", {}, state)
+
+    def _ranks(self, names: Collection[str], told: Tensor) -> dict[str, int]:
+        """The rank of each factor A among these, as it was told."""
+        found, most = told.tolist(), {a: len(self.head.base.initial[a]) for a in names}
+        if told.dim() != 1 or len(found) != len(names) or told.is_floating_point():
+            raise WireError(f"Client '{self.name}' has {len(names)} adapters, but was told other ranks than so many.")
+        ranks = dict(zip(names, found, strict=True))
+        if wrong := [a for a, rank in ranks.items() if not 0 <= rank <= most[a]]:
+            raise WireError(f"Client '{self.name}' was told rank {ranks[wrong[0]]} for '{wrong[0]}'.")
+        return ranks
 
     def on_importance(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 1 again: one number for each adapted matrix of its own part, how much it matters; -1: unknown."""
