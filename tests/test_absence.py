@@ -117,6 +117,27 @@ def test_where_batches_meet_the_round_is_made_again_without_the_lost_one(
     assert (found["lost"], found["away"]) == ([], [1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_cuts_move_the_round_is_made_again_without_the_lost_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was set back to the begin of a round would have the cut from before a move, so all go back to it."""
+    planner = {"name": "splitft-adaptive-cut", "every": 1, "cut": 1, "least": 0, "gamma": 2.0}
+    unlike = {**ROWS, "ann": [{"text": "w5 w6 w7 w8 w5 w6 w7 w8 w5 w6"} for _ in range(7)]}
+    run = Apart(
+        tmp_path / "apart", unlike, framework="sfl-v1", partition=KINDS[kind], planner=planner, rounds=6,
+        optimizer={"name": "adamw", "lr": 0.05},
+    )  # fmt: skip
+    run.ended(killed_and_back(run, MESSAGES[kind][-1]))
+    alone = simulated(run, run.root / "one", monkeypatch, 0)
+    assert run.same_state(run.root / "one")
+    assert [s[:4] for s in steps(run.root / "server")] == [s[:4] for s in steps(run.root / "one")]
+    assert (run.summary()["network"]["ann"]["lost"], run.summary()["network"]["ann"]["away"]) == ([], [1])
+    assert run.summary()["cuts"] == alone.summary["cuts"]
+    assert alone.summary["cuts"], "somebody's cut moved"
+
+
 class Proxy:
     """A way to a port of this machine that can be cut, without a word to either end."""
 
