@@ -36,6 +36,25 @@ def seat(folder: Path, policy: dict[str, Any] | None = None, **changes: Any) -> 
     return Seat(config, "ann", run.files["ann"], None, folder / "ann", load_policy(policy or {}), noted), noted
 
 
+@pytest.mark.parametrize("family", ["monitor", "framework", "peft", "selection", "defense", "attack", "codec"])
+def test_what_a_server_names_is_not_executed(family: str, tmp_path: Path) -> None:
+    mark, method = tmp_path / "executed", tmp_path / "method.py"
+    method.write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
+    tree = offer(served(Apart(tmp_path / "apart").file))
+    tree[family] = [str(method)] if isinstance(tree[family], list) else str(method)
+    with pytest.raises(CutlayerError, match="method"):
+        taken(tree, model=None, device="cpu")
+    assert not mark.exists()
+
+
+def test_what_is_the_clients_own_is_not_the_servers_to_say(tmp_path: Path) -> None:
+    tree = offer(served(Apart(tmp_path / "apart").file)) | {"record_wire": str(tmp_path / "frames"), "device": "cuda:7"}
+    config = taken(tree, model=None, device="cpu")
+    assert (config.record_wire, config.device) == (None, "cpu")
+    with pytest.raises(CutlayerError, match="fails is for simulated clients"):
+        taken({**tree, "fails": 0.5}, model=None, device="cpu")
+
+
 def ask(verb: str, turn: int, **values: Any) -> Header:
     return Header("partition", verb=verb, sender="server", receiver="ann", client="ann", turn=turn, values=values)
 

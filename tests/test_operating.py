@@ -30,7 +30,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import cutlayer
-from apart import LONG, ROWS, Apart, steps
+from apart import LONG, ROWS, Apart, Trap, steps
 from cutlayer import logs, status, watching
 from cutlayer.draining import Drain, Drained
 from cutlayer.errors import NetworkError, Refused
@@ -140,6 +140,24 @@ def test_a_server_that_is_drained_loses_nothing(tmp_path: Path) -> None:
     assert {"ann", "bob"} <= {line.get("client") for line in told if line["event"].startswith("step ")}
     assert any("asked to stop: the round is finished first" in line["event"] for line in told)
     assert any("The server is going down for a while" in line["event"] for line in lines(run.said("ann")))
+
+
+@pytest.mark.slow
+def test_a_server_whose_clients_are_all_away_is_drained_at_once(tmp_path: Path) -> None:
+    """Nothing is under way between two rounds, so there is nothing to wait for; what was made since is written down."""
+    run = Apart(tmp_path / "apart", framework="sfl-v2", rounds=12, checkpoint_every=100)
+    server = run.serve("--patience", "2", "--status", "127.0.0.1:0")
+    address = STARTED.findall(run.said("server"))[-1]
+    clients = {name: run.join(name, traps=[Trap("hold", 3, "kill")]) for name in ROWS}
+    assert [client.wait() for client in clients.values()] == [-9, -9]
+    run.until("server", "waits for a client: ann, bob")
+    assert ask(address, "/readyz")[1]["runs"]["run"]["waits"] == ["the run waits for clients that are away: ann, bob"]
+    server.process.terminate()
+    assert server.wait(60) == 75, run.said("server")
+    clients = {"server": run.serve()}
+    run.ended({**clients, **{name: run.join(name) for name in ROWS}})
+    made = {(number, client) for number, client, *_ in steps(run.root / "server")}
+    assert made == {(number, client) for number in range(12) if number != 3 for client in ROWS}, "both were lost in it"
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ def test_strangers_and_other_tenants(tmp_path: Path) -> None:
         await turned_away("do not belong to this client", ann[0], "wrong", client="ann", wants="run")
         await turned_away("do not belong to this client", ann[0], own["bob"].token, client="ann", wants="run")
         await turned_away("do not belong to this client", *ann, client="bob", wants="run")
+        await turned_away("do not belong to this client", ann[0], own["bob"].token, client="bob", wants="run")
         await turned_away("do not belong to this client", ann[0], own["cleo"].token, client="bob", wants="run")
         await turned_away("No run 'fraud' here has a client 'ann'", *ann, client="ann", run="fraud", wants="run")
         await turned_away("other checksums", *ann, client="ann", model={"config.json": "0" * 64}, data=data, rounds=[])
@@ -74,6 +75,6 @@ def test_strangers_and_other_tenants(tmp_path: Path) -> None:
     assert server.poll() is None
     alone = cutlayer.train(both.alone("flu"), out=tmp_path / "flu", progress=False)
     assert both.same(alone.out, server="server/flu", names=NAMES["flu"])
-    assert both.said("server").count("Refused a session of 'ann'") == 8
+    assert both.said("server").count("Refused a session of 'ann'") == 9
     server.kill()
     server.wait()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cutlayer import checkpoint
 from cutlayer.allotment import Allotter
 from cutlayer.config_fit import batches_meet
+from cutlayer.draining import Drained
 from cutlayer.errors import CutlayerError, Gone, NetworkError, RequestFailed, WireError
 from cutlayer.files import write_text
 from cutlayer.links.net.remote import Remote
@@ -54,15 +55,16 @@ class Absence:
         remotes: the clients.
         rounds: which rounds a client said that it holds, when it last came.
         farewell: seconds for which those who are away are waited for when all is done.
+        asked_to_stop: whether the server is to end, so that nobody is waited for.
         progress: is told what happens.
     """
 
     def __init__(
         self, out: Path, remotes: Mapping[str, Remote], rounds: Callable[[str], Sequence[int]], *, farewell: float,
-        progress: Reporter,
+        progress: Reporter, asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.out, self.remotes, self.rounds = out, remotes, rounds
-        self.farewell, self.progress = farewell, progress
+        self.farewell, self.progress, self.asked_to_stop = farewell, progress, asked_to_stop
         self.told: dict[str, Told] = _read_told(out / FILE)
         self._left: dict[str, tuple[object, str]] = {}  # the process that has left, and why
         self._why: dict[str, str] = {}  # of who is away
@@ -230,9 +232,18 @@ class Absence:
             await self.take_back()
 
     async def _pause(self) -> None:
+        """Wait a moment for those who are away.
+
+        Raises:
+            Drained: the server is to end.
+            Gone: it does.
+        """
+        if self.asked_to_stop():
+            raise Drained
         if closed := next((name for name, remote in self.remotes.items() if remote.closed), None):
             raise Gone(closed, "the run is over.", "over")
-        await asyncio.sleep(LOOK)
+        with self.run.clock.waiting("the run", f"clients that are away: {', '.join(sorted(self.run.counters.away))}"):
+            await asyncio.sleep(LOOK)
 
     async def take_back(self) -> None:
         """Take back those who are there again: between two rounds."""

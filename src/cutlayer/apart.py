@@ -22,6 +22,7 @@ from cutlayer.models.heads import head_of
 from cutlayer.models.loading import Part
 from cutlayer.planning import at_cut
 from cutlayer.presence import Routes
+from cutlayer.registry import no_files
 
 AT_CLIENT = "at the client"  # in place of every file of data
 HERE = ("record_wire", "device", "report_to")  # keys that are each party's own
@@ -166,6 +167,12 @@ def taken(tree: Mapping[str, Any], *, model: str | None, device: str) -> RunConf
         device: of the client.
 
     Raises:
-        ConfigError: this version cannot read it, or has not the methods.
+        ConfigError: this version cannot read it, or has not the methods, or no run can be so over a network. Nothing
+            that the server names is executed.
     """
-    return load_config({**tree, **({"model": model} if model else {}), "device": device})
+    own = {key: value for key, value in tree.items() if key not in HERE}
+    with no_files():
+        config = load_config({**own, **({"model": model} if model else {}), "device": device})
+    if wrong := list(problems(config)):
+        raise ConfigError(wrong, "the run that the server offers")
+    return config

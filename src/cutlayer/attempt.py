@@ -149,8 +149,13 @@ class Attempt:
         keep_lines(self.out / "uploads.jsonl", run.counters.uploads)
 
     async def _drive(self, run: Run, engine: Engine) -> None:
-        if not await engine.drive(rounds=total_rounds(self.config)):
-            raise Drained
+        try:
+            if not await engine.drive(rounds=total_rounds(self.config)):
+                raise Drained
+        except Drained:  # perhaps while it waited for clients, after rounds that are in no checkpoint
+            if run.counters.rounds not in (0, *checkpoint.rounds(self.out / "checkpoints")):
+                await engine.save()
+            raise
         if self.clients.absence is not None:
             await self.clients.absence.end()
         self._newest = run.evaluators()[0]  # all have the last merge after parting, but not all trunks at the server

@@ -240,6 +240,8 @@ def _engine(config: RunConfig) -> Iterator[str]:
             f"device is '{config.device}', but the actors of engine 'ray' get no GPU. Set engine.num_gpus, or take "
             "device: auto, which gives each process what it has."
         )
+    elif config.device == "cpu" and engine.num_gpus:
+        yield "engine.num_gpus reserves GPUs, but device is 'cpu', so none is used. Leave one of the two out."
 
 
 @rule("report_to")

@@ -71,6 +71,10 @@ class ServerKeys(Keys):
         same = hmac.compare_digest(told, tokens.get(client, token_hash("")))
         return same and client in tokens and told not in revoked
 
+    def belong(self, peer: str, client: str, token: str) -> bool:
+        """Whether the certificate's name and the token are both this client's, and the token was not revoked."""
+        return hmac.compare_digest(peer.encode(), client.encode()) and self.token_ok(client, token)
+
     def revoked(self, serial: int) -> bool:
         """Whether a certificate was revoked; while the list cannot be read, all are."""
         tokens, revoked = self._list.look()

@@ -12,7 +12,9 @@ import dataclasses
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.abc import ExecutionLoader
@@ -28,12 +30,14 @@ from cutlayer.errors import CutlayerError, MethodError, suggest
 from cutlayer.method_check import check_method, checked, option_fields, option_types, what_is_wrong
 
 __all__ = [
-    "FAMILIES", "ROOT", "Card", "card", "cards", "create", "load", "method", "names", "option_fields",
+    "FAMILIES", "ROOT", "Card", "card", "cards", "create", "load", "method", "names", "no_files",
+    "option_fields",
 ]  # fmt: skip
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent / "methods"
 ENTRY_POINTS = "cutlayer.methods"
+_files: ContextVar[bool] = ContextVar("cutlayer_files", default=True)  # whether method files may be loaded
 
 FAMILIES = (
     "framework", "partition", "planner", "peft", "data", "selection", "objective", "defense", "codec", "exchange",
@@ -108,6 +112,16 @@ def names(family: str) -> list[str]:
     return sorted(own | set(_external(family)))
 
 
+@contextmanager
+def no_files() -> Iterator[None]:
+    """Refuse method files: what somebody else's run file names is not executed."""
+    token = _files.set(False)
+    try:
+        yield
+    finally:
+        _files.reset(token)
+
+
 def load(family: str, name: str) -> type[Any]:
     """The class of a method.
 
@@ -116,6 +130,10 @@ def load(family: str, name: str) -> type[Any]:
             methods of this one must have.
     """
     if name.endswith(".py"):
+        if not _files.get():
+            raise MethodError(
+                f"{family} is the file {name}; over the network both ends need it as an installed method."
+            )
         found, where = _load_file(Path(name)), name
     elif name in _external(family):
         found, where = _load_external(family, name)

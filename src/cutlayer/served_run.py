@@ -87,7 +87,7 @@ class ServedRun:
         if patience.then == "go-on":
             absence = Absence(
                 out, self.remotes, lambda name: self.ready[name].rounds, farewell=min(FAREWELL, patience.seconds),
-                progress=self.watch,
+                progress=self.watch, asked_to_stop=self._drain.asked,
             )  # fmt: skip
             self.ready |= {name: Ready(told, []) for name, told in absence.told.items()}
         self.clients = Clients(self.remotes, self.ready, absence)

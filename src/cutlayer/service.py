@@ -7,7 +7,6 @@ keeps no heartbeat waiting, of its own run or of another's. A run that fails lea
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Mapping
 from logging import getLogger
 from pathlib import Path
@@ -157,7 +156,7 @@ class Service:
         """The welcome of a client that may come in."""
         name = hello.get("client")
         assert isinstance(name, str), "the listener has seen to it"
-        if self.keys is not None and (not hmac.compare_digest(peer, name) or not self.keys.token_ok(name, token)):
+        if self.keys is not None and not self.keys.belong(peer, name, token):
             raise Refused("The certificate and the token do not belong to this client, or were revoked.", reason="keys")
         return await self._run_of(hello).welcome(hello)
 

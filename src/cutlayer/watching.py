@@ -62,6 +62,7 @@ class Watch:
 
     def start(self, total_steps: int) -> None:
         """The run begins."""
+        self._stepped = time.monotonic()
         self.shown.start(total_steps)
 
     def update(self, record: Mapping[str, Any]) -> None:
@@ -83,7 +84,7 @@ class Watch:
 
     @property
     def since_step(self) -> float | None:
-        """Seconds since the last step; None before the first."""
+        """Seconds since the last step, or since the run began where it has made none; None before that."""
         return None if self._stepped is None else time.monotonic() - self._stepped
 
     @property

@@ -7,7 +7,6 @@ its own), and a third thread drives the round's steps with whoever was drawn.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import math
 import threading
@@ -213,7 +212,7 @@ class Federation:
         """The welcome of a client that may come in."""
         name = hello.get("client")
         assert isinstance(name, str), "the listener has seen to it"
-        if self.keys is not None and (not hmac.compare_digest(peer, name) or not self.keys.token_ok(name, token)):
+        if self.keys is not None and not self.keys.belong(peer, name, token):
             raise Refused("The certificate and the token do not belong to this client, or were revoked.")
         if name not in self.config.client_names:
             raise Refused(f"This run has no client {name!r}. It has: {', '.join(self.config.client_names)}.")

@@ -43,8 +43,8 @@ class Remote:
     says that it is taken back from a round that it holds.
 
     ``retries`` counts requests sent again, ``dropped`` replies that nobody waited for any more (late or duplicate),
-    ``reconnects`` sessions after the first, ``seconds_away`` the time without one. ``last_turn`` is the newest turn
-    that the client has been asked or has told of; a request must have a larger one.
+    ``reconnects`` sessions after the first, ``seconds_away`` the time without one since then. ``last_turn`` is the
+    newest turn that the client has been asked or has told of; a request must have a larger one.
 
     Args:
         name: the client's name, which its replies must bear.
@@ -57,7 +57,7 @@ class Remote:
         self.name, self.patience = name, patience
         self.retries = self.dropped = self.reconnects = self.last_turn = 0
         # What another thread reads at any moment is one tuple each, so that it is never seen half changed.
-        self._absence: tuple[float, float | None] = 0.0, time.monotonic()  # seconds before; since when it is away
+        self._absence: tuple[float, float | None] = 0.0, None  # seconds before; since when it is away
         self._frames: tuple[int, int, Session | None] = 0, 0, None  # bytes received and sent before, and what counts on
         self._session: Session | None = None
         self._instance: object = None
@@ -74,7 +74,7 @@ class Remote:
 
     @property
     def seconds_away(self) -> float:
-        """Seconds without a session, from the beginning."""
+        """Seconds without a session, after the first."""
         before, since = self._absence
         return before + (0.0 if since is None else time.monotonic() - since)
 
