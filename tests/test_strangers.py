@@ -34,7 +34,8 @@ def test_strangers_and_other_tenants(tmp_path: Path) -> None:
     proofs = {name: Credentials(k.ca, k.certificate, k.key) for name, k in own.items()}
     server = both.serve(keys=keys)
     address, model = f"localhost:{both.port}", fingerprint(both.tree["model"])
-    data = {"examples": 5, "label_tokens": 50, "steps_per_epoch": 2, "evaluation_batches": 0}
+    counts = ("evaluation_batches", "length", "validation_batches")
+    data = {"examples": 5, "label_tokens": 50, "steps_per_epoch": 2, **dict.fromkeys(counts, 0)}
 
     async def knock(proof: Credentials, token: str, **hello: Any) -> Session:
         return await connect(address, proof, token, hello)
