@@ -24,6 +24,7 @@ from cutlayer.draining import Drained
 from cutlayer.driver import Run
 from cutlayer.engine import Engine
 from cutlayer.errors import Gone
+from cutlayer.judging import Judge, bounds_of
 from cutlayer.links.local import Link
 from cutlayer.links.net.remote import Remote, on_loop
 from cutlayer.links.network import Carry, NetworkLink
@@ -180,6 +181,10 @@ class Attempt:
                 turn=remote.last_turn, goes_on=partial(absence.goes_on, name) if absence else lambda _: False,
                 wrote=self.clients.ready[name].wrote, shadow=run.parts.clients[name],
                 most=max(bounds[name]) if bounds else None,
+                judge=Judge(
+                    name, bounds_of(self.config, self.base, name), self.clients.ready[name].told,
+                    run.parts.clients[name],
+                ),
             )  # fmt: skip
         return found
 

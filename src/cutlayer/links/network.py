@@ -20,6 +20,7 @@ from cutlayer.step import at
 from cutlayer.wire import Frame, Header, Meter, Value, encode
 
 Carry = Callable[[Frame], Awaitable[tuple[Header, list[Tensor]]]]
+Judge = Callable[[Header, Sequence[Tensor], Header, Sequence[Tensor]], None]
 HOUSEKEEPING = ("begin", "hold", "keep", "abort", "finish")
 
 
@@ -36,6 +37,7 @@ class NetworkLink:
         wrote: is told of each round that the client has written down.
         shadow: stands for the client here, and follows it where it moves.
         most: the most head blocks that it may have, where a planner says them.
+        judge: sees each request and its reply before anybody uses it, and raises WireError if that is none.
 
     ``held`` is the newest round as at whose begin the client can be set again.
     """
@@ -44,9 +46,11 @@ class NetworkLink:
         self, name: str, carry: Carry, *, meter: Meter, asked: Callable[[str, str], None] = lambda *_: None,
         turn: int = 0, goes_on: Callable[[CutlayerError], bool] = lambda _: False,
         wrote: Callable[[int], None] = lambda _: None, shadow: Holder | None = None, most: int | None = None,
+        judge: Judge = lambda *_: None,
     ) -> None:  # fmt: skip
         self.name, self.carry, self.meter, self.asked, self.turn = name, carry, meter, asked, turn
         self.goes_on, self.wrote, self.shadow, self.most = goes_on, wrote, shadow, most
+        self.judge = judge
         self.held = 0
         self.apart_bytes = 0  # of requests that are counted apart
         self._lost = False
@@ -67,12 +71,7 @@ class NetworkLink:
             await self.tell("abort")
         request = send(self.meter, self._next(header), tensors, self.name)
         with at(VERB_STEPS[header.verb]):
-            reply, found = await self._carried(request)
-        if reply.receiver != to or reply.sender != self.name:
-            raise WireError(
-                f"Client '{self.name}' answered '{header.verb}' with a frame from '{reply.sender}' to "
-                f"'{reply.receiver}', not to '{to}'. Both ends need the same version of cutlayer."
-            )
+            reply, found = await self._carried(request, tensors, to)
         if header.verb == "move" and self.shadow is not None:
             self.shadow.on_move(header, dict(zip(header.names, tensors, strict=True)))
         send(self.meter, reply, found, self.name)  # of equal length: it is what came, counted where all is counted
@@ -114,13 +113,20 @@ class NetworkLink:
         assert verb in HOUSEKEEPING
         frame = encode(self._next(Header("partition", verb=verb, values=values or {})))
         self.apart_bytes += frame.length
-        await self._carried(frame)
+        await self._carried(frame, (), SERVER)
 
-    async def _carried(self, frame: Frame) -> tuple[Header, list[Tensor]]:
+    async def _carried(self, frame: Frame, tensors: Sequence[Tensor], to: str) -> tuple[Header, list[Tensor]]:
         if self._lost:  # what it holds is no longer what the run thinks
             raise Lost(self.name)
         try:
-            return await self.carry(frame)
+            reply, found = await self.carry(frame)
+            if reply.receiver != to or reply.sender != self.name:
+                raise WireError(
+                    f"Client '{self.name}' answered '{frame.header.verb}' with a frame from '{reply.sender}' to "
+                    f"'{reply.receiver}', not to '{to}'. Both ends need the same version of cutlayer."
+                )
+            self.judge(frame.header, tensors, reply, found)
+            return reply, found
         except CutlayerError as error:
             if not self.goes_on(error):
                 raise

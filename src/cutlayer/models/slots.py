@@ -62,6 +62,10 @@ class Slot:
         """Take another learning rate, by the number of updates made so far."""
         self._rate = rate
 
+    def new_optimizer(self, params: list[Parameter]) -> torch.optim.Optimizer:
+        """An optimizer of the same kind for other parameters."""
+        return self._make(params)
+
     def reset_optimizer(self) -> None:
         """Forget the optimizer's state."""
         self._at_home = False

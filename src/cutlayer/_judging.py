@@ -1,0 +1,84 @@
+"""What can be checked of one part of a client's reply. ``judging`` is the module to import."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from cutlayer.errors import WireError
+from cutlayer.values import IGNORE
+from cutlayer.wire import Value
+
+
+class Checks:
+    """Each check raises WireError, with what came and what was expected.
+
+    Args:
+        name: the client's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._verb = ""  # of the request that is answered
+
+    def _only(
+        self, values: Mapping[str, Value], found: Collection[str], values_needed: Collection[str] = (),
+        needed: Collection[str] = (), spare: Collection[str] = (), *, values_spare: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        """Everything that is needed is there, and nothing else but what may be."""
+        for what, here, must, may in (
+            ("value", values.keys(), values_needed, values_spare), ("tensor", found, needed, spare)
+        ):  # fmt: skip
+            if lacking := [name for name in must if name not in here]:
+                self._fail(f"no {what} '{lacking[0]}'", "one")
+            if other := [name for name in here if name not in must and name not in may]:
+                self._fail(f"the {what} '{other[0]}'", f"none beside {', '.join([*must, *may]) or 'nothing'}")
+
+    def _whole(self, values: Mapping[str, Value], name: str, most: int) -> None:
+        value = values[name]
+        if type(value) is not int or not 0 <= value <= most:
+            self._fail(f"{name} {value!r}", f"a whole number from 0 to {most}")
+
+    def _number(self, values: Mapping[str, Value], name: str, least: float, most: float) -> None:
+        value = values[name]
+        if type(value) is not float or not least <= value <= most:
+            self._fail(f"{name} {value!r}", f"a number from {least:g} to {most:g}")
+
+    def _flag(self, values: Mapping[str, Value], name: str) -> None:
+        if type(values[name]) is not bool:
+            self._fail(f"{name} {values[name]!r}", "true or false")
+
+    def _like(self, found: Mapping[str, Tensor], name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        if tuple(found[name].shape) != tuple(shape) or found[name].dtype != dtype:
+            self._fail(f"'{name}' as {named(found[name])}", f"{list(shape)} {dtype}")
+
+    def _within(
+        self, found: Mapping[str, Tensor], name: str, least: int, end: int, *, ignored: bool = False
+    ) -> None:  # fmt: skip
+        """Numbers from ``least`` to below ``end``; where they may be ``ignored``, also what marks that."""
+        wrong = (found[name] < least) | (found[name] >= end)
+        if ignored:
+            wrong &= found[name] != IGNORE
+        if bool(wrong.any()):
+            self._fail(f"'{name}' with {int(found[name][wrong][0])} in it", f"numbers from {least} to {end - 1}")
+
+    def _fail(self, came: str, wanted: str) -> NoReturn:
+        raise WireError(
+            f"Client '{self.name}' answered '{self._verb}' with {came}; expected: {wanted}. Both ends need the same "
+            "version of cutlayer; if they have it, the client misbehaves."
+        )
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are: in one pass, without another tensor of its size."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(float(end)) for end in tensor.aminmax())
+
+
+def named(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
