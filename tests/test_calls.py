@@ -510,3 +510,24 @@ def test_turns_go_on_where_the_client_is() -> None:
                     await refused.receive()
 
     run(ask())
+
+
+def test_who_comes_back_in_time_is_not_given_up_later() -> None:
+    """The patience of an absence ends with it."""
+
+    async def ask() -> None:
+        remote = Remote("c", patience=0.2)
+        async with serving(on=remote.serve) as served:
+            ends = Ends(served, remote)
+            client = asyncio.ensure_future(answer(ends.connect, Doubler(), again=SOON))
+            try:
+                session = await remote.attached()
+                remote.detach(session)
+                remote.attach(session)
+                await asyncio.sleep(0.4)
+                assert (await remote.call(small(1)))[0].turn == 1
+            finally:
+                client.cancel()
+                await asyncio.wait({client})
+
+    run(ask())

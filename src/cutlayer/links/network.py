@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from torch import Tensor
 
+from cutlayer.asking import HOUSEKEEPING
 from cutlayer.contracts import SERVER, Parcel
 from cutlayer.errors import CutlayerError, WireError
 from cutlayer.links.local import STEP_VERBS, send
@@ -20,7 +21,6 @@ from cutlayer.step import at
 from cutlayer.wire import Frame, Header, Meter, Value, encode
 
 Carry = Callable[[Frame], Awaitable[tuple[Header, list[Tensor]]]]
-HOUSEKEEPING = ("begin", "hold", "keep", "abort", "finish")
 
 
 class NetworkLink:
