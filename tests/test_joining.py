@@ -182,6 +182,9 @@ def test_a_client_that_may_send_no_more_does_not_acknowledge(tmp_path: Path) -> 
     with pytest.raises(CutlayerError, match="PolicyRefused"):
         own.handle(ask("keep", 3, round=1), [])
     assert "most.bytes" in noted.words[-1]
+    with pytest.raises(CutlayerError, match=r"PolicyRefused \(its words stay"):
+        own.resent(2, 100)
+    assert "the answer to request 2 does not leave again: The policy's rule most.bytes" in noted.words[-1]
 
 
 def test_requests_that_make_no_sense_are_refused_in_words(tmp_path: Path) -> None:

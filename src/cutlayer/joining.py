@@ -144,7 +144,7 @@ async def _join(
             seat.guard.greets(told, len(hello_of(told)))
             return await open_session(told)
 
-        words = await answer(open_again, seat.handle, again=again, resent=seat.guard.resent)
+        words = await answer(open_again, seat.handle, again=again, resent=seat.resent)
         if not seat.result.is_dir():
             raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
         return Joined(out, seat.result, seat.guard.told())
@@ -250,6 +250,18 @@ class Seat:
         except CutlayerError as error:
             self.progress.note(f"'{header.verb}' was refused: {error}")
             raise CutlayerError(self.guard.words(error, header)) from error
+
+    def resent(self, turn: int, length: int) -> None:
+        """Ask whether a reply may leave once more, whose connection broke.
+
+        Raises:
+            CutlayerError: it may not; the server reads what the policy lets it read.
+        """
+        try:
+            self.guard.resent(turn, length)
+        except CutlayerError as error:
+            self.progress.note(f"the answer to request {turn} does not leave again: {error}")
+            raise CutlayerError(self.guard.words(error, Header("partition", turn=turn))) from error
 
     def _handled(self, header: Header, tensors: list[Tensor]) -> Answer:
         if not self._begun and header.verb != "begin":

@@ -56,7 +56,7 @@ async def answer(
         handle: answers a request.
         again: when to try again.
         draw: where chance comes from.
-        resent: is told the turn and the bytes of a reply that is about to be sent once more, and may raise.
+        resent: is told the turn and the bytes of a reply that is about to be sent once more, and may refuse it.
 
     Raises:
         Refused: the server turned this client away, or it another.
@@ -171,8 +171,7 @@ class _Answering:
             turn, asked = await outgoing.get()
             reply = await asyncio.shield(asked.reply)
             if asked.sent:
-                size = reply.length if isinstance(reply, Packed) else len(pack_number(Type.ERROR, turn, reply))
-                self.resent(turn, size)
+                reply = self._again(turn, reply)
             asked.sent = True
             if isinstance(reply, Packed):
                 await session.send(reply)
@@ -181,6 +180,15 @@ class _Answering:
             if self._crash.done() and reply == FAILED:
                 await session.close("The client failed.")
                 raise self._crash.result()
+
+    def _again(self, turn: int, reply: Packed | str) -> Packed | str:
+        """A reply that was sent before; or why it may not be sent once more."""
+        size = reply.length if isinstance(reply, Packed) else len(pack_number(Type.ERROR, turn, reply))
+        try:
+            self.resent(turn, size)
+        except CutlayerError as error:
+            return str(error)
+        return reply
 
     async def _work(self) -> None:
         """Answer what there is, one after another, whether there is a session or not."""
