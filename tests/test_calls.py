@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cutlayer.errors import CutlayerError, DataError, Disconnected, Gone, Refused, RequestFailed, WireError
+from cutlayer.errors import CutlayerError, DataError, Disconnected, Dismissed, Gone, Refused, RequestFailed, WireError
 from cutlayer.links.net.answering import Again, answer
 from cutlayer.links.net.messages import WINDOW, Type, pack_frame, read
 from cutlayer.links.net.remote import Remote, on_loop
 from cutlayer.links.net.session import Received, Session
-from cutlayer.wire import Header, encode
+from cutlayer.wire import Frame, Header, decode, encode
 from network import Served, run, serving, small
 
 SOON = Again(first=0.01, most=0.05, give_up=60.0)
@@ -508,5 +508,80 @@ def test_turns_go_on_where_the_client_is() -> None:
                 refused = await served.join("c", hello={"turn": wrong, "instance": "i"})
                 with pytest.raises(Refused, match="which is no turn"):
                     await refused.receive()
+
+    run(ask())
+
+
+def test_who_comes_back_in_time_is_not_given_up_later() -> None:
+    """The patience of an absence ends with it."""
+
+    async def ask() -> None:
+        remote = Remote("c", patience=0.2)
+        async with serving(on=remote.serve) as served:
+            ends = Ends(served, remote)
+            client = asyncio.ensure_future(answer(ends.connect, Doubler(), again=SOON))
+            try:
+                session = await remote.attached()
+                remote.detach(session)
+                remote.attach(session)
+                await asyncio.sleep(0.4)
+                assert (await remote.call(small(1)))[0].turn == 1
+            finally:
+                client.cancel()
+                await asyncio.wait({client})
+
+    run(ask())
+
+
+class Asking:
+    """A session of a server that asks these, and then says that the run is done; ``sent`` is what came back."""
+
+    def __init__(self, *frames: Frame) -> None:
+        self.todo, self.sent, self.errors = list(frames), list[int](), list[str]()
+        self.all = asyncio.Event()
+        self.expected = len(frames)
+
+    async def receive(self) -> Received:
+        if self.todo:
+            frame = self.todo.pop(0)
+            return *decode(frame), frame.length
+        await self.all.wait()
+        raise Dismissed("All done.")
+
+    async def send(self, packed: Any) -> None:
+        self.sent.append(packed.length)
+        self._count()
+
+    async def error(self, turn: int, text: str) -> None:
+        self.errors.append(text)
+        self._count()
+
+    async def close(self, reason: str) -> None: ...
+
+    def _count(self) -> None:
+        if len(self.sent) + len(self.errors) == self.expected:
+            self.all.set()
+
+
+def test_a_reply_that_is_sent_again_is_told_before_it_leaves() -> None:
+    """With its bytes; one that may leave no more is refused, and the client goes on."""
+    told: list[tuple[int, int]] = []
+
+    def resent(turn: int, length: int) -> None:
+        told.append((turn, length))
+        if len(told) > 1:
+            raise CutlayerError("no more bytes")
+
+    async def ask() -> None:
+        session = Asking(small(1), small(1), small(1), small(2))
+
+        async def connect(extras: dict[str, Any]) -> Any:
+            return session
+
+        assert await answer(connect, Doubler(), resent=resent) == "All done."
+        first, again, other = session.sent
+        assert first == again == other
+        assert told == [(1, first), (1, first)]
+        assert session.errors == ["no more bytes"]
 
     run(ask())

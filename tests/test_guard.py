@@ -18,14 +18,15 @@ import torch
 from cutlayer.errors import CheckpointError, OutputError, PolicyRefused
 from cutlayer.guard import Guard, Held, guarded
 from cutlayer.leaving import ANSWERS
+from cutlayer.links.net.messages import Type, pack_number
 from cutlayer.parties.client import VERB_STEPS, ClientParty
 from cutlayer.policy import MayLeave, Policy, load_policy
 from cutlayer.released import WORDS, Counts, Log
-from cutlayer.wire import Header
+from cutlayer.wire import Header, encode
 
 # ---------------------------------------------------------------- one verb at a time
 
-SHAPE = (2, 3, 4)
+SHAPE, STEPS = (2, 3, 4), 100
 HELD = Held(
     head=frozenset({"head.a"}), tail=frozenset({"tail.b"}), has_tail=True, evaluations=2,
     tensors={"head.a": ((2, 4), torch.float32), "tail.b": ((3,), torch.float32), "other.c": ((1,), torch.float32)},
@@ -37,15 +38,23 @@ HOW = {"graph": True, "head_weight": 1.0, "update": True}
 class Client:
     """A guard, with requests and answers as a driver and a party would make them."""
 
-    def __init__(self, folder: Path, policy: Any = None, *, two_part: bool = False, held: Held = HELD) -> None:
+    def __init__(
+        self, folder: Path, policy: Any = None, *, two_part: bool = False, held: Held = HELD, ready: bool = True
+    ) -> None:
         if two_part:
             held = Held(held.head, frozenset(), held.tensors, False, held.evaluations)
         self.turn, self.two_part = 0, two_part
         counts = Counts.load(folder / "counts.json")
         self.guard = Guard(
             load_policy(policy) if policy else Policy(), Log(folder / "sent.jsonl"), counts, client="ann",
-            held=lambda: held,
+            held=lambda: held, planned=STEPS,
         )  # fmt: skip
+        if ready:
+            self.set_up()
+
+    def set_up(self) -> None:
+        """As after a set-up, of which nothing is counted."""
+        self.guard._steps_per_epoch = 1
 
     def asked(self, verb: str, step: int = 0, micro: int = 0, values: Any = None, **tensors: torch.Tensor) -> Header:
         self.turn += 1
@@ -79,6 +88,21 @@ class Client:
         asked = self.asked("head_backward", step, micro, {**HOW, **values}, hidden=torch.zeros(shape))
         self.gives(asked, TOLD)
 
+    def gradient(self, **tensors: torch.Tensor) -> None:
+        """The request of a backward, as it says that it has a gradient."""
+        asked = Header(
+            "return_gradients", "gradient", "head_backward", "server", "ann", "ann", turn=self.turn + 1, values=HOW,
+            names=tuple(tensors),
+        )  # fmt: skip
+        self.guard.request(asked, list(tensors.values()))
+
+    def probe(self, step: int = 0) -> None:
+        """Look around in one direction, where the server computes the loss."""
+        now = self.guard.held()
+        self.guard.held = lambda: Held(now.head, frozenset(), now.tensors, False, now.evaluations)
+        shown = {name: torch.zeros(SHAPE) for name in ("hidden", "plus.0", "minus.0")}
+        self.gives(self.asked("probe", step, values={}), **shown)
+
     def whole(self, step: int = 0, micro: int = 0) -> None:
         self.forward(step, micro)
         if not self.two_part:
@@ -105,6 +129,7 @@ def order_(*parts: tuple[str, int, int]) -> Callable[[Client], None]:
 
 
 GOOD, BAD = torch.zeros(2, 4), torch.tensor([[float("nan")] * 4] * 2)
+HEAD = {"head.a": GOOD}
 CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any]]] = {
     # the policy, what is refused, by which rule, and what of the same kind passes
     "tail before head": (None, lambda c: c.tail(), "order", order_(("forward", 0, 0), ("tail", 0, 0))),
@@ -213,8 +238,8 @@ CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any
         lambda c: c.gives(c.asked("histogram")),
     ),
     "features": (
-        None, lambda c: c.gives(c.asked("features"), {"category/3": 4}, hidden=GOOD), "may_leave.features",
-        lambda c: c.gives(c.asked("features")),
+        None, lambda c: c.gives(c.asked("features", **HEAD), {"category/3": 4}, hidden=GOOD), "may_leave.features",
+        lambda c: c.gives(c.asked("features", **HEAD)),
     ),
     "sample numbers": (
         None, lambda c: c.gives(c.asked("head_forward"), samples=GOOD), "may_leave.sample_numbers",
@@ -225,13 +250,66 @@ CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any
         lambda c: [(c.whole(), c.guard.aborted()) for _ in range(2)],
     ),
     "looking around is training": (
-        {"most": {"steps": 1}},
-        lambda c: [c.gives(c.asked("probe", n, values={}), hidden=GOOD) for n in range(2)], "most.steps",
-        lambda c: c.gives(c.asked("probe", 0, values={}), hidden=GOOD),
+        {"most": {"steps": 1}}, lambda c: [c.probe(n) for n in range(2)], "most.steps", lambda c: c.probe(0),
+    ),
+    "looking around where the client has the loss": (
+        None, lambda c: c.asked("probe", values={}), "order", lambda c: c.probe(0),
+    ),
+    "slopes of other directions": (
+        None, lambda c: (c.probe(), c.asked("probed", values={}, slopes=torch.zeros(3))), "shape",
+        lambda c: (c.probe(), c.asked("probed", values={}, slopes=torch.zeros(1))),
+    ),
+    "no slopes": (
+        None, lambda c: (c.probe(), c.asked("probed", values={})), "shape",
+        lambda c: (c.probe(), c.asked("probed", values={}, slopes=torch.zeros(1))),
+    ),
+    "no hidden states": (None, lambda c: (c.forward(), c.asked("tail_step")), "shape", lambda c: c.whole()),
+    "whole numbers for hidden states": (
+        None, lambda c: (c.forward(), c.asked("tail_step", hidden=torch.zeros(SHAPE, dtype=torch.int64))), "shape",
+        lambda c: c.whole(),
+    ),
+    "hidden states of another type": (
+        None, lambda c: (c.forward(), c.asked("tail_step", hidden=torch.zeros(SHAPE).double())), "shape",
+        lambda c: c.whole(),
+    ),
+    "a gradient that is none": (
+        None, lambda c: (c.forward(), c.tail(), c.gradient()), "shape",
+        lambda c: (c.forward(), c.tail(), c.gradient(hidden=torch.zeros(SHAPE))),
+    ),
+    "a gradient that is not finite": (
+        None, lambda c: (c.forward(), c.tail(), c.gradient(hidden=torch.full(SHAPE, float("nan")))), "finite",
+        lambda c: c.whole(),
+    ),
+    "features of a head without its tensors": (
+        None, lambda c: c.asked("features", values={"number": 0}), "shape",
+        lambda c: c.asked("features", values={"number": 0}, **HEAD),
+    ),
+    "a part that is none": (
+        None, lambda c: c.asked("get_state", values={"part": "x"}), "told",
+        lambda c: c.asked("get_state", values={"part": "hosted"}),
+    ),
+    "a version that is no number": (
+        None, lambda c: c.asked("set_state", values={"version": "x"}), "told",
+        lambda c: c.asked("set_state", values={"version": -1}),
+    ),
+    "a loss that is no number": (
+        None, lambda c: (c.forward(), c.tail(), c.backward(loss="x")), "told",
+        lambda c: (c.forward(), c.tail(), c.backward(loss=1.0)),
+    ),
+    "half a block": (
+        None, lambda c: c.asked("move", values={"head_blocks": 0.5}), "told",
+        lambda c: c.asked("move", values={"head_blocks": 1}),
+    ),
+    "training before the set-up": (
+        None, lambda c: (c.guard.begin(), c.forward()), "order",
+        lambda c: (c.guard.begin(), c.forward(0, graph=False), c.gives(c.asked("set_up", values={})), c.forward()),
+    ),
+    "a step that the run does not have": (
+        None, lambda c: c.forward(STEPS), "told", lambda c: c.forward(STEPS - 1),
     ),
     "epochs before set-up": (
-        {"most": {"epochs": 1}}, lambda c: c.forward(), "order",
-        lambda c: (c.gives(c.asked("set_up"), {"steps_per_epoch": 1}), c.forward()),
+        {"most": {"epochs": 1}}, lambda c: (c.guard.begin(), c.forward()), "order",
+        lambda c: (c.guard.begin(), c.gives(c.asked("set_up"), {"steps_per_epoch": 1}), c.forward()),
     ),
 }  # fmt: skip
 
@@ -345,6 +423,7 @@ def test_what_was_released_stays_counted(how: str, tmp_path: Path) -> None:
         client.gives(client.asked("abort", values={}))
     else:
         getattr(client.guard, how)()
+        client.set_up()
     before = client.guard.counts.bytes
     client.whole(0)
     client.whole(1)
@@ -441,14 +520,79 @@ def test_what_left_is_told_in_plain_words(tmp_path: Path) -> None:
     assert said[-1].startswith("  never: labels, ")
 
 
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The log."""
+    return [json.loads(line) for line in (folder / "sent.jsonl").read_text().splitlines()]
+
+
 def test_the_words_of_an_error_stay_unless_they_may_leave(tmp_path: Path) -> None:
-    error = ValueError("row 3: Mrs Smith has a cold")
+    error, asked = ValueError("row 3: Mrs Smith has a cold"), Header("partition", verb="keep", turn=7)
     guard = Client(tmp_path).guard
-    assert guard.words(error) == "ValueError (its words stay with the client)"
+    assert guard.words(error, asked) == "ValueError (its words stay with the client)"
     assert "error_texts" not in guard.counts.kinds
+    assert guard.counts.bytes == len(pack_number(Type.ERROR, 7, "ValueError (its words stay with the client)"))
     guard = Client(tmp_path, {"may_leave": {"error_texts": True}}).guard
-    assert guard.words(error) == "ValueError: row 3: Mrs Smith has a cold"
+    assert guard.words(error, asked) == "ValueError: row 3: Mrs Smith has a cold"
     assert Counts.load(tmp_path / "counts.json").kinds["error_texts"] == [1, 0]
+    assert [line["leaves"] for line in lines(tmp_path)] == [[], ["error_texts"]]
+    assert sum(line["bytes"] for line in lines(tmp_path)) == guard.counts.bytes
+
+
+def test_a_refusal_is_told_even_where_nothing_more_can_be_counted(tmp_path: Path) -> None:
+    """Its kind, and not where the file is that cannot be written."""
+    guard = Client(tmp_path, {"may_leave": {"error_texts": True}, "most": {"bytes": 1}}).guard
+    assert guard.words(ValueError("a"), Header("partition")) == "ValueError: a"  # beyond what may leave, but told
+    (tmp_path / "sent.jsonl").unlink()
+    (tmp_path / "sent.jsonl").mkdir()
+    assert guard.words(OutputError("sent.jsonl is full"), Header("partition")) == "OutputError"
+
+
+def test_acknowledgements_and_hellos_are_counted_and_bounded(tmp_path: Path) -> None:
+    """What is no part of a step leaves too."""
+    guard = Client(tmp_path).guard
+    asked, done = Header("partition", verb="keep", turn=3, values={"round": 1}), Header("partition", "ack", turn=3)
+    guard.housekeeping(asked)
+    guard.acknowledged(asked, done)
+    assert guard.counts.bytes == encode(done).length
+    assert not guard.counts.kinds
+    for _ in range(2):
+        guard.greets({"client": "ann", "data": {"examples": 7}}, 500)
+    guard.resent(3, 40)
+    assert (guard.counts.bytes, guard.counts.frames) == (encode(done).length + 1040, 4)
+    assert Counts.load(tmp_path / "counts.json").kinds == {"sizes": [2, 0]}
+    assert [(line["verb"], line["leaves"], line["again"]) for line in lines(tmp_path)] == [
+        ("keep", [], False), ("hello", ["sizes"], False), ("hello", ["sizes"], True), ("", [], True),
+    ]  # fmt: skip
+    assert "7" not in json.dumps(lines(tmp_path)[1]["values"])
+    assert "sizes of the data" not in guard.told().partition("never: ")[2]
+    with pytest.raises(PolicyRefused, match="holds more than"):
+        guard.acknowledged(asked, done.but(values={"rows": 7}))
+    guard.policy = load_policy({"most": {"bytes": guard.counts.bytes}})
+    for leave in (lambda: guard.acknowledged(asked, done), lambda: guard.greets({}, 1), lambda: guard.resent(3, 1)):
+        with pytest.raises(PolicyRefused, match=r"most\.bytes"):
+            leave()
+    guard.policy = load_policy({"may_leave": {"sizes": False}})
+    with pytest.raises(PolicyRefused, match=r"may_leave\.sizes"):
+        guard.greets({}, 1)
+    assert len(lines(tmp_path)) == guard.counts.frames == 4
+
+
+@pytest.mark.parametrize(
+    ("verb", "values", "rule"),
+    [
+        ("begin", {"round": "x", "updates": 1}, "told"), ("begin", {"round": 1}, "told"),
+        ("begin", {"round": -1, "updates": 1}, "told"), ("begin", {"round": 0, "updates": 1.5}, "told"),
+        ("begin", {"round": 0, "updates": 2**62}, "told"), ("begin", {"round": True, "updates": 1}, "told"),
+        ("begin", {"round": 0, "updates": 1, "head_blocks": "1", "most": 1}, "told"),
+        ("keep", {"round": float("nan")}, "told"), ("hold", {}, "told"), ("open", {}, "verbs"),
+    ],
+)  # fmt: skip
+def test_housekeeping_that_makes_no_sense_is_refused(
+    verb: str, values: dict[str, Any], rule: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PolicyRefused) as refused:
+        Client(tmp_path).guard.housekeeping(Header("partition", verb=verb, client="ann", values=values))
+    assert refused.value.rule == rule
 
 
 def test_a_server_that_asks_anything_gets_an_answer_or_a_refusal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cutlayer.apart import offer, served, taken
 from cutlayer.errors import CutlayerError
 from cutlayer.joining import Seat
 from cutlayer.policy import load_policy
-from cutlayer.wire import Header
+from cutlayer.wire import Header, encode
 
 
 class Noted:
@@ -155,3 +156,79 @@ def test_a_client_knows_the_cut_that_it_had(tmp_path: Path) -> None:
     assert told["data"]["validation_batches"] == 1
     assert told["data"]["examples"] == 6
     assert told["data"]["length"] > 1
+
+
+def shows(own: Seat, turn: int, step: int = 0) -> torch.Tensor:
+    """The hidden states of a training step's first micro-batch."""
+    return own.handle(ask("head_forward", turn, graph=True).but(step=step), [])[1][0]
+
+
+def ready(folder: Path, policy: dict[str, Any] | None = None) -> tuple[Seat, Noted]:
+    """A seat that has begun and is set up."""
+    own, noted = seat(folder, policy)
+    own.handle(ask("begin", 1, round=0, updates=3), [])
+    own.handle(ask("set_up", 2, head_blocks=1, tail_blocks=1, steps=3), [])
+    return own, noted
+
+
+def test_an_aborted_step_is_shown_again_and_counts_as_a_repeat(tmp_path: Path) -> None:
+    own, _ = ready(tmp_path)
+    first = shows(own, 3)
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        shows(own, 4)
+    own.handle(ask("abort", 5), [])
+    assert torch.equal(shows(own, 6), first)
+    assert (own.guard.counts.micros, own.guard.counts.repeats) == (2, 1)
+
+
+def test_every_answer_is_in_the_record(tmp_path: Path) -> None:
+    own, _ = ready(tmp_path)
+    own.guard.greets(own.told(), 321)
+    length = 321
+    for turn, (verb, values) in enumerate((("hold", {"round": 0}), ("keep", {"round": 1}), ("abort", {})), start=3):
+        before = own.guard.counts.bytes
+        length = encode(*own.handle(ask(verb, turn, **values), [])).length
+        assert own.guard.counts.bytes == before + length
+    log = [json.loads(line) for line in (own.out / "sent.jsonl").read_text().splitlines()]
+    assert [line["verb"] for line in log] == ["begin", "set_up", "hello", "hold", "keep", "abort"]
+    assert sum(line["bytes"] for line in log) == own.guard.counts.bytes
+    assert "sizes of the data: 2 times" in own.guard.told()
+
+
+def test_a_client_that_may_send_no_more_does_not_acknowledge(tmp_path: Path) -> None:
+    own, noted = ready(tmp_path)
+    own.guard.policy = load_policy({"most": {"bytes": own.guard.counts.bytes}})
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        own.handle(ask("keep", 3, round=1), [])
+    assert "most.bytes" in noted.words[-1]
+    with pytest.raises(CutlayerError, match=r"PolicyRefused \(its words stay"):
+        own.resent(2, 100)
+    assert "the answer to request 2 does not leave again: The policy's rule most.bytes" in noted.words[-1]
+
+
+def test_requests_that_make_no_sense_are_refused_in_words(tmp_path: Path) -> None:
+    own, noted = seat(tmp_path)
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        own.handle(ask("begin", 1, round="x", updates=3), [])
+    assert "tells round 'x', which is no whole number" in noted.words[-1]
+    own.handle(ask("begin", 2, round=0, updates=3), [])
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        shows(own, 3)
+    assert "before the run was set up" in noted.words[-1]
+    own.handle(ask("set_up", 4, head_blocks=1, tail_blocks=1, steps=2**40), [])
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        shows(own, 5, step=2**32 - 1)
+    assert "step 4294967295 was asked for; the run has 3 of this client" in noted.words[-1]
+    hidden = shows(own, 6)
+    tail = ask("tail_step", 7, graph=True, head_weight=1.0, update=True)
+    for tensors, said in (
+        ({}, "lacks the tensor 'hidden'"), ({"hidden": hidden.long()}, "brings 'hidden' as torch.int64"),
+        ({"hidden": hidden * float("inf")}, "not finite"), ({"hidden": hidden.double()}, "brings torch.float64"),
+    ):  # fmt: skip
+        with pytest.raises(CutlayerError, match="PolicyRefused"):
+            own.handle(tail.but(names=tuple(tensors)), list(tensors.values()))
+        assert said in noted.words[-1]
+    assert own.handle(tail.but(names=("hidden",)), [hidden.detach()])[0].kind == "gradient"
+    with pytest.raises(CutlayerError):
+        own.handle(ask("head_forward", 8, graph=False).but(step=2), [])
+    assert "batch 2 was asked for; there are 0" in noted.words[-1]

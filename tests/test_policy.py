@@ -41,7 +41,9 @@ def guards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
             name = party.name
             if name not in made:
                 log, counts = Log(tmp_path / f"{name}.jsonl"), Counts.load(tmp_path / f"{name}.json")
-                made[name] = Guard(policy or Policy(), log, counts, client=name, held=lambda: held_by(party))
+                made[name] = Guard(
+                    policy or Policy(), log, counts, client=name, held=lambda: held_by(party), planned=10**6
+                )
                 answers[name] = guarded(original, made[name])
             return answers[name](party, header, tensors)
 

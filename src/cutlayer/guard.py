@@ -9,17 +9,22 @@ shown may be shown again only after an abort or in a new session, and it counts 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
+from cutlayer.asking import HOUSEKEEPING, check_like, check_tensors, check_told, check_values, named
+from cutlayer.contracts import SERVER
 from cutlayer.errors import OutputError, PolicyRefused
 from cutlayer.leaving import ANSWERS, BEGINNINGS, Held, held_by, is_training, kinds_of
+from cutlayer.links.net.messages import Type, pack_number
 from cutlayer.models.slots import parameter_of
 from cutlayer.parties.client import ClientParty
-from cutlayer.policy import Policy, Told
+from cutlayer.policy import Policy
 from cutlayer.released import Counts, Log
 from cutlayer.wire import Header, frame_length
 
@@ -40,6 +45,8 @@ class _Shown:
     verb: str
     training: bool
     shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    directions: int  # in which it was looked around
 
 
 class Guard:
@@ -51,17 +58,23 @@ class Guard:
         counts: of what left, by this and earlier processes.
         client: the client's name.
         held: what its party holds now (``held_by``); it changes when cuts and ranks do.
+        planned: the most optimizer steps that the run, as it was offered, gives the client.
     """
 
-    def __init__(self, policy: Policy, log: Log, counts: Counts, *, client: str, held: Callable[[], Held]) -> None:
+    def __init__(
+        self, policy: Policy, log: Log, counts: Counts, *, client: str, held: Callable[[], Held], planned: int
+    ) -> None:
         self.policy, self.log, self.counts, self.client, self.held = policy, log, counts, client, held
-        self._steps_per_epoch: int | None = None
+        self.planned = planned
+        self._greeted = False
+        self._lock = threading.RLock()  # a connection is opened again while a request is answered
         self.begin()
 
     def begin(self) -> None:
         """A new session: turns begin anew, and nothing is under way. What was released stays counted."""
         self._turns: dict[int, tuple[str, int, int]] = {}
         self._newest = 0
+        self._steps_per_epoch: int | None = None  # None: the run is not set up
         self.aborted()
 
     def aborted(self) -> None:
@@ -87,9 +100,10 @@ class Guard:
         if header.turn and header.turn <= self._newest:
             if self._turns.get(header.turn) == asked:
                 return True
-            self._refuse("order", f"{self._named(header)} has the turn {header.turn}, which another request had.")
+            self._refuse("order", f"{named(header)} has the turn {header.turn}, which another request had.")
         held = self.held()
-        self._check_numbers(header)
+        check_values(header)
+        check_told(header, self.policy)
         self._check_tensors(header, tensors, held)
         if header.verb in BEGINNINGS:
             self._may_begin(header, held)
@@ -109,14 +123,15 @@ class Guard:
         kinds = kinds_of(asked, header, tensors, self.held())
         for kind in kinds:
             if not getattr(self.policy.may_leave, kind):
-                self._refuse(f"may_leave.{kind}", f"the answer to {self._named(asked)} holds such.")
-        length = self._length(header, tensors)
-        self._commit(asked, header, tensors)
-        try:
-            self._leave(asked, header, tensors, length, kinds, again=False)
-        except OutputError:
-            self.aborted()  # it was counted, but not shown: with room on the disk it may be asked for again
-            raise
+                self._refuse(f"may_leave.{kind}", f"the answer to {named(asked)} holds such.")
+        with self._lock:
+            length = self._length(header, tensors)
+            self._commit(asked, header, tensors)
+            try:
+                self._leave(asked, header, tensors, length, kinds, again=False)
+            except OutputError:
+                self.aborted()  # it was counted, but not shown: with room on the disk it may be asked for again
+                raise
         if asked.turn:
             self._turns[asked.turn] = (asked.verb, asked.step, asked.micro)
             if len(self._turns) > KEPT_TURNS:
@@ -129,16 +144,77 @@ class Guard:
         Raises:
             PolicyRefused: the bytes are more than may leave.
         """
-        length = self._length(header, tensors)
-        self._leave(asked, header, tensors, length, kinds_of(asked, header, tensors, self.held()), again=True)
+        with self._lock:
+            length = self._length(header, tensors)
+            self._leave(asked, header, tensors, length, kinds_of(asked, header, tensors, self.held()), again=True)
 
-    def words(self, error: BaseException) -> str:
-        """What the server may be told of an error: its words, or only its kind."""
-        if not self.policy.may_leave.error_texts:
-            return f"{type(error).__name__} (its words stay with the client)"
-        self.counts.kinds.setdefault("error_texts", [0, 0])[0] += 1
-        self.counts.save()
-        return f"{type(error).__name__}: {error}"
+    def housekeeping(self, header: Header) -> None:
+        """Judge a request that keeps the two processes together, before it is carried out.
+
+        Raises:
+            PolicyRefused: with the rule.
+        """
+        if header.verb not in HOUSEKEEPING:
+            self._refuse("verbs", f"'{header.verb}' is nothing that a client may be asked for.")
+        if header.client not in ("", self.client):
+            self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
+        check_values(header)
+
+    def acknowledged(self, asked: Header, header: Header) -> None:
+        """Count and write down the acknowledgement of such a request, which holds nothing but that it was done.
+
+        Raises:
+            PolicyRefused: the bytes are more than may leave.
+            OutputError: the counts or the log cannot be written; nothing may leave.
+        """
+        if header.values or header.names:
+            self._refuse("verbs", f"the answer to '{asked.verb}' holds more than that it was done.")
+        with self._lock:
+            self._leave(asked, header, [], self._length(header, []), {}, again=False)
+
+    def greets(self, told: Mapping[str, Any], length: int) -> None:
+        """Count and write down a hello that tells the sizes of the data, and is about to leave.
+
+        Args:
+            told: what it tells.
+            length: its bytes.
+
+        Raises:
+            PolicyRefused: sizes may not leave, or no more bytes.
+            OutputError: the counts or the log cannot be written; nothing may leave.
+        """
+        if not self.policy.may_leave.sizes:
+            self._refuse("may_leave.sizes", "a run needs to know how much data each client has.")
+        with self._lock:
+            self._bytes(length)
+            asked = Header("partition", verb="hello")
+            header = Header("partition", receiver=SERVER, values=dict.fromkeys(told, ""))
+            self._leave(asked, header, [], length, {"sizes": 0}, again=self._greeted)
+            self._greeted = True
+
+    def resent(self, turn: int, length: int) -> None:
+        """Count and write down a reply that leaves once more, as a connection broke: bytes, but no new release.
+
+        Raises:
+            PolicyRefused: the bytes are more than may leave.
+            OutputError: the counts or the log cannot be written; nothing may leave.
+        """
+        with self._lock:
+            self._bytes(length)
+            asked, header = Header("partition", turn=turn), Header("partition", "ack", receiver=SERVER)
+            self._leave(asked, header, [], length, {}, again=True)
+
+    def words(self, error: BaseException, asked: Header) -> str:
+        """What the server may be told of an error: its words, or only its kind. They are counted, and never refused."""
+        may = self.policy.may_leave.error_texts
+        said = f"{type(error).__name__}: {error}" if may else f"{type(error).__name__} (its words stay with the client)"
+        with self._lock:
+            header, length = Header("partition", receiver=SERVER), len(pack_number(Type.ERROR, asked.turn, said))
+            try:
+                self._leave(asked, header, [], length, {"error_texts": 0} if may else {}, again=False)
+            except OutputError:  # it may be what the error is about; the server waits for an answer in any case
+                return type(error).__name__
+        return said
 
     def told(self) -> str:
         """What left, in plain words."""
@@ -146,45 +222,14 @@ class Guard:
 
     # ------------------------------------------------------------ requests
 
-    def _check_numbers(self, header: Header) -> None:
-        told = self.policy.told
-        for name, value in header.values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                self._refuse("told", f"{self._named(header)} tells {name} {value}, which is not finite.")
-            bounds = getattr(told, name) if name in Told.model_fields else None
-            if bounds is not None and not bounds.allow(self._number(header, name)):
-                self._refuse(f"told.{name}", f"{self._named(header)} tells {name} {value}; allowed: {bounds}.")
-        if header.verb in ("set_up", "move") and "head_blocks" in header.values:
-            blocks = self._number(header, "head_blocks")
-            if blocks < self.policy.head_blocks:
-                self._refuse(
-                    "head_blocks", f"the server gives {blocks:g} blocks; allowed: {self.policy.head_blocks} or more."
-                )
-        if header.verb == "set_up":
-            self._check_set_up(header)
-        if header.verb == "move" and not self.policy.may_leave.head_adapter:
-            self._refuse(
-                "may_leave.head_adapter", "blocks that move to the server take their trained tensors with them."
-            )
-
-    def _check_set_up(self, header: Header) -> None:
-        allowed, most = self.policy.partitions, self.policy.most.steps
-        partition = "two-part-split" if self._number(header, "tail_blocks") < 0 else "u-shaped-split"
-        if allowed is not None and partition not in allowed:
-            self._refuse("partitions", f"the server sets up '{partition}'; allowed: {', '.join(allowed)}.")
-        steps = self._number(header, "steps")
-        if most is not None and steps > most:
-            self._refuse("most.steps", f"the server plans {steps:g} steps; allowed: {most}.")
-
     def _check_tensors(self, header: Header, tensors: Sequence[Tensor], held: Held) -> None:
+        check_tensors(header, tensors, held.head)
+        if header.verb not in SHAPED:
+            return
         for name, tensor in zip(header.names, tensors, strict=True):
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                self._refuse("finite", f"{self._named(header)} brings '{name}' with values that are not finite.")
-            if header.verb not in SHAPED:
-                continue
             own = held.tensors.get(parameter_of(name))
             if own is None:
-                self._refuse("owned", f"{self._named(header)} brings '{name}', which is not of this client's part.")
+                self._refuse("owned", f"{named(header)} brings '{name}', which is not of this client's part.")
             shape, dtype = own
             if name != parameter_of(name):  # the optimizer's state of it, which may be one number, or a row
                 fits = tensor.is_floating_point() and tensor.numel() <= math.prod(shape)
@@ -193,7 +238,7 @@ class Guard:
             if not fits:
                 self._refuse(
                     "owned",
-                    f"{self._named(header)} brings '{name}' as {list(tensor.shape)} {tensor.dtype}; this client has "
+                    f"{named(header)} brings '{name}' as {list(tensor.shape)} {tensor.dtype}; this client has "
                     f"{list(shape)} {dtype}.",
                 )
 
@@ -207,6 +252,12 @@ class Guard:
                 self._refuse("evaluation", f"batch {header.step} was asked for; there are {held.evaluations}.")
             self._bound("evaluations", self.counts.evaluations + 1)
             return
+        if header.verb == "probe" and held.has_tail:
+            self._refuse("order", "'probe' needs a loss that the server computes, and here the client does.")
+        if self._steps_per_epoch is None:
+            self._refuse("order", "training began before the run was set up.")
+        if header.step >= self.planned:
+            self._refuse("told", f"step {header.step} was asked for; the run has {self.planned} of this client.")
         if place <= self._last:
             self._refuse(
                 "order",
@@ -220,11 +271,8 @@ class Guard:
         self._bound("steps", steps)
         if place <= self.counts.furthest:
             self._bound("repeats", self.counts.repeats + 1)
-        if most.epochs is not None:
-            if self._steps_per_epoch is None:
-                self._refuse("order", "training began before the run was set up.")
-            if steps > most.epochs * self._steps_per_epoch:
-                self._refuse("most.epochs", f"{steps} steps are more than {most.epochs} passes over the data.")
+        if most.epochs is not None and steps > most.epochs * self._steps_per_epoch:
+            self._refuse("most.epochs", f"{steps} steps are more than {most.epochs} passes over the data.")
 
     def _may_go_on(self, header: Header, tensors: Sequence[Tensor], held: Held) -> None:
         """Steps 6 and 10 of what was begun."""
@@ -234,14 +282,8 @@ class Guard:
             header.verb, "tail_step" if held.has_tail else "head_forward"
         )
         if shown is None or shown.verb != before or (header.verb == "tail_step" and not held.has_tail):
-            self._refuse("order", f"{self._named(header)} came without the {before} that goes before it.")
-        if shown.shape is not None:
-            for name, tensor in zip(header.names, tensors, strict=True):
-                if name == "hidden" and tuple(tensor.shape) != shown.shape:
-                    self._refuse(
-                        "shape",
-                        f"{self._named(header)} brings {list(tensor.shape)} where {list(shown.shape)} was shown.",
-                    )
+            self._refuse("order", f"{named(header)} came without the {before} that goes before it.")
+        check_like(header, tensors, shown.shape, shown.dtype, shown.directions)
 
     def _bound(self, name: str, value: int) -> None:
         most = getattr(self.policy.most, name)
@@ -251,7 +293,9 @@ class Guard:
     # ------------------------------------------------------------ answers
 
     def _length(self, header: Header, tensors: Sequence[Tensor]) -> int:
-        length = frame_length(header, [t.shape for t in tensors], [t.dtype for t in tensors])
+        return self._bytes(frame_length(header, [t.shape for t in tensors], [t.dtype for t in tensors]))
+
+    def _bytes(self, length: int) -> int:
         most = self.policy.most.bytes
         if most is not None and self.counts.bytes + length > most:
             self._refuse(
@@ -269,8 +313,10 @@ class Guard:
         place = (asked.step, asked.micro)
         if verb in BEGINNINGS:
             training = is_training(asked)
-            shapes = dict(zip(header.names, (tuple(t.shape) for t in tensors), strict=True))
-            self._open[(*place, training)] = _Shown(verb, training, shapes.get("hidden"))
+            hidden = dict(zip(header.names, tensors, strict=True)).get("hidden")
+            shape, dtype = (None, None) if hidden is None else (tuple(hidden.shape), hidden.dtype)
+            directions = sum(name.startswith("plus.") for name in header.names)
+            self._open[(*place, training)] = _Shown(verb, training, shape, dtype, directions)
             if training:
                 counts.steps += self._is_new(asked)
                 counts.micros += 1
@@ -314,17 +360,6 @@ class Guard:
             pair[0], pair[1] = pair[0] + 1, pair[1] + size
         counts.save()
         self.log.write(asked, header, tensors, length, kinds, again)
-
-    def _number(self, header: Header, name: str) -> float:
-        """A number that a request tells; 0 where it tells none."""
-        value = header.values.get(name, 0)
-        if isinstance(value, str):
-            self._refuse("told", f"{self._named(header)} tells {name} '{value}', which is no number.")
-        return float(value)
-
-    @staticmethod
-    def _named(header: Header) -> str:
-        return f"'{header.verb}' of step {header.step}, micro-batch {header.micro}"
 
     @staticmethod
     def _refuse(rule: str, message: str) -> NoReturn:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cutlayer import checkpoint
 from cutlayer.apart import check_routes, known_classes, part_of
+from cutlayer.asking import HOUSEKEEPING
 from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
@@ -37,9 +38,9 @@ from cutlayer.guard import Guard, guarded
 from cutlayer.keys import client_keys
 from cutlayer.leaving import held_by
 from cutlayer.links.net.answering import Again, answer
+from cutlayer.links.net.connecting import hello_of
 from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.session import Session
-from cutlayer.links.network import HOUSEKEEPING
 from cutlayer.models.adapters import save_part
 from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import Part, device_named, load_model
@@ -55,7 +56,7 @@ from cutlayer.policy import Policy, load_policy
 from cutlayer.released import Counts, Log
 from cutlayer.report.progress import Reporter, reporter
 from cutlayer.run import Interrupted
-from cutlayer.schedule import told_of
+from cutlayer.schedule import planned_steps, told_of
 from cutlayer.wire import Header
 
 BEGINNINGS = ("head_forward", "probe")
@@ -139,9 +140,11 @@ async def _join(
 
         async def open_again(extras: Mapping[str, Any]) -> Session:
             # No turn follows from an earlier session to this one, but what was released stays counted.
-            return await open_session({**offered.hello, **seat.told(), **extras})
+            told = {**offered.hello, **seat.told(), **extras}
+            seat.guard.greets(told, len(hello_of(told)))
+            return await open_session(told)
 
-        words = await answer(open_again, seat.handle, again=again)
+        words = await answer(open_again, seat.handle, again=again, resent=seat.resent)
         if not seat.result.is_dir():
             raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
         return Joined(out, seat.result, seat.guard.told())
@@ -176,6 +179,7 @@ class Seat:
         self.data, self.kept = keep_back(
             config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
         )
+        self.sizes = told_of(config, self.data, name, self.kept[name])
         self.secret = _secret(out / "secret")
         self.most = 0  # head blocks that are loaded
         self.base: Base | None = None
@@ -187,6 +191,7 @@ class Seat:
         self.guard = Guard(
             policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
             held=lambda: held_by(self.party),
+            planned=planned_steps(config, dict.fromkeys(config.client_names, self.sizes))[name],
         )  # fmt: skip
         self._answer = guarded(self._answered, self.guard)
 
@@ -230,13 +235,9 @@ class Seat:
     def told(self) -> dict[str, Any]:
         """What the server is told before anything is asked: the sizes of its data, and the rounds that it holds.
 
-        Raises:
-            PolicyRefused: sizes may not leave.
+        The guard is asked before it leaves (``greets``).
         """
-        if not self.guard.policy.may_leave.sizes:
-            raise PolicyRefused("may_leave.sizes", "a run needs to know how much data each client has.")
-        told = told_of(self.config, self.data, self.name, self.kept[self.name])
-        return {"data": asdict(told), "rounds": checkpoint.rounds(self._kept)}
+        return {"data": asdict(self.sizes), "rounds": checkpoint.rounds(self._kept)}
 
     def handle(self, header: Header, tensors: list[Tensor]) -> Answer:
         """Answer a request.
@@ -248,14 +249,29 @@ class Seat:
             return self._handled(header, tensors)
         except CutlayerError as error:
             self.progress.note(f"'{header.verb}' was refused: {error}")
-            raise CutlayerError(self.guard.words(error)) from error
+            raise CutlayerError(self.guard.words(error, header)) from error
+
+    def resent(self, turn: int, length: int) -> None:
+        """Ask whether a reply may leave once more, whose connection broke.
+
+        Raises:
+            CutlayerError: it may not; the server reads what the policy lets it read.
+        """
+        try:
+            self.guard.resent(turn, length)
+        except CutlayerError as error:
+            self.progress.note(f"the answer to request {turn} does not leave again: {error}")
+            raise CutlayerError(self.guard.words(error, Header("partition", turn=turn))) from error
 
     def _handled(self, header: Header, tensors: list[Tensor]) -> Answer:
         if not self._begun and header.verb != "begin":
             raise WireError(f"'{header.verb}' came before 'begin': this client does not know where the run is.")
         if header.verb in HOUSEKEEPING:
+            self.guard.housekeeping(header)
             getattr(self, f"_{header.verb}")(header)
-            return Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn), []
+            done = Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn)
+            self.guard.acknowledged(header, done)
+            return done, []
         return self._answer(self.party, header, tensors)
 
     def _answered(self, party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:

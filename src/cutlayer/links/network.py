@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from torch import Tensor
 
+from cutlayer.asking import HOUSEKEEPING
 from cutlayer.contracts import SERVER, Parcel
 from cutlayer.errors import CutlayerError, WireError
 from cutlayer.links.local import STEP_VERBS, send
@@ -21,7 +22,6 @@ from cutlayer.wire import Frame, Header, Meter, Value, encode
 
 Carry = Callable[[Frame], Awaitable[tuple[Header, list[Tensor]]]]
 Judge = Callable[[Header, Sequence[Tensor], Header, Sequence[Tensor]], None]
-HOUSEKEEPING = ("begin", "hold", "keep", "abort", "finish")
 
 
 class NetworkLink:

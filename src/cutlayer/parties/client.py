@@ -201,9 +201,14 @@ class ClientParty(Holder):
         assert self.tail is not None, "a two-part client holds no tail"
         training = bool(header.value("graph"))
         held = self._held(header)
-        batch = held.batch
+        batch, came = held.batch, tensors["hidden"]
+        if came.dim() != 3 or came.shape[:2] != batch.input_ids.shape:
+            raise WireError(
+                f"Client '{self.name}' was given {list(came.shape)} for a batch of {list(batch.input_ids.shape)}, at "
+                f"step {header.step}."
+            )
         work = TailWork(
-            hidden=tensors["hidden"].to(self.device),
+            hidden=came.to(self.device),
             attention_mask=_to(batch.attention_mask, self.device),
             position_ids=_to(batch.position_ids, self.device),
             labels=batch.labels.to(self.device),

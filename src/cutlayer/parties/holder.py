@@ -106,6 +106,8 @@ class Holder:
     def on_set_state(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 11: take merged or handed-over tensors. ``version`` below 0 keeps the count of updates."""
         version = int(header.value("version"))
+        if not self.slot.idle:
+            raise WireError(f"Client '{self.name}' was given tensors while gradients of its own wait for their update.")
         if header.value("reset"):
             self.slot.reset_optimizer()
         self.slot.put({n: t.to(self.device) for n, t in tensors.items()}, version=None if version < 0 else version)

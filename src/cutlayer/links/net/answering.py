@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer.errors import CutlayerError, Disconnected, Dismissed, RequestFailed, WireError
-from cutlayer.links.net.messages import WINDOW, Packed, pack_whole
+from cutlayer.links.net.messages import WINDOW, Packed, Type, pack_number, pack_whole
 from cutlayer.links.net.session import Session
 from cutlayer.wire import Header, encode
 
@@ -43,8 +43,9 @@ class Again:
 
 
 async def answer(
-    connect: Connect, handle: Handle, *, again: Again | None = None, draw: random.Random | None = None
-) -> str:
+    connect: Connect, handle: Handle, *, again: Again | None = None, draw: random.Random | None = None,
+    resent: Callable[[int, int], None] = lambda *_: None,
+) -> str:  # fmt: skip
     """Serve requests until the other end says that there are no more; its last words.
 
     ``handle`` runs in a thread of its own, one request after another. What it answered (or the text of the
@@ -55,6 +56,7 @@ async def answer(
         handle: answers a request.
         again: when to try again.
         draw: where chance comes from.
+        resent: is told the turn and the bytes of a reply that is about to be sent once more, and may refuse it.
 
     Raises:
         Refused: the server turned this client away, or it another.
@@ -62,18 +64,21 @@ async def answer(
         WireError: the server broke the protocol.
         Exception: what ``handle`` raised beside a CutlayerError; the server was told that the client failed, no more.
     """
-    return await _Answering(connect, handle, again or Again(), draw or random.Random()).run()
+    return await _Answering(connect, handle, again or Again(), draw or random.Random(), resent).run()
 
 
 @dataclass
 class _Asked:
     about: str
     reply: asyncio.Future[Packed | str]  # the reply's bytes, or why the request was refused
+    sent: bool = False  # or begun to be
 
 
 class _Answering:
-    def __init__(self, connect: Connect, handle: Handle, again: Again, draw: random.Random) -> None:
-        self.connect, self.handle, self.again, self.draw = connect, handle, again, draw
+    def __init__(
+        self, connect: Connect, handle: Handle, again: Again, draw: random.Random, resent: Callable[[int, int], None]
+    ) -> None:
+        self.connect, self.handle, self.again, self.draw, self.resent = connect, handle, again, draw, resent
         self.instance = secrets.token_hex(8)
         self.turn = 0  # the newest that was taken
         self._kept: dict[int, _Asked] = {}  # by turn, oldest first
@@ -165,6 +170,9 @@ class _Answering:
         while True:
             turn, asked = await outgoing.get()
             reply = await asyncio.shield(asked.reply)
+            if asked.sent:
+                reply = self._again(turn, reply)
+            asked.sent = True
             if isinstance(reply, Packed):
                 await session.send(reply)
             else:
@@ -172,6 +180,15 @@ class _Answering:
             if self._crash.done() and reply == FAILED:
                 await session.close("The client failed.")
                 raise self._crash.result()
+
+    def _again(self, turn: int, reply: Packed | str) -> Packed | str:
+        """A reply that was sent before; or why it may not be sent once more."""
+        size = reply.length if isinstance(reply, Packed) else len(pack_number(Type.ERROR, turn, reply))
+        try:
+            self.resent(turn, size)
+        except CutlayerError as error:
+            return str(error)
+        return reply
 
     async def _work(self) -> None:
         """Answer what there is, one after another, whether there is a session or not."""

@@ -26,6 +26,11 @@ def versions() -> dict[str, Any]:
     return {"protocol": PROTOCOL, "wire": VERSION, "cutlayer": __version__}
 
 
+def hello_of(told: Mapping[str, Any]) -> bytes:
+    """A hello as it is sent."""
+    return pack_greeting(Type.HELLO, {**told, "versions": versions()})
+
+
 def check_versions(told: Mapping[str, Any], who: str) -> None:
     """Compare what another party speaks with what we do.
 
@@ -98,7 +103,7 @@ async def connect(
 
     pipe = GrpcPipe(call.read, call.write, call.done_writing, cut)
     try:
-        welcome = await _greet(pipe, {**hello, "versions": versions()}, address, credentials, patience)
+        welcome = await _greet(pipe, hello, address, credentials, patience)
     except BaseException:
         cut()
         raise
@@ -113,7 +118,7 @@ async def _greet(
         async with asyncio.timeout(patience):
             # A server that has refused already takes no hello; then what it said is to be read.
             with contextlib.suppress(Disconnected):
-                await pipe.write(pack_greeting(Type.HELLO, hello))
+                await pipe.write(hello_of(hello))
             data = await pipe.read()
     except TimeoutError as error:
         raise Disconnected(f"The server at {address} has not answered for {patience:g} seconds.") from error

@@ -1,0 +1,153 @@
+"""What a request to a client must look like, before anything is computed with it: its numbers and its tensors.
+
+A server is another organisation's program. What it sends is read within bounds, so that a malformed request is refused
+in words and does not end the client with an error of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from cutlayer.errors import PolicyRefused
+from cutlayer.policy import Policy, Told
+from cutlayer.wire import Header
+
+HOUSEKEEPING = ("begin", "hold", "keep", "abort", "finish")  # keeps two processes together; no part of a step
+MOST = 2**48  # of any whole number; sums of the steps of endless runs are below
+
+# Values by name, whichever verb has them: whole numbers with the least that they may be, and other numbers.
+WHOLE: Mapping[str, int] = {
+    "round": 0, "updates": 0, "most": 0, "steps": 0, "head_blocks": 0, "tail_blocks": -1, "version": -1,
+    "directions": 0, "number": 0, "bits": 1, "used": 0, "stage": 0,
+}  # fmt: skip
+NUMBERS = ("loss", "head_weight", "scale", "mu", "strength")
+PARTS = ("own", "hosted", "all")
+NEEDS: Mapping[str, tuple[str, ...]] = {  # values without which a verb of housekeeping means nothing
+    "begin": ("round", "updates"), "hold": ("round",), "keep": ("round",),
+}  # fmt: skip
+OPEN_BELOW = ("head_blocks",)  # how low it may be is the policy's own rule, which says more
+
+
+def named(header: Header) -> str:
+    """A request, in words."""
+    if header.verb in HOUSEKEEPING:
+        return f"'{header.verb}'"
+    return f"'{header.verb}' of step {header.step}, micro-batch {header.micro}"
+
+
+def check_values(header: Header) -> None:
+    """Whether every value that this end would compute with is one that it can.
+
+    Raises:
+        PolicyRefused: by the rule ``told``.
+    """
+    for name, value in header.values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            _refuse(header, f"tells {name} {value}, which is not finite.")
+        least = 0 if name.startswith("category/") else WHOLE.get(name)
+        if least is not None:
+            if type(value) is not int:
+                _refuse(header, f"tells {name} {value!r}, which is no whole number.")
+            if value > MOST or (value < least and name not in OPEN_BELOW):
+                _refuse(header, f"tells {name} {value}; it must be between {least} and {MOST}.")
+        elif name in NUMBERS and isinstance(value, str):
+            _refuse(header, f"tells {name} '{value}', which is no number.")
+        elif name == "part" and value not in PARTS:
+            _refuse(header, f"asks for the part {value!r}; there are: {', '.join(PARTS)}.")
+    for name in NEEDS.get(header.verb, ()):
+        if name not in header.values:
+            _refuse(header, f"does not tell {name}.")
+
+
+def check_tensors(header: Header, tensors: Sequence[Tensor], head: frozenset[str]) -> None:
+    """Whether a request has the tensors that its verb is about, and none with values that are not finite.
+
+    Args:
+        header: the request.
+        tensors: its own.
+        head: the names of the head's trained tensors.
+
+    Raises:
+        PolicyRefused: by the rule ``finite``, or ``shape``.
+    """
+    found = dict(zip(header.names, tensors, strict=True))
+    if len(found) != len(tensors):
+        raise PolicyRefused("shape", f"{named(header)} brings two tensors of one name.")
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise PolicyRefused("finite", f"{named(header)} brings '{name}' with values that are not finite.")
+    needed: Sequence[str] = ()
+    if header.verb == "tail_step" or (header.verb == "head_backward" and header.kind == "gradient"):
+        needed = ("hidden",)
+    elif header.verb == "probed":
+        needed = ("slopes",)
+    elif header.verb == "features":
+        needed = sorted(head)
+    for name in needed:
+        if name not in found:
+            raise PolicyRefused("shape", f"{named(header)} lacks the tensor '{name}'.")
+        if not found[name].is_floating_point():
+            raise PolicyRefused(
+                "shape", f"{named(header)} brings '{name}' as {found[name].dtype}, not as real numbers."
+            )
+
+
+def check_like(
+    header: Header, tensors: Sequence[Tensor], shape: tuple[int, ...] | None, dtype: torch.dtype | None, directions: int
+) -> None:
+    """Whether what came fits what was shown: ``hidden`` its shape (and type, going forward), ``slopes`` its number.
+
+    Raises:
+        PolicyRefused: by the rule ``shape``.
+    """
+    for name, tensor in zip(header.names, tensors, strict=True):
+        here, wanted = tuple(tensor.shape), (directions,) if name == "slopes" else shape
+        if name not in ("hidden", "slopes") or wanted is None:
+            continue
+        if here != wanted:
+            raise PolicyRefused("shape", f"{named(header)} brings {list(here)} where {list(wanted)} was shown.")
+        if header.verb == "tail_step" and dtype is not None and tensor.dtype != dtype:
+            raise PolicyRefused("shape", f"{named(header)} brings {tensor.dtype} where {dtype} was shown.")
+
+
+def check_told(header: Header, policy: Policy) -> None:
+    """Whether what a request tells is within the owner's bounds.
+
+    Raises:
+        PolicyRefused: by the rule that has the bound.
+    """
+    for name, value in header.values.items():
+        bounds = getattr(policy.told, name) if name in Told.model_fields else None
+        if bounds is not None and not bounds.allow(float(value)):
+            raise PolicyRefused(f"told.{name}", f"{named(header)} tells {name} {value}; allowed: {bounds}.")
+    if header.verb in ("set_up", "move") and "head_blocks" in header.values:
+        blocks = header.values["head_blocks"]
+        if float(blocks) < policy.head_blocks:
+            raise PolicyRefused(
+                "head_blocks", f"the server gives {blocks} blocks; allowed: {policy.head_blocks} or more."
+            )
+    if header.verb == "set_up":
+        _check_set_up(header, policy)
+    if header.verb == "move" and not policy.may_leave.head_adapter:
+        raise PolicyRefused(
+            "may_leave.head_adapter", "blocks that move to the server take their trained tensors with them."
+        )
+
+
+def _check_set_up(header: Header, policy: Policy) -> None:
+    allowed, most = policy.partitions, policy.most.steps
+    partition = "two-part-split" if float(header.values.get("tail_blocks", 0)) < 0 else "u-shaped-split"
+    if allowed is not None and partition not in allowed:
+        raise PolicyRefused("partitions", f"the server sets up '{partition}'; allowed: {', '.join(allowed)}.")
+    steps = float(header.values.get("steps", 0))
+    if most is not None and steps > most:
+        raise PolicyRefused("most.steps", f"the server plans {steps:g} steps; allowed: {most}.")
+
+
+def _refuse(header: Header, said: str) -> NoReturn:
+    raise PolicyRefused("told", f"{named(header)} {said}")
