@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cutlayer.joining import Seat
@@ -81,7 +83,7 @@ class Trap:
 
     verb: str
     number: int
-    do: str  # kill, stop (until it is told to go on), or wait for the file
+    do: str  # kill, stop (until it is told to go on), wait for the file, or lie in the answer
     file: str = ""
 
     def springs(self, header: Header, count: int) -> bool:
@@ -100,8 +102,14 @@ class Trap:
             Path(f"{self.file}.reached").touch()
         while self.do == "wait" and not os.path.exists(self.file):
             time.sleep(0.02)
-        if self.do != "wait":
+        if self.do in ("kill", "stop"):
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.do])
+
+
+def falsified(header: Header, tensors: Sequence[Tensor]) -> tuple[Header, list[Tensor]]:
+    """An answer with numbers that cannot be."""
+    values = {name: math.nan if isinstance(value, float) else value for name, value in header.values.items()}
+    return header.but(values=values), [torch.full_like(tensor, math.nan) for tensor in tensors]
 
 
 def lay(traps: Sequence[Trap]) -> None:
@@ -109,10 +117,12 @@ def lay(traps: Sequence[Trap]) -> None:
     original, left, counts = Seat._handled, list(traps), Counter[str]()
 
     def handled(self: Seat, header: Header, tensors: list[Tensor]) -> Any:
-        for trap in [trap for trap in left if trap.springs(header, counts[header.verb])]:
+        sprung = [trap for trap in left if trap.springs(header, counts[header.verb])]
+        for trap in sprung:
             left.remove(trap)
             trap.spring()
         counts[header.verb] += 1
-        return original(self, header, tensors)
+        told = original(self, header, tensors)
+        return falsified(*told) if any(trap.do == "lie" for trap in sprung) else told
 
     Seat._handled = handled  # type: ignore[method-assign]
