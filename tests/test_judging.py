@@ -236,7 +236,7 @@ def test_a_reply_that_cannot_be_is_refused(
 def test_no_step_is_endless() -> None:
     said = heard("u-shape")
     judge = Judge("ann", replace(said.bounds, micros=1), said.told, said.party)
-    first = next(number for number, one in enumerate(said.all) if one.asked.verb == "head_forward")
+    first = next(number for number, one in enumerate(said.all) if one.reply.values.get("last") is False)
     for one in said.all[:first]:
         judge(*vars(one).values())
     with pytest.raises(WireError, match="a micro-batch 2; expected: at most 1"):
