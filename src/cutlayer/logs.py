@@ -75,7 +75,12 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
-        about = {name: value for name, value in vars(record).items() if name not in _USUAL and value not in (None, "")}
+        # What begins with an underscore is of a library that marks all records of its process, as Ray does.
+        about = {
+            name: value
+            for name, value in vars(record).items()
+            if name not in _USUAL and not name.startswith("_") and value not in (None, "")
+        }
         line: dict[str, Any] = {
             "time": rfc3339(record.created), "level": record.levelname.lower(), "logger": record.name,
             "event": record.getMessage(), **self.fields, **about,
