@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cutlayer.frames import limits_of
 from cutlayer.identity import fingerprint
 from cutlayer.links.net.messages import Type, pack
 from cutlayer.models.loading import load_config as load_model_config
+from cutlayer.schedule import Told
 from cutlayer.wire import Header, Incoming, Limits, encode
 from network import LONG, Raw
 from network import run as complete
@@ -75,8 +77,8 @@ def test_a_server_takes_no_larger_frame_than_its_run_has(tmp_path: Path) -> None
 
     async def told() -> tuple[Type | None, str]:
         raw = Raw(run.port)
-        data = {"examples": 7, "label_tokens": 70, "steps_per_epoch": 3, "evaluation_batches": 2}
-        await raw.greet("ann", model=fingerprint(config.model), data=data, rounds=[], turn=0, instance="i")
+        told = asdict(Told(examples=7, label_tokens=70, steps_per_epoch=3, evaluation_batches=2))
+        await raw.greet("ann", model=fingerprint(config.model), data=told, rounds=[], turn=0, instance="i")
         await raw.write(pack(Type.FRAME_HEAD, large(limit + 1, sender="ann", receiver="server").head))
         found = await raw.last_words()
         await raw.close()

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -313,8 +313,9 @@ def test_every_module_imports() -> None:
     """What is left of a deleted file is found here, and not by the first who uses that part."""
     names = [found.name for found in pkgutil.walk_packages(cutlayer.__path__, "cutlayer.")]
     assert len(names) > 60
+    extra = [] if importlib.util.find_spec("flwr") else ["cutlayer.flower"]  # in an environment of its own
     for name in names:
-        if not name.endswith("__main__"):
+        if not name.endswith("__main__") and name not in extra:
             importlib.import_module(name)
 
 
