@@ -66,6 +66,12 @@ class Checks:
         if bool(wrong.any()):
             self._fail(f"'{name}' with {int(found[name][wrong][0])} in it", f"numbers from {least} to {end - 1}")
 
+    def _diverged(self, came: str) -> NoReturn:
+        raise WireError(
+            f"Client '{self.name}' answered '{self._verb}' with {came}. Its training has diverged (lower "
+            "optimizer.lr, or set max_grad_norm), or the client misbehaves."
+        )
+
     def _fail(self, came: str, wanted: str) -> NoReturn:
         raise WireError(
             f"Client '{self.name}' answered '{self._verb}' with {came}; expected: {wanted}. Both ends need the same "

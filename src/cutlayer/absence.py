@@ -23,7 +23,7 @@ from cutlayer import checkpoint
 from cutlayer.allotment import Allotter
 from cutlayer.config_fit import batches_meet
 from cutlayer.draining import Drained
-from cutlayer.errors import CutlayerError, Gone, NetworkError, RequestFailed, WireError
+from cutlayer.errors import AllLeft, CutlayerError, Gone, NetworkError, RequestFailed, WireError
 from cutlayer.files import write_text
 from cutlayer.links.net.remote import Remote
 from cutlayer.links.network import NetworkLink
@@ -176,7 +176,7 @@ class Absence:
         """A client was lost just now.
 
         Raises:
-            NetworkError: it was the last that had not left.
+            AllLeft: it was the last that had not left.
         """
         run, link = self.run, self._link(name)
         if name in run.counters.away:
@@ -190,7 +190,7 @@ class Absence:
         if name in self._left:
             run.presence.left.add(name)
         if self._left.keys() == self.remotes.keys():
-            raise NetworkError(f"All clients have left, {name} as the last: {self._why[name]}")
+            raise AllLeft(f"All clients have left, {name} as the last: {self._why[name]}")
 
     async def begin_round(self) -> None:
         """Take back who is there again, and wait until somebody can train; those who take part hold where they are."""

@@ -17,7 +17,8 @@
     │   ├── Refused          the other end turned us away; trying again does not help
     │   ├── Dismissed        the other end has nothing more for us: the run is done
     │   ├── RequestFailed    one request was refused by the party that was asked
-    │   └── Gone             a client stayed away for longer than it is waited for
+    │   ├── Gone             a client stayed away for longer than it is waited for
+    │   └── AllLeft          no client of a run is left that could go on
     └── Deadlock             the virtual clock has nothing left to do while somebody waits
 
 A message says what happened, where, and what to do. Our own invariants use ``assert``.
@@ -129,6 +130,10 @@ class Gone(NetworkError):
     def __init__(self, client: str, why: str, kind: Literal["away", "anew", "left", "over"] = "away") -> None:
         super().__init__(f"Client '{client}' is gone: {why}")
         self.client, self.why, self.kind = client, why, kind
+
+
+class AllLeft(NetworkError):
+    """No client of a run is left that could go on: each refused what it was asked, or answered what cannot be."""
 
 
 class Deadlock(CutlayerError):

@@ -136,10 +136,10 @@ class Judge(Checks):
                 self._fail(f"the {what} '{here}'", f"'{wanted}'")
         for name, value in reply.values.items():
             if isinstance(value, float) and not math.isfinite(value):
-                self._fail(f"{name} {value}", "a finite number")
+                self._diverged(f"{name} {value}")
         for name, tensor in found.items():
             if not finite(tensor):
-                self._fail(f"'{name}' with values that are not finite", "finite ones")
+                self._diverged(f"'{name}' with values that are not finite")
         judged: Callable[[_Answer], None] | None = getattr(self, f"_on_{asked.verb}", None)
         if judged is not None:
             judged(_Answer(asked, dict(zip(asked.names, given, strict=True)), reply.values, found))

@@ -24,7 +24,7 @@ from cutlayer.computing import Computing
 from cutlayer.config import RunConfig, dump
 from cutlayer.draining import PARTING, Drain, Drained
 from cutlayer.driver import Run
-from cutlayer.errors import Disconnected, Gone, MethodError, NonFinite, Refused
+from cutlayer.errors import AllLeft, Disconnected, Gone, MethodError, NonFinite, Refused
 from cutlayer.frames import limits_of
 from cutlayer.handing import WANTS, Handing
 from cutlayer.identity import fingerprint
@@ -106,7 +106,7 @@ class ServedRun:
     async def _served(self) -> Result:
         try:
             result = await self._driven()
-            self.watch.state = "done"
+            self.watch.state, self._base = "done", None  # others may be served for long
             for remote in self.remotes.values():
                 await remote.close("The run is done.")
             absence = self.clients.absence
@@ -142,7 +142,7 @@ class ServedRun:
     @property
     def _hopeless(self) -> bool:
         """Whether it failed so that trying again would not help."""
-        return isinstance(self._error, NonFinite | MethodError)
+        return isinstance(self._error, NonFinite | MethodError | AllLeft)
 
     @property
     def _failure(self) -> str:

@@ -141,7 +141,8 @@ class Service:
             self.drained.add(run.name)
         except CutlayerError as error:
             self.failures[run.name] = error
-            run.progress.note(f"the run has ended: {error}")
+            if run.name:  # of the only run it is what the server ends with
+                run.progress.note(f"the run has ended: {error}")
         except Exception as error:
             self.failures[run.name] = error
             LOG.exception("Run '%s' failed.", run.name)

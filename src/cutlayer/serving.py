@@ -154,9 +154,13 @@ async def _reload(service: Service, source: str | Path, out: Path, patience: Pat
     try:
         found = load_service(source)
         fresh = {e.name: _entry(e, out) for e in found.runs if e.name not in service.runs}
+        known = {e.name: _placed(served(e.run, e.set), e.run) for e in found.runs if e.name in service.runs}
     except CutlayerError as error:
         service.progress.note(f"the service file was read again, and nothing is changed: {error}")
         return
+    for name, config in known.items():
+        if dump(config) != dump(service.runs[name].config):
+            service.progress.note(f"run '{name}' is another now, and goes on as it was begun; a new one has a new name")
     names = {entry.name for entry in found.runs}
     for name in [name for name in service.runs if name not in names]:
         await service.remove(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch.nn import Parameter
 
@@ -18,17 +19,21 @@ Loaded = tuple[Any, Anatomy]
 
 
 class SharedModels:
-    """Models that were loaded, by what they were loaded as."""
+    """Models that were loaded, by what they were loaded as, for as long as a run uses their weights."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[object, ...], Loaded] = {}
+        self._held: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
+        self._anatomies: dict[tuple[object, ...], Anatomy] = {}
 
     def model(self, key: tuple[object, ...], load: Callable[[], Loaded]) -> Loaded:
-        """A model on the weights of all that have this key; ``load`` reads them when they are first asked for."""
-        if key not in self._held:
-            self._held[key] = load()
-        model, anatomy = self._held[key]
-        return twin(model), anatomy
+        """A model on the weights of all that have this key; ``load`` reads them when nobody uses them."""
+        first = self._held.get(key)
+        if first is None:
+            first, self._anatomies[key] = load()
+            self._held[key] = first
+        made = twin(first)
+        object.__setattr__(made, "_cutlayer_first", first)  # not as a part of it; who uses the weights holds them
+        return made, self._anatomies[key]
 
 
 def twin(model: Any) -> Any:
