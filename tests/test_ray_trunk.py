@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -218,6 +219,24 @@ def test_slots_are_worked_on_at_once(tmp_path: Path, inside: Inside, monkeypatch
     del tree["data"]["eval"]
     cutlayer.train({**tree, "engine": BOTH}, out=tmp_path / "out")
     assert events[:4] == ["asked", "asked", "came", "came"]
+
+
+def test_a_stage_does_not_wait_for_those_above(
+    tmp_path: Path, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """While the upper stage has one client's step, the lower one can begin that of another slot."""
+    verbs: list[str] = []
+    answer = Stretch.answer
+
+    def noted(self: Stretch, request: Any, told: str) -> Any:
+        if self is inside.stretches[0] and '"graph": true' in told:
+            verbs.append(json.loads(told)["verb"])
+        return answer(self, request, told)
+
+    monkeypatch.setattr(Stretch, "answer", noted)
+    run = Apart(tmp_path, framework="sfl-v1", partition=TWO, rounds=1)
+    cutlayer.train({**run.simulated, "engine": STAGES}, out=tmp_path / "out")
+    assert verbs == ["forward", "forward", "backward", "backward"]
 
 
 def test_a_run_goes_on_with_either_engine(tmp_path: Path, inside: Inside) -> None:

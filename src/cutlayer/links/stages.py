@@ -93,10 +93,9 @@ class StagedTrunk:
         """Step 4 of the two-part split: up through the stages, and down again."""
         *before, (top, where) = self._stops(place)
         chain = [*((stage, "forward", there) for stage, there in before), (top, "tail_step", where)]
-        if how.graph:
-            chain += [(stage, "backward", there) for stage, there in reversed(before)]
+        down = [(stage, "backward", there) for stage, there in reversed(before)] if how.graph else []
         updates = how.graph and bool(parcel.header.value("last")) and how.trunk_update
-        return self._passed(parcel, chain, how, place, "trunk_forward", updates=updates)
+        return self._passed(parcel, chain, how, place, "trunk_forward", down=down, updates=updates)
 
     def improve(self, parcel: Parcel, place: Place, probe: Probe, *, turn: int, rate: float, last: bool) -> Coming:
         """Step 4 without backpropagation; of a trunk in one stage."""
@@ -111,6 +110,8 @@ class StagedTrunk:
         """Forget every open graph and gradient in waiting of a client, before the next request."""
         for key in [k for k in self._open if k[0][0] == client]:
             del self._open[key]
+        for slot in self.slots.values():
+            _served(slot).forget(client)
         told = json.dumps({"verb": "abort", "party": self.name, "client": client})
         for stage in {id(stage): stage for stages in self._stages.values() for stage in stages}.values():
             stage.ask(_control("abort"), told)  # nobody waits: if it fails, so does what comes next
@@ -145,30 +146,57 @@ class StagedTrunk:
         return self._passed(parcel, chain, How(), place, "trunk_forward", updates=updates, counts=counts)
 
     def _passed(
-        self, parcel: Parcel, chain: Chain, how: How, place: Place, step_name: str, *, updates: bool = False,
-        counts: bool = True,
+        self, parcel: Parcel, chain: Chain, how: How, place: Place, step_name: str, *, down: Chain = (),
+        updates: bool = False, counts: bool = True,
     ) -> Coming:  # fmt: skip
-        """Begin a chain of verbs; each one's reply is the request of the next."""
+        """Begin a chain of verbs; each one's reply is the request of the next. ``down`` is begun after it."""
         slot = self.slots[place.slot]
         assert isinstance(slot, FarSlot)
+        served = _served(slot)
         with at(step_name):
+            served.hurry()
             slot.send()
-            request: Any = in_one_piece(encode(*parcel.open()))
-            begun = []
-            for stage, verb, where in chain:
-                told = {"verb": verb, **where, "how": asdict(how), "factor": slot.factor}
-                request = stage.ask(request, json.dumps(told))
-                begun.append((stage, request))
+            more = {"how": asdict(how), "factor": slot.factor}
+            header, tensors = parcel.open()
+            coming = Coming(header.client, in_one_piece(encode(header, tensors)), step_name)
+            coming.begin([(stage, json.dumps({"verb": verb, **where, **more})) for stage, verb, where in chain])
+            coming.later = [(stage, json.dumps({"verb": verb, **where, **more})) for stage, verb, where in down]
+            if coming.later:
+                served.waiting.append(coming)
             if updates:
                 slot.updated(counts=counts)
-        return Coming(begun, step_name)
+        return coming
 
 
 class Coming:
-    """A parcel that stages are working on."""
+    """A parcel that stages are working on.
 
-    def __init__(self, begun: Sequence[tuple[Stage, Any]], step_name: str) -> None:
-        self._begun, self._step_name = begun, step_name
+    The way down of a two-part split's step is begun when its way up has ended, so that the lower stages can begin other
+    slots' steps meanwhile: a stage that was told of it would wait for it. Whatever else comes to the same slot is
+    begun after it.
+
+    Args:
+        client: whose step it is.
+        request: what the first stage is asked.
+        step_name: one of the eleven.
+    """
+
+    def __init__(self, client: str, request: Bytes, step_name: str) -> None:
+        self.client, self._step_name = client, step_name
+        self._request: Bytes | None = request
+        self._begun: list[tuple[Stage, Any]] = []
+        self.later: Sequence[tuple[Stage, str]] = ()
+
+    def begin(self, chain: Sequence[tuple[Stage, str]]) -> None:
+        """Ask these stages, one with the reply of the other."""
+        for stage, told in chain:
+            request = self._begun[-1][1] if self._begun else self._request
+            self._begun.append((stage, stage.ask(request, told)))
+
+    def go_down(self) -> None:
+        """Begin what is left, if anything is."""
+        left, self.later = self.later, ()
+        self.begin(left)
 
     def __await__(self) -> Generator[Any, None, Parcel]:
         return self._came().__await__()
@@ -176,10 +204,18 @@ class Coming:
     async def _came(self) -> Parcel:
         with at(self._step_name):
             try:
-                found = await arrived(self._begun[-1][1])
-            except Exception as error:
-                raise _explained(self._begun, error) from error
-            return Parcel(*_read(found))
+                if self.later:
+                    await self._reply()
+                    self.go_down()
+                return Parcel(*_read(await self._reply()))
+            finally:  # whoever remembers this needs no tensor of it
+                self.later, self._begun, self._request = (), [], None
+
+    async def _reply(self) -> Any:
+        try:
+            return await arrived(self._begun[-1][1])
+        except Exception as error:
+            raise _explained(self._begun, error) from error
 
 
 class Served:
@@ -197,9 +233,22 @@ class Served:
         self, party: str, slot: Slot, stages: Sequence[Stage], owner: Callable[[str], int | str], watch: Watch
     ) -> None:
         self._party, self._slot, self._stages, self._owner, self._watch = party, slot.name, stages, owner, watch
+        self.waiting: list[Coming] = []  # steps whose way down is perhaps not begun yet
+
+    def hurry(self) -> None:
+        """Begin all that is to be done before the next request."""
+        for coming in self.waiting:
+            coming.go_down()
+        self.waiting.clear()
+
+    def forget(self, client: str) -> None:
+        """Leave undone what is not begun yet of a client."""
+        for coming in self.waiting:
+            coming.later = () if coming.client == client else coming.later
 
     def put(self, state: Mapping[str, Tensor], *, reset: bool) -> None:
         """As ``Far`` says."""
+        self.hurry()
         for stage in self._stages:
             part = {n: t for n, t in state.items() if owned(self._owner(parameter_of(n)), stage.blocks, top=stage.top)}
             stage.ask(_control("put", part), self._told("put", reset=reset))
@@ -215,6 +264,7 @@ class Served:
 
     def update(self, factor: float, **how: Any) -> None:
         """As ``Far`` says."""
+        self.hurry()
         for stage in self._stages:
             stage.ask(_control("update"), self._told("update", factor=factor, **how))
 
@@ -229,6 +279,7 @@ class Served:
 
     def _asked(self, verb: str, **more: Any) -> list[tuple[Header, list[Tensor]]]:
         """The replies of all stages, waited for."""
+        self.hurry()
         begun = [(stage, stage.ask(_control(verb), self._told(verb, **more))) for stage in self._stages]
         found = []
         for one in begun:
@@ -245,6 +296,12 @@ class Served:
 def owned(owner: int | str, blocks: range, *, top: bool) -> bool:
     """Whether a parameter of that owner (``Base.owner``) is at a stage with these blocks."""
     return owner in blocks if isinstance(owner, int) else owner == "top" and top
+
+
+def _served(slot: Slot) -> Served:
+    assert isinstance(slot, FarSlot)
+    assert isinstance(slot.far, Served)
+    return slot.far
 
 
 def _control(verb: str, state: Mapping[str, Tensor] | None = None) -> Bytes:
