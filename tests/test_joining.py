@@ -12,8 +12,8 @@ import torch
 from apart import Apart
 from cutlayer.apart import offer, served, taken
 from cutlayer.errors import CutlayerError
-from cutlayer.joining import Seat
 from cutlayer.policy import load_policy
+from cutlayer.seat import Seat
 from cutlayer.wire import Header, encode
 
 
