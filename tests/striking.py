@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlayer.joining import Seat
+from cutlayer.seat import Seat
 from cutlayer.wire import Header
 
 At = Callable[[str], AbstractContextManager[None]]

@@ -1,66 +1,28 @@
-"""A client that joins a server's run: it fetches the run, loads its own blocks and data, and answers what it is asked.
-
-Whatever it is asked for passes its policy's guard, before anything is computed and again before any byte is made.
-"""
+"""A client that joins a server's run: it fetches the run, takes its seat, and answers what it is asked."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import secrets
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from cutlayer import checkpoint
-from cutlayer.apart import check_routes, known_classes, part_of
-from cutlayer.asking import HOUSEKEEPING
-from cutlayer.assembly import assemble_client, neighbours, routes_of
-from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
-from cutlayer.config import RunConfig
-from cutlayer.contracts import SERVER
-from cutlayer.engine import identity
-from cutlayer.errors import (
-    CheckpointError,
-    CutlayerError,
-    NetworkError,
-    OutputError,
-    PolicyRefused,
-    WireError,
-)  # fmt: skip
-from cutlayer.files import write_text
+from cutlayer.agreed import AgreedSecret, load_secret
+from cutlayer.errors import NetworkError
 from cutlayer.frames import limits_of
-from cutlayer.guard import Guard, guarded
 from cutlayer.keys import client_keys
-from cutlayer.leaving import held_by
 from cutlayer.links.net.answering import Again, answer
 from cutlayer.links.net.connecting import hello_of
 from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.session import Session
-from cutlayer.models.adapters import save_part
-from cutlayer.models.families import number_of_blocks
-from cutlayer.models.loading import Part, device_named, load_model
 from cutlayer.models.loading import load_config as load_model_config
-from cutlayer.models.segment import Base
 from cutlayer.offered import fetched, opener, own_name
 from cutlayer.outputs import alone
-from cutlayer.parties.client import ClientParty
-from cutlayer.parties.client import answer as answer_step
-from cutlayer.planning import at_cut
-from cutlayer.plans import keep_back
 from cutlayer.policy import Policy, load_policy
-from cutlayer.released import Counts, Log
 from cutlayer.report.progress import Reporter, reporter
 from cutlayer.run import Interrupted
-from cutlayer.schedule import planned_steps, told_of
-from cutlayer.wire import Header
-
-BEGINNINGS = ("head_forward", "probe")
-Answer = tuple[Header, list[Tensor]]
+from cutlayer.seat import Seat
 
 
 @dataclass(frozen=True)
@@ -84,6 +46,7 @@ def join(
     policy: str | Path | None = None,
     model: str | Path | None = None,
     device: str = "auto",
+    secret: str | Path | None = None,
     again: Again | None = None,
     progress: bool | Reporter | None = None,
 ) -> Joined:
@@ -102,6 +65,7 @@ def join(
         model: where it has the model; ``served``: its part comes from the server; None: where the run says, or from the
             server where that is a folder of the server's own.
         device: as in a run.
+        secret: a file with what the clients agreed on among themselves (``agreed``), where the run needs it.
         again: when to try again after the connection was lost.
         progress: as of ``cutlayer.train``.
 
@@ -112,7 +76,8 @@ def join(
         return asyncio.run(
             _join(
                 address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, run, policy,
-                None if model is None else str(model), device, again, reporter(progress),
+                None if model is None else str(model), device, None if secret is None else load_secret(secret), again,
+                reporter(progress),
             )
         )  # fmt: skip
     except KeyboardInterrupt as stop:
@@ -121,8 +86,8 @@ def join(
 
 async def _join(
     address: str, data: str, out: Path, held_out: str | None, folder: str | Path | None, name: str | None,
-    run: str | None, policy_file: str | Path | None, model: str | None, device: str, again: Again | None,
-    progress: Reporter,
+    run: str | None, policy_file: str | Path | None, model: str | None, device: str,
+    agreed: AgreedSecret | None, again: Again | None, progress: Reporter,
 ) -> Joined:  # fmt: skip
     keys = client_keys(folder) if folder is not None else None
     name = own_name(keys, name)
@@ -134,7 +99,7 @@ async def _join(
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
         config = await offered.with_model(out)
-        seat = Seat(config, name, data, held_out, out, policy, progress, base_name=offered.config.model)
+        seat = Seat(config, name, data, held_out, out, policy, progress, base_name=offered.config.model, agreed=agreed)
         open_session = opener(address, keys, policy, limits_of(config, load_model_config(config.model)))
         progress.note(f"joined the run at {address} as '{name}'; output folder: {out}")
 
@@ -148,237 +113,3 @@ async def _join(
         if not seat.result.is_dir():
             raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
         return Joined(out, seat.result, seat.guard.told())
-
-
-class Seat:
-    """A client's place in a run: its blocks, its data, its checkpoints and its guard.
-
-    Args:
-        config: the run, as the server offers it.
-        name: which client it is.
-        data: its own text.
-        held_out: what it evaluates on, if anything.
-        out: its folder.
-        policy: its owner's.
-        progress: is told what happens.
-        base_name: what its adapter calls the model that it is of; None: where the model lies.
-    """
-
-    def __init__(
-        self, config: RunConfig, name: str, data: str, held_out: str | None, out: Path, policy: Policy,
-        progress: Reporter, base_name: str | None = None,
-    ) -> None:  # fmt: skip
-        self.base_name = base_name or config.model
-        self.config, self.name, self.out, self.progress = config, name, out, progress
-        blocks = number_of_blocks(load_model_config(config.model))
-        check_routes(config, blocks)
-        known_classes(config)
-        layouts = layouts_of(config, blocks)
-        self.layout = layouts[name]
-        self.first, self.last = neighbours(config, routes_of(config, layouts)[name])
-        self.data, self.kept = keep_back(
-            config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
-        )
-        self.sizes = told_of(config, self.data, name, self.kept[name])
-        self.secret = _secret(out / "secret")
-        self.most = 0  # head blocks that are loaded
-        self.base: Base | None = None
-        self.party: ClientParty
-        if config.planner is None:  # else the server says the cut, once all clients are known
-            self.party = self._party(0)
-        self._begun = False  # a server has said which round it goes on from
-        self._base_round, self._checkpoints, self._holds = 0, list[int](), 0  # what of its past it may be set back to
-        self.guard = Guard(
-            policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
-            held=lambda: held_by(self.party),
-            planned=planned_steps(config, dict.fromkeys(config.client_names, self.sizes))[name],
-        )  # fmt: skip
-        self._answer = guarded(self._answered, self.guard)
-
-    def _base(self, part: Part) -> Base:
-        """The client's own blocks, and no others."""
-        config, task = self.config, task_of(self.config)
-        model, anatomy = load_model(
-            config.model, task=task, precision=config.precision, attn_implementation=config.attn_implementation,
-            labels=self.data.labels, device=device_named(config.device), seed=config.seed, part=part,
-        )  # fmt: skip
-        base: Base = config.build("peft").prepare(model, anatomy, task=task, seed=config.seed)
-        return base
-
-    def _party(self, updates: int, cuts: tuple[int, int] | None = None) -> ClientParty:
-        """The client at its start; ``cuts`` are its head blocks now and at most, where a planner says them."""
-        layout = self.layout if cuts is None else at_cut(self.layout, cuts[1])
-        if self.base is None or len(layout.head) != self.most:
-            self.base, self.most = self._base(part_of(layout)), len(layout.head)
-        return assemble_client(
-            self.config, self.base, self.data, self.kept, self.name, updates=updates, secret=self.secret, cuts=cuts
-        )
-
-    def _cuts(self, header: Header) -> tuple[int, int] | None:
-        """What a planner says of the client's cut.
-
-        Raises:
-            PolicyRefused: it is below the owner's.
-            WireError: it cannot be.
-        """
-        if self.config.planner is None:
-            return None
-        cut, most = int(header.value("head_blocks")), int(header.value("most"))
-        if cut < self.guard.policy.head_blocks:
-            raise PolicyRefused(
-                "head_blocks", f"the server gives {cut} blocks; allowed: {self.guard.policy.head_blocks} or more."
-            )
-        if not 0 <= cut <= most < self.layout.middle.stop:
-            raise WireError(f"The server gives {cut} head blocks, and {most} at most, which cannot be.")
-        return cut, most
-
-    def told(self) -> dict[str, Any]:
-        """What the server is told before anything is asked: the sizes of its data, and the rounds that it holds.
-
-        The guard is asked before it leaves (``greets``).
-        """
-        return {"data": asdict(self.sizes), "rounds": checkpoint.rounds(self._kept)}
-
-    def handle(self, header: Header, tensors: list[Tensor]) -> Answer:
-        """Answer a request.
-
-        Raises:
-            CutlayerError: it is refused; the owner was told why, and the server reads what the policy lets it read.
-        """
-        try:
-            return self._handled(header, tensors)
-        except CutlayerError as error:
-            self.progress.note(f"'{header.verb}' was refused: {error}")
-            raise CutlayerError(self.guard.words(error, header)) from error
-
-    def resent(self, turn: int, length: int) -> None:
-        """Ask whether a reply may leave once more, whose connection broke.
-
-        Raises:
-            CutlayerError: it may not; the server reads what the policy lets it read.
-        """
-        try:
-            self.guard.resent(turn, length)
-        except CutlayerError as error:
-            self.progress.note(f"the answer to request {turn} does not leave again: {error}")
-            raise CutlayerError(self.guard.words(error, Header("partition", turn=turn))) from error
-
-    def _handled(self, header: Header, tensors: list[Tensor]) -> Answer:
-        if not self._begun and header.verb != "begin":
-            raise WireError(f"'{header.verb}' came before 'begin': this client does not know where the run is.")
-        if header.verb in HOUSEKEEPING:
-            self.guard.housekeeping(header)
-            getattr(self, f"_{header.verb}")(header)
-            done = Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn)
-            self.guard.acknowledged(header, done)
-            return done, []
-        return self._answer(self.party, header, tensors)
-
-    def _answered(self, party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
-        """The party's answer, to whoever is next on the route."""
-        reply, shown = answer_step(party, header, tensors)
-        if header.verb in BEGINNINGS:
-            reply = reply.but(receiver=self.first)
-        elif header.verb == "tail_step" and header.value("graph"):
-            reply = reply.but(receiver=self.last)
-        return reply, shown
-
-    @property
-    def result(self) -> Path:
-        """Where this client's part of the adapter (of the model, where all weights are trained) comes to be."""
-        whole = self.base.peft_model is None if self.base is not None else (self.out / "model").is_dir()
-        return self.out / ("model" if whole else "adapter")
-
-    @property
-    def _kept(self) -> Path:
-        return self.out / "checkpoints"
-
-    def _identity(self) -> dict[str, str]:
-        return {**identity(self.config), "data": self.data.fingerprint, "client": self.name}
-
-    def _begin(self, header: Header) -> None:
-        """Be as after a round, or anew."""
-        number, updates = int(header.value("round")), int(header.value("updates"))
-        self.party = self._party(updates, self._cuts(header))
-        self.guard.begin()
-        self._base_round, self._checkpoints, self._holds = number, [], 0
-        if number == 0:
-            self.progress.note("the run begins")
-            self._begun = True
-            return
-        manifest, states = checkpoint.load(self._kept / f"round-{number:06d}", expect=self._identity())
-        if manifest.get("head_blocks") != len(self.party.head.blocks):
-            raise CheckpointError(
-                f"After round {number} this client had {manifest.get('head_blocks')} head blocks, and the server says "
-                f"{len(self.party.head.blocks)}. Its folder {self.out} and the server's are not of one run."
-            )
-        try:
-            slot = self.party.slot
-            slot.put(states["client"], version=int(manifest["slot_version"]), resize=True)
-            if slot.importance is not None:
-                slot.importance.restore(manifest["importance"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"The checkpoint of round {number} in {self._kept} does not fit: {error}") from error
-        self._begun = True
-        self.progress.note(f"going on after round {number}")
-
-    def _keep(self, header: Header) -> None:
-        """Write the part of a checkpoint that is this client's."""
-        number = int(header.value("round"))
-        self._checkpoints.append(number)
-        self._write(number)
-
-    def _hold(self, header: Header) -> None:
-        """Write down how this client is at the begin of a round, which it is set back to if it is lost in it."""
-        number = int(header.value("round"))
-        self._write(number)
-        self._holds = number
-
-    def _write(self, number: int) -> None:
-        """Write a checkpoint; those stay that the server may still go back to.
-
-        These are its two newest, what this client was last set back to until there are two, and the last begin.
-        """
-        slot, newest = self.party.slot, self._checkpoints[-checkpoint.KEEP :]
-        spared = {self._holds, *newest, *([self._base_round] if len(newest) < checkpoint.KEEP else [])}
-        told = {**self._identity(), **self._noted()}
-        checkpoint.save(self._kept, number, {"client": slot.get(optimizer=True)}, told, spared=spared)
-
-    def _noted(self) -> dict[str, Any]:
-        """What of this client's state is no tensor."""
-        slot = self.party.slot
-        return {
-            "slot_version": slot.version, "head_blocks": len(self.party.head.blocks),
-            "importance": slot.importance.state() if slot.importance is not None else None,
-        }  # fmt: skip
-
-    def _abort(self, header: Header) -> None:
-        """Forget what is under way."""
-        self.party.abort()
-        self.guard.aborted()
-
-    def _finish(self, header: Header) -> None:
-        """Write this client's part of the adapter."""
-        final = self.result
-        draft = final.with_name(f".{final.name}.draft")
-        assert self.base is not None
-        own = self.party.names("own")
-        state = {name: tensor for name, tensor in self.party.slot.get().items() if name in own}
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            save_part(self.base, state, draft, base_name=self.base_name)
-            if final.is_dir():
-                shutil.rmtree(final)
-            checkpoint.move(draft, final)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(draft)
-            raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from error
-        self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
-
-
-def _secret(file: Path) -> bytes:
-    """The client's own secret, drawn when it first joins: what it draws privately repeats after a restart."""
-    if not file.is_file():
-        write_text(file, secrets.token_hex(32), mode=0o600)
-    return file.read_bytes()

@@ -162,7 +162,7 @@ def client_keys(folder: str | Path) -> ClientKeys:
         KeysError: as ``server_keys``.
     """
     found = _load(Path(folder), "client")
-    token = _secret(found.folder / TOKEN).decode("ascii", "replace").strip()
+    token = private_file(found.folder / TOKEN).decode("ascii", "replace").strip()
     if not token:
         raise KeysError(f"{found.folder / TOKEN} is empty. Ask the server's owner for the folder again.")
     return ClientKeys(**vars(found), token=token)
@@ -201,7 +201,7 @@ def _load(folder: Path, role: str) -> Keys:
         raise KeysError(
             f"{folder / CERTIFICATE} is not signed by {folder / CA}. Take both from one run of cutlayer keys."
         )
-    key = _secret(folder / KEY)
+    key = private_file(folder / KEY)
     _check_pair(folder, certificate, key)
     name, now = _name(certificate), datetime.now(UTC)
     until = certificate.not_valid_after_utc
@@ -241,17 +241,21 @@ def _check_pair(folder: Path, certificate: x509.Certificate, pem: bytes) -> None
         )
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, advice: str = "A folder of keys is handed on whole, as cutlayer keys made it.") -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         said = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise KeysError(f"{path} {said}. A folder of keys is handed on whole, as cutlayer keys made it.") from error
+        raise KeysError(f"{path} {said}. {advice}") from error
 
 
-def _secret(path: Path) -> bytes:
-    """A file that only its owner may read."""
-    data = _read(path)
+def private_file(path: Path, *advice: str) -> bytes:
+    """A file that only its owner may read; ``advice`` on what to do where it is missing.
+
+    Raises:
+        KeysError: it cannot be read, or others may read it.
+    """
+    data = _read(path, *advice)
     mode = path.stat().st_mode & 0o777
     if mode & OTHERS:
         raise KeysError(f"{path} is open to other users of this machine (rights {mode:03o}). Run: chmod 600 {path}")

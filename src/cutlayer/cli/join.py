@@ -25,6 +25,9 @@ def join(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     name: Annotated[str | None, typer.Option(help="Which client of the run you are, where no keys say it.")] = None,
     run: Annotated[str | None, typer.Option(help="Which of the server's runs, where you are in several.")] = None,
+    secret: Annotated[
+        Path | None, typer.Option(help="A secret of the run's clients ('cutlayer secret'), where the run needs one.")
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Plain text and no keys; only to a server on this machine.")
     ] = False,
@@ -49,7 +52,7 @@ def join(
     try:
         joined = join_run(
             address, data=data, out=out, held_out=held_out, keys=keys, name=name, run=run, policy=policy,
-            model=model, device=device, progress=progress,
+            model=model, device=device, secret=secret, progress=progress,
         )  # fmt: skip
     finally:
         progress.stop()

@@ -14,6 +14,7 @@ from cutlayer.cli.keys import keys
 from cutlayer.cli.methods import methods
 from cutlayer.cli.plan import plan
 from cutlayer.cli.profile import profile
+from cutlayer.cli.secret import secret
 from cutlayer.cli.serve import serve
 from cutlayer.cli.train import train
 from cutlayer.cli.verify import verify
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and plain usage errors: no boxes that break in a log
 )
-for command in (train, plan, compare, profile, verify, methods, generate, keys, serve, join):
+for command in (train, plan, compare, profile, verify, methods, generate, keys, secret, serve, join):
     app.command()(command)
 
 

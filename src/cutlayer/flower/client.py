@@ -20,7 +20,6 @@ from cutlayer.contracts import SERVER
 from cutlayer.errors import ConfigError, NetworkError, PolicyRefused
 from cutlayer.flower.records import OURS, arrays_of, reply_of
 from cutlayer.frames import limits_of
-from cutlayer.joining import Seat
 from cutlayer.keys import client_keys
 from cutlayer.links.net.answering import Again, answer
 from cutlayer.links.net.handing import LIMITS
@@ -30,6 +29,7 @@ from cutlayer.offered import fetched, opener, own_name
 from cutlayer.outputs import alone
 from cutlayer.policy import Policy, load_policy
 from cutlayer.report.progress import Reporter, reporter
+from cutlayer.seat import Seat
 from cutlayer.wire import Header
 
 PLACES = ("name", "data", "eval", "out", "keys", "policy", "model", "device")  # what a node's config may say
