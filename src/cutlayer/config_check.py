@@ -235,13 +235,23 @@ def _engine(config: RunConfig) -> Iterator[str]:
         given = [key for key in type(engine).model_fields if getattr(engine, key) != getattr(type(engine)(), key)]
         for key in given:
             yield f"engine.{key} is given, but engine is 'local', which has no such option. Set engine.name: ray."
-    elif config.device.startswith("cuda") and not engine.num_gpus:
+        return
+    if config.device.startswith("cuda") and not engine.num_gpus:
         yield (
             f"device is '{config.device}', but the actors of engine 'ray' get no GPU. Set engine.num_gpus, or take "
             "device: auto, which gives each process what it has."
         )
     elif config.device == "cpu" and engine.num_gpus:
         yield "engine.num_gpus reserves GPUs, but device is 'cpu', so none is used. Leave one of the two out."
+    if engine.trunk_gpus and not engine.trunk_apart:
+        yield "engine.trunk_gpus is given, but the trunk is in no actor. Set engine.trunk_stages (1 or more)."
+    elif engine.trunk_gpus and config.device == "cpu":
+        yield "engine.trunk_gpus reserves GPUs, but device is 'cpu', so none is used. Leave one of the two out."
+    elif engine.trunk_apart and config.device.startswith("cuda") and not engine.trunk_gpus:
+        yield (
+            f"device is '{config.device}', but the actors of the trunk get no GPU. Set engine.trunk_gpus, or take "
+            "device: auto, which gives each process what it has."
+        )
 
 
 @rule("report_to")
