@@ -47,15 +47,15 @@ def fit_means(public: PublicModel, blocks: int, generator: torch.Generator) -> M
     more = -len(tokens) % length
     texts = torch.cat([tokens, tokens[:more]]).view(-1, length)
     seen = torch.zeros(vocabulary)
-    shown = [public.run_head(blocks, part).cpu() for part in texts.split(AT_ONCE)]
+    shown = [public.run_head(blocks, part).cpu() for part in torch.split(texts, AT_ONCE)]
     width = shown[0].shape[-1]
     total = torch.zeros(vocabulary, width)
-    for part, states in zip(texts.split(AT_ONCE), shown, strict=True):
+    for part, states in zip(torch.split(texts, AT_ONCE), shown, strict=True):
         total.index_add_(0, part.flatten(), states.flatten(0, 1))
         seen.index_add_(0, part.flatten(), torch.ones(part.numel()))
     means = total / seen[:, None]
     scatter, size = torch.zeros(width, width, dtype=torch.float64), 0
-    for part, states in zip(texts.split(AT_ONCE), shown, strict=True):
+    for part, states in zip(torch.split(texts, AT_ONCE), shown, strict=True):
         around = (states - means[part]).flatten(0, 1).double()
         scatter += around.T @ around
         size += len(around)

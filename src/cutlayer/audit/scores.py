@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,9 +103,7 @@ def score(
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     rouge = [scorer.score(true, said)["rougeL"].fmeasure for true, said in pairs]
     most = counted.most_common(1)[0][1] if counted else 0
-    return Score(
-        right / max(1, total), sum(rouge) / max(1, len(rouge)), most / max(1, total), total, pairs[:examples]
-    )
+    return Score(right / max(1, total), sum(rouge) / max(1, len(rouge)), most / max(1, total), total, pairs[:examples])
 
 
 def auc(scores: Sequence[float], truths: Sequence[bool]) -> float:
@@ -115,4 +114,4 @@ def auc(scores: Sequence[float], truths: Sequence[bool]) -> float:
 def auc_error(positives: int, negatives: int) -> float:
     """The standard error of an AUC of 0.5 with so many of each kind."""
     m, n = positives, negatives
-    return ((m + n + 1) / (12 * m * n)) ** 0.5
+    return math.sqrt((m + n + 1) / (12 * m * n))

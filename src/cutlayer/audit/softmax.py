@@ -45,8 +45,10 @@ class Top:
         return torch.stack([without - self.of_labels(listed[:, k]) for k in range(listed.shape[1])], 1)
 
     def likely(self, direction: Tensor, count: int) -> Tensor:
-        """Labels [L,2*count] that are listed for a direction [L,H] of theirs: whose logits rise most along it, and which
-        rise most for the length of their rows of the head."""
+        """Labels [L,2*count] that are listed for a direction [L,H] of theirs.
+
+        Half of them are those whose logits rise most along it, half those that rise most for the length of their rows.
+        """
         along = self.along(direction)
         rows: Tensor = self.public.model.get_output_embeddings().weight.detach().float()
         count = min(count, along.shape[1])
@@ -118,8 +120,8 @@ def through_blocks(public: PublicModel, start: int, hidden: Tensor, gradient: Te
         public: the base model.
         start: the tail's first block.
         hidden: what enters it, [L,H].
-        gradient: the gradient there, [L,H]: the transposed Jacobian of the blocks times the one that is sought, which is
-            found by GMRES, as the blocks are near the identity.
+        gradient: the gradient there, [L,H]: the transposed Jacobian of the blocks times the one that is sought, which
+            is found by GMRES, as the blocks are near the identity.
     """
     if start == public.num_blocks:
         return hidden, gradient

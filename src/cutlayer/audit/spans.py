@@ -25,18 +25,17 @@ class Span:
         return tensor[self.row, self.start : self.stop]
 
 
-def spans_of(shape: tuple[int, int], about: Mapping[str, Tensor]) -> list[Span]:
-    """The texts in a batch [B,T], in order.
+def spans_of(hidden: Tensor, about: Mapping[str, Tensor]) -> list[Span]:
+    """The texts in a batch, in order.
 
     Args:
-        shape: of the batch.
+        hidden: what crossed the wire for each position, [B,T,H].
         about: ``mask`` [B,T], true at real tokens, and ``positions`` [B,T], if they crossed the wire.
     """
-    rows, length = shape
-    mask = about["mask"].bool() if "mask" in about else torch.ones(shape, dtype=torch.bool)
+    mask = about["mask"].bool() if "mask" in about else torch.ones(hidden.shape[:2], dtype=torch.bool)
     positions = about.get("positions")
     found = []
-    for row in range(rows):
+    for row in range(len(hidden)):
         real = mask[row].nonzero().flatten().tolist()
         if not real:
             continue

@@ -62,7 +62,9 @@ class _Pass:
 
     def corrected(self, states: Tensor) -> Tensor:
         """States [...,H] of the public head as the client's would be."""
-        return states if self.matrix is None else states @ self.matrix + self.offset
+        if self.matrix is None or self.offset is None:
+            return states
+        return states @ self.matrix + self.offset
 
     def costs(self, states: Tensor, seen: Tensor) -> Tensor:
         """How far corrected states [N,K,H] are from what was read, [N,H]: minus the log-likelihood, but for a constant.
@@ -106,10 +108,10 @@ class _Found:
 class CausalSearch(Attack):
     """Search the client's tokens one position at a time through the public head (ours; the strongest on inputs).
 
-    ``shortlist``: candidates at a position, by the mean state of each token among random ones; where none of them fits, the
-    whole vocabulary is tried. ``prior``: the language model's own opinion counts too: ``auto`` where there is noise.
-    ``passes``: after the first, the drift of the client's head from the public one is corrected by an affine map
-    that is fitted on what was found.
+    ``shortlist``: candidates at a position, by the mean state of each token among random ones; where none of them fits,
+    the whole vocabulary is tried. ``prior``: the language model's own opinion counts too (``auto``: where there is
+    noise). ``passes``: after the first, the drift of the client's head from the public one is corrected by an affine
+    map that is fitted on what was found.
     """
 
     threat: ClassVar[Threat] = Threat(
@@ -130,7 +132,7 @@ class CausalSearch(Attack):
         texts = [
             _Text(one, span, span.of(one.hidden("send_activations")))
             for one in view.exchanges
-            for span in spans_of(one.hidden("send_activations").shape[:2], one.about)
+            for span in spans_of(one.hidden("send_activations"), one.about)
         ]
         inverter = fit_means(view.public, view.cut, view.generator("inverter"))
         how = _Pass()
@@ -169,9 +171,9 @@ class CausalSearch(Attack):
         for place in range(len(texts[order[0]].span) if order else 0):
             going = [n for n in order if len(texts[n].span) > place]
             order = going
-            head.keep(torch.arange(len(going)))
+            head.keep(len(going))
             if model is not None:
-                model.keep(torch.arange(len(going)))
+                model.keep(len(going))
                 opinion = None if opinion is None else opinion[: len(going)]
             seen = torch.stack([texts[n].hidden[place] for n in going])
             best, shown, looked = self._position(
@@ -248,7 +250,8 @@ def _clear(costs: Tensor) -> Tensor:
     if costs.shape[1] < 2:
         return torch.zeros(len(costs), dtype=torch.bool)
     two = costs.topk(2, largest=False).values
-    return two[:, 0] <= CLEAR * two[:, 1]
+    found: Tensor = two[:, 0] <= CLEAR * two[:, 1]
+    return found
 
 
 def _affine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,7 +272,8 @@ def _precision(left: Tensor) -> Tensor:
     eye = torch.eye(left.shape[1], dtype=torch.float64)
     alike = max(float(covariance.diagonal().mean()), 1e-30) * eye
     share = min(1.0, left.shape[1] / len(left))  # few residuals say little of a covariance
-    return torch.linalg.inv((1 - share) * covariance + share * alike + 1e-6 * alike).float()
+    found: Tensor = torch.linalg.inv((1 - share) * covariance + share * alike + 1e-6 * alike).float()
+    return found
 
 
 def _placed(

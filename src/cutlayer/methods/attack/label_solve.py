@@ -1,9 +1,9 @@
 """Solve the labels from the gradient that the client's tail returns, through the public norm and head.
 
-Ours: neither the survey nor a paper that we know has it in this form. Step 7 carries the gradient of the loss at what the
-trunk gave. Below a softmax that gradient is a known function of the label and of one number, the loss's scale. Blocks of
-the tail are undone first, by solving with their transposed Jacobian; then every position has a label that explains its
-gradient, or none.
+Ours: neither the survey nor a paper that we know has it in this form. Step 7 carries the gradient of the loss at what
+the trunk gave. Below a softmax that gradient is a known function of the label and of one number, the loss's scale.
+Blocks of the tail are undone first, by solving with their transposed Jacobian; then every position has a label that
+explains its gradient, or none.
 """
 
 from __future__ import annotations
@@ -48,10 +48,8 @@ class LabelSolve(Attack):
         for one in view.exchanges:
             hidden, gradient = one.hidden("return_activations"), one.hidden("send_gradients")
             found = torch.full(hidden.shape[:2], MISSING, dtype=torch.int64)
-            spans = spans_of(hidden.shape[:2], one.about)
-            below = [
-                through_blocks(view.public, view.tail_start, span.of(hidden), span.of(gradient)) for span in spans
-            ]
+            spans = spans_of(hidden, one.about)
+            below = [through_blocks(view.public, view.tail_start, span.of(hidden), span.of(gradient)) for span in spans]
             states, gradients = torch.cat([s for s, _ in below]), torch.cat([g for _, g in below])
             size = gradients.square().sum(-1)
             speaks = size > SILENT * size.max()
@@ -61,7 +59,7 @@ class LabelSolve(Attack):
                 labels, left, scale = solved(top, own, self.shortlist)
                 said = torch.full((len(states),), MISSING, dtype=torch.int64)
                 said[speaks] = labels.cpu()
-                for span, part in zip(spans, said.split([len(span) for span in spans]), strict=True):
+                for span, part in zip(spans, torch.split(said, [len(span) for span in spans]), strict=True):
                     found[span.row, span.start : span.stop] = part
                 scales.append(scale)
                 unexplained.append(float(left.median()))
