@@ -47,7 +47,7 @@ def _touches(key: str, doubtful: frozenset[str]) -> bool:
 
 # The families that the engine of this version drives. A method of another is refused, even if it can be loaded: who
 # names a defense must not believe that it is on.
-DRIVEN = tuple(PROTOCOLS)
+DRIVEN = tuple(family for family in PROTOCOLS if family != "attack")
 
 
 def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) -> list[str]:
@@ -55,6 +55,8 @@ def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) 
         registry.create(family, name, options)
     except CutlayerError as error:
         return [f"{key}: {error}"]
+    if family == "attack":
+        return [f"{key} is '{name}'. Attacks are played by cutlayer audit: cutlayer audit RUN.yaml --attacks {name}"]
     if family not in DRIVEN:
         return [f"{key} is '{name}', but nothing in this version uses a {family} yet. Take it out of the run."]
     return []
