@@ -31,14 +31,16 @@ CASES = [
 ]  # fmt: skip
 
 
-def both(run: Apart, out: Path, *, unequal: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+def both(
+    run: Apart, out: Path, *joined_with: str, unequal: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """The run between processes and in one, which must be the same; their summaries.
 
     Where cuts or ranks are unequal, the adapter of the run is that of one client, and only states are compared.
     """
     alone = cutlayer.train(run.simulated, out=out, progress=False).summary
     server = run.serve()
-    run.ended({"server": server, **{name: run.join(name) for name in ROWS}})
+    run.ended({"server": server, **{name: run.join(name, *joined_with) for name in run.files}})
     summary = run.summary()
     assert steps(run.root / "server") == steps(out)
     for key in SAME:
