@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cutlayer.agreed import AgreedSecret, load_secret, make_secret
-from cutlayer.errors import KeysError
+from apart import Apart
+from cutlayer.agreed import AgreedSecret, Agreement, load_secret, make_secret
+from cutlayer.apart import needs_secret, served
+from cutlayer.errors import KeysError, Refused
+from test_joining import seat
 
 
 def test_all_who_have_the_secret_have_the_same_keys(tmp_path: Path) -> None:
@@ -20,6 +23,40 @@ def test_all_who_have_the_secret_have_the_same_keys(tmp_path: Path) -> None:
     assert len({*keys, others.key("seal", "ann", "bob")}) == 5
     assert all(len(key) == 32 for key in keys)
     assert (tmp_path / "others").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_server_finds_clients_with_different_secrets() -> None:
+    ours, others = AgreedSecret(b"a" * 32).check, AgreedSecret(b"b" * 32).check
+    agreement = Agreement("clients seal")
+    agreement.compare("ann", ours, [])
+    agreement.compare("bob", ours, ["ann"])
+    with pytest.raises(Refused, match="secret of 'bob' is another than that of 'ann', who is here already"):
+        agreement.compare("bob", others, ["ann"])
+    agreement.compare("bob", ours, ["ann", "bob"])
+    for wrong in (None, 7, "", ours[1:], ours.upper().replace("0", "G") + "x"):
+        with pytest.raises(Refused, match="says nothing of the clients' secret"):
+            agreement.compare("ann", wrong, [])
+    agreement.compare("ann", others, ["ann"])  # alone there: it has another file now
+    with pytest.raises(Refused, match="another than that of 'ann'"):
+        agreement.compare("bob", ours, ["ann"])
+    Agreement(None).compare("ann", None, ["bob"])
+
+
+def test_a_client_says_what_it_lacks_and_what_it_does_not_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    assert needs_secret(served(Apart(tmp_path / "plain").file), 4) is None
+    assert "'ann'" in str(needs_secret(served(Apart(tmp_path / "ring", framework="ringsfl").file), 4))
+    secret = AgreedSecret(b"a" * 32)
+    own, noted = seat(tmp_path / "unused", agreed=secret)
+    assert (own.agreed, own.told().get("secret_check")) == (None, None)
+    assert noted.words[0].startswith("--secret is not used")
+    monkeypatch.setattr("cutlayer.seat.needs_secret", lambda *_: "somebody must")
+    own, noted = seat(tmp_path / "used", agreed=secret)
+    assert own.told()["secret_check"] == secret.check
+    assert not noted.words
+    with pytest.raises(KeysError, match=r"agreed on: somebody must.*'cutlayer secret FILE'.*--secret FILE"):
+        seat(tmp_path / "lacking")
 
 
 def test_keys_follow_rfc_5869() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from apart import Apart
+from cutlayer.agreed import AgreedSecret
 from cutlayer.apart import offer, served, taken
 from cutlayer.errors import CutlayerError
 from cutlayer.policy import load_policy
@@ -30,11 +31,14 @@ class Noted:
         self.words.append(text)
 
 
-def seat(folder: Path, policy: dict[str, Any] | None = None, **changes: Any) -> tuple[Seat, Noted]:
+def seat(
+    folder: Path, policy: dict[str, Any] | None = None, agreed: AgreedSecret | None = None, **changes: Any
+) -> tuple[Seat, Noted]:  # fmt: skip
     run, noted = Apart(folder, **changes), Noted()
     config = taken(offer(served(run.file)), model=str(run.tree["model"]), device="cpu")
     (folder / "ann").mkdir(exist_ok=True)
-    return Seat(config, "ann", run.files["ann"], None, folder / "ann", load_policy(policy or {}), noted), noted
+    rules = load_policy(policy or {})
+    return Seat(config, "ann", run.files["ann"], None, folder / "ann", rules, noted, agreed=agreed), noted
 
 
 @pytest.mark.parametrize("family", ["monitor", "framework", "peft", "selection", "defense", "attack", "codec"])

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from cutlayer.errors import KeysError
+from cutlayer.errors import KeysError, Refused
 from cutlayer.files import write_text
 from cutlayer.keys import private_file
 
 BYTES = 32
 FORM = re.compile(r"[0-9a-f]{64}")
+CHECK = re.compile(r"[0-9a-f]{16}")
 
 
 class AgreedSecret:
@@ -42,6 +44,42 @@ class AgreedSecret:
     def check(self) -> str:
         """What may be told of it, so that clients with different secrets are found out: 16 hex digits."""
         return self.key("check").hex()[:16]
+
+
+class Agreement:
+    """At a server: whether the clients of a run have one secret. It compares their checks, and learns no secret.
+
+    Args:
+        why: why the run needs one; None: it does not.
+    """
+
+    def __init__(self, why: str | None) -> None:
+        self.why = why
+        self._checks: dict[str, str] = {}
+
+    def compare(self, name: str, check: object, here: Collection[str]) -> None:
+        """Note what a client's hello says, if it is what those say who are ``here`` already.
+
+        Raises:
+            Refused: it says nothing, or something else.
+        """
+        if self.why is None:
+            return
+        if not isinstance(check, str) or not CHECK.fullmatch(check):
+            raise Refused(
+                f"The hello says nothing of the clients' secret, which this run needs: {self.why}. Both ends need the "
+                "same version of cutlayer.",
+                reason="secret",
+            )
+        for other in here:
+            if other != name and self._checks.get(other, check) != check:
+                raise Refused(
+                    f"The secret of '{name}' is another than that of '{other}', who is here already. One of the two "
+                    "files is wrong: all clients of a run need the same one. Compare them with the owner of the other "
+                    "client, not with the server's.",
+                    reason="secret",
+                )
+        self._checks[name] = check
 
 
 def make_secret(file: Path) -> None:

@@ -106,6 +106,21 @@ def check_routes(config: RunConfig, num_blocks: int) -> None:
         )
 
 
+def needs_secret(config: RunConfig, num_blocks: int) -> str | None:
+    """Why a run needs a secret that its clients have agreed on, in words; None: it does not."""
+    for name, peer in hosts(routes_of(config, layouts_of(config, num_blocks))):
+        return (
+            f"client '{peer}' runs blocks for '{name}', and the server, which passes on what they send, may not read it"
+        )
+    selection = config.build("selection")
+    if isinstance(selection, Arranger) and selection.asks.kind == "hash":
+        return (
+            f"selection '{config.selection.name}' asks for hashes, whose projections the server may not know, as it "
+            "could take the hashes back to what they are made of"
+        )
+    return None
+
+
 def hosts(routes: Routes) -> Iterator[tuple[str, str]]:
     """The clients for whom another runs blocks, each with the first that does."""
     for name, stops in routes.items():

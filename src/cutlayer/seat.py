@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cutlayer import checkpoint
 from cutlayer.agreed import AgreedSecret
-from cutlayer.apart import check_routes, known_classes, part_of
+from cutlayer.apart import check_routes, known_classes, needs_secret, part_of
 from cutlayer.arrangement import Arranger
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.assembly import assemble_client, neighbours, routes_of
@@ -25,7 +25,7 @@ from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
 from cutlayer.engine import identity
-from cutlayer.errors import CheckpointError, CutlayerError, OutputError, PolicyRefused, WireError
+from cutlayer.errors import CheckpointError, CutlayerError, KeysError, OutputError, PolicyRefused, WireError
 from cutlayer.files import write_text
 from cutlayer.guard import Guard, guarded
 from cutlayer.leaving import held_by
@@ -71,6 +71,7 @@ class Seat:
         self.config, self.name, self.out, self.progress = config, name, out, progress
         blocks = number_of_blocks(load_model_config(config.model))
         check_routes(config, blocks)
+        self.agreed = self._needed(needs_secret(config, blocks), agreed)
         known_classes(config)
         layouts = layouts_of(config, blocks)
         self.layout = layouts[name]
@@ -79,7 +80,7 @@ class Seat:
             config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
         )
         self.sizes = told_of(config, self.data, name, self.kept[name])
-        self.secret, self.agreed = _secret(out / "secret"), agreed
+        self.secret = _secret(out / "secret")
         self.most = 0  # head blocks that are loaded
         self.base: Base | None = None
         self.party: ClientParty
@@ -94,6 +95,22 @@ class Seat:
             planned=planned_steps(config, dict.fromkeys(config.client_names, self.sizes))[name],
         )  # fmt: skip
         self._answer = guarded(self._answered, self.guard)
+
+    def _needed(self, why: str | None, agreed: AgreedSecret | None) -> AgreedSecret | None:
+        """The secret of the run's clients, where the run needs it.
+
+        Raises:
+            KeysError: it does, and this client has none.
+        """
+        if why is not None and agreed is None:
+            raise KeysError(
+                f"This run needs a secret that its clients have agreed on: {why}. Ask the owners of the other clients "
+                "for theirs; one of you makes it by 'cutlayer secret FILE', and gives it to the others, not to the "
+                "server. Then join with --secret FILE."
+            )
+        if why is None and agreed is not None:
+            self.progress.note("--secret is not used: this run needs no secret of its clients")
+        return agreed if why is not None else None
 
     def _base(self, part: Part) -> Base:
         """The client's own blocks, and no others."""
@@ -136,9 +153,10 @@ class Seat:
     def told(self) -> dict[str, Any]:
         """What the server is told before anything is asked: the sizes of its data, and the rounds that it holds.
 
-        The guard is asked before it leaves (``greets``).
+        Where the clients need a secret, also what of it may be told. The guard is asked before it leaves (``greets``).
         """
-        return {"data": asdict(self.sizes), "rounds": checkpoint.rounds(self._kept)}
+        told = {"data": asdict(self.sizes), "rounds": checkpoint.rounds(self._kept)}
+        return told if self.agreed is None else {**told, "secret_check": self.agreed.check}
 
     def handle(self, header: Header, tensors: list[Tensor]) -> Answer:
         """Answer a request.

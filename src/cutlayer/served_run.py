@@ -17,7 +17,8 @@ import torch
 
 from cutlayer import checkpoint
 from cutlayer.absence import Absence
-from cutlayer.apart import known_classes, offer
+from cutlayer.agreed import Agreement
+from cutlayer.apart import known_classes, needs_secret, offer
 from cutlayer.attempt import MOST_ROUNDS, Attempt, Clients, Ready
 from cutlayer.build import load_base
 from cutlayer.computing import Computing
@@ -31,6 +32,7 @@ from cutlayer.identity import fingerprint
 from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.remote import Remote
 from cutlayer.links.net.session import Session
+from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import device_named
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
@@ -78,7 +80,9 @@ class ServedRun:
         self._drain = drain or Drain()
         self.files, self.handing = fingerprint(config.model), Handing(config)
         self.offered = offer(config)
-        self._limits = limits_of(config, load_model_config(config.model))
+        model_config = load_model_config(config.model)
+        self._limits = limits_of(config, model_config)
+        self._agreement = Agreement(needs_secret(config, number_of_blocks(model_config)))
         self.device = device_named(config.device)
         self.remotes = {client: Remote(client, patience=patience.seconds) for client in config.client_names}
         self.progress = self.watch = Watch(name or label, progress, self.remotes)
@@ -199,6 +203,7 @@ class ServedRun:
                 f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends.",
                 reason="model",
             )
+        self._compare(hello)
         told = read_told(hello.get("data"), planned=self.config.planner is not None)
         ready = Ready(told, read_rounds(hello.get("rounds")))
         before = self.ready.get(name)
@@ -208,6 +213,19 @@ class ServedRun:
             )
         self.ready[name] = ready
         return {"client": name, "name": self.name}
+
+    def _compare(self, hello: dict[str, Any]) -> None:
+        """Whether a client has the secret of those who are there.
+
+        Raises:
+            Refused: it has not.
+        """
+        here = [name for name, remote in self.remotes.items() if remote.session is not None]
+        try:
+            self._agreement.compare(hello["client"], hello.get("secret_check"), here)
+        except Refused as error:
+            self.progress.note(f"client '{hello['client']}' was turned away: {error}")
+            raise
 
     def limits(self, hello: dict[str, Any]) -> Limits:
         """The most that a frame of a client may hold that was admitted with this hello."""
@@ -222,6 +240,7 @@ class ServedRun:
             await self.handing.serve(session)
             return
         name = session.hello["client"]
+        self._compare(session.hello)  # another may have come in since
         self.progress.note(f"client '{name}' is here")
         self._came.set()
         await self.remotes[name].serve(session)
