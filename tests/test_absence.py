@@ -48,7 +48,7 @@ def lost_at(monkeypatch: pytest.MonkeyPatch, message: int, away: dict[str, list[
 def simulated(run: Apart, out: Path, monkeypatch: pytest.MonkeyPatch, message: int) -> Any:
     """The same run in one process, with the same clients lost and away in the rounds that the server wrote down."""
     told = run.summary()["network"]
-    lost_at(monkeypatch, message, {name: told[name]["away"] for name in ROWS})
+    lost_at(monkeypatch, message, {name: told[name]["away"] for name in run.files})
     tree = run.simulated
     for client in tree["clients"]:
         client["fails"] = told[client["name"]]["lost"]

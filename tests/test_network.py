@@ -45,7 +45,7 @@ def both(
     assert steps(run.root / "server") == steps(out)
     for key in SAME:
         assert summary[key] == alone[key], key
-    losses = [[e["loss"] for e in one["eval"]["history"]] for one in (summary, alone)]
+    losses = [[e["loss"] for e in one.get("eval", {}).get("history", [])] for one in (summary, alone)]
     assert losses[0] == losses[1]
     assert unequal or run.same(out)
     assert run.same_state(out)
@@ -283,6 +283,13 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
         ({"data": {"format": "classification", "classes": ["sad"]}}, "must name two classes or more"),
         ({"fails": 0.5}, "is for simulated clients"),
         ({"data": {"eval_fraction": 0.5}}, "cutlayer join --eval"),
+        (
+            {
+                "selection": {"name": "parallelsfl", "sketch": "tokens"},
+                "framework": {"name": "gsfl", "groups": "selection"},
+            },
+            "has clients run the trunks.*Set selection.place_top: server",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

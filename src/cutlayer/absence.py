@@ -197,7 +197,9 @@ class Absence:
 
     async def begin_round(self) -> None:
         """Take back who is there again, and wait until somebody can train; those who take part hold where they are."""
-        run, since = self.run, time.monotonic()
+        run = self.run
+        await self._need(run.unsketched, "has told no sketch of its data yet")
+        since = time.monotonic()
         number, self._begun, said = run.counters.rounds, True, False
         while True:
             await self.take_back()
@@ -234,7 +236,7 @@ class Absence:
             await self._pause()
             await self.take_back()
 
-    async def need(self, names: Collection[str], why: str) -> None:
+    async def _need(self, names: Collection[str], why: str) -> None:
         """Wait until all of these are there; ``why`` says what the run cannot do without."""
         said = False
         while missing := [name for name in names if name in self.run.counters.away]:

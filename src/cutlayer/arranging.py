@@ -67,8 +67,6 @@ class Arranging(StepEleven):
             return
         every = selection.renews
         if self.unsketched or (every is not None and number and number % every == 0):
-            if self.absence is not None:
-                await self.absence.need(self.unsketched, "has told no sketch of its data yet")
             if selection.asks.sees_head:
                 await self.catch_up(self.clients)  # features of unequal heads could not be compared
             for client in self.present:  # who is away has told one, which stays
