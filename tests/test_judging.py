@@ -140,6 +140,14 @@ def test_honest_replies_pass(kind: str) -> None:
     assert {"set_up", "probe" if kind == "probe" else "head_forward"} <= verbs
 
 
+def test_a_sample_must_have_been_shown_before_its_number_stands_for_it() -> None:
+    """As where a client's folder, or its mind, has changed: it is lost alone, and the server knows why."""
+    said = heard("cache")
+    judge = Judge("ann", said.bounds, said.told, said.party, lambda sample: sample != 3)
+    with pytest.raises(WireError, match="only the number of sample 3; expected: a sample that it has shown before"):
+        [judge(*vars(one).values()) for one in said.all]
+
+
 def wider(said: Said) -> Said:
     name, tensor = said.first()
     return said.but(name, torch.cat([tensor, tensor[:1]]))

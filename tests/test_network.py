@@ -205,6 +205,22 @@ def test_killed_parties_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_a_server_remembers_of_samples_outlives_it(tmp_path: Path) -> None:
+    """From the second epoch on clients send the numbers of what they have shown, to a server that was killed too."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("may_leave: {sample_numbers: true}\n")
+    cached = {"exchange": {"name": "splitfrozen", "cache": True}, "framework": "sfl-v1", "partition": TWO}
+    run = Apart(tmp_path / "apart", **cached, rounds=9)
+    server = run.serve()
+    clients = {name: run.join(name, "--policy", str(policy)) for name in ROWS}
+    run.kill_after("server", server, 5)
+    run.ended({**clients, "server": run.serve()})
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
+    assert steps(run.root / "server") == steps(alone.out)
+    assert run.same(alone.out)
+
+
+@pytest.mark.slow
 def test_a_server_that_is_stopped_at_once_says_how_to_go_on(tmp_path: Path) -> None:
     run = Apart(tmp_path / "apart", framework="psl", rounds=12)
     server = run.serve("--drain", "0")

@@ -111,11 +111,14 @@ class Judge(Checks):
         bounds: of its batches.
         told: what it said of its data when it came.
         shadow: has the names and shapes of its tensors.
+        remembers: whether the server has what it showed of a sample, where it caches that.
     """
 
-    def __init__(self, name: str, bounds: Bounds, told: Told, shadow: Holder) -> None:
+    def __init__(
+        self, name: str, bounds: Bounds, told: Told, shadow: Holder, remembers: Callable[[int], bool] = lambda _: True
+    ) -> None:
         super().__init__(name)
-        self.bounds, self.told, self.shadow = bounds, told, shadow
+        self.bounds, self.told, self.shadow, self.remembers = bounds, told, shadow, remembers
         self._open: dict[tuple[int, int], _Batch] = {}  # of training, by step and micro-batch
         self._tells_step_tokens = self._caches = False
         self._moments: dict[tuple[int, torch.dtype], dict[str, tuple[int, ...]]] = {}
@@ -210,6 +213,8 @@ class Judge(Checks):
         self._only(it.values, it.found, says, [*needed, *(["samples"] if samples else [])], spare)
         self._flag(it.values, "needs_gradient")
         rows, length = self._samples(it.found["samples"]) if known else self._batch(it.found, it.found["hidden"])
+        if known and (new := [one for one in it.found["samples"].tolist() if not self.remembers(one)]):
+            self._fail(f"only the number of sample {new[0]}", "a sample that it has shown before")
         if samples and not known and self._samples(it.found["samples"])[0] != rows:
             self._fail(f"{len(it.found['samples'])} sample numbers", f"one for each of {rows} rows")
         self._began(it.asked, it.values, rows, length, training=training)
