@@ -166,6 +166,13 @@ def test_where_cuts_move_the_round_is_made_again_without_the_lost_one(
     assert alone.summary["cuts"], "somebody's cut moved"
 
 
+def ended_together(run: Apart, back: Path, processes: dict[str, Command]) -> None:
+    """Once ann is there again bob, who waits for that, goes on; all end well."""
+    run.until("server", "client 'ann' is here", 2)
+    back.touch()
+    run.ended(processes)
+
+
 class Proxy:
     """A way to a port of this machine that can be cut, without a word to either end."""
 
@@ -217,9 +224,7 @@ def test_a_frozen_client_is_taken_back_when_it_thaws(
     ann.frozen()
     run.until("server", "'ann' is lost")
     ann.thaw()
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     found = both(run, monkeypatch, 1)
     assert (found["lost"], found["away"]) == ([1], [])
     assert found["reconnects"] >= 1
@@ -239,9 +244,7 @@ def test_a_client_that_was_cut_off_is_taken_back(tmp_path: Path, monkeypatch: py
     asked.touch()
     run.until("server", "'ann' is lost")
     proxy.mend()
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     proxy.close()
     found = both(run, monkeypatch, 1)
     assert (found["lost"], found["away"]) == ([1], [])
@@ -266,9 +269,7 @@ def test_absent_for_rounds_while_the_server_is_started_again(
     server = run.serve("--patience", "4", recorded(run))
     run.reached(back)
     ann = run.join("ann")
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     found = both(run, monkeypatch, 1)
     assert found["lost"] == [1]
     assert found["away"] == [2, 3, 4, 5, 6]
@@ -287,9 +288,7 @@ def test_between_two_checkpoints_a_client_holds_the_begin_of_each_round(
     run.reached(back)
     ann.wait()
     ann = run.join("ann")
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     found = both(run, monkeypatch, 1)
     assert (found["lost"], found["away"]) == ([3], [4])
 
@@ -356,8 +355,6 @@ def test_a_client_that_lost_its_folder_begins_anew(tmp_path: Path) -> None:
     ann.wait()
     shutil.rmtree(run.root / "ann")
     ann = run.join("ann")
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     assert "client 'ann' does not hold round 1 any more, so it begins anew" in run.said("server")
     assert run.summary()["steps"] == {"ann": 3, "bob": 5}

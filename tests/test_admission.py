@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from certificates import Authority, certificate_of
+from certificates import CA, CLIENT, SERVER, Authority, certificate_of
 from cutlayer.errors import Disconnected, NetworkError, PolicyRefused, Refused
 from cutlayer.keys import fingerprint_of
 from cutlayer.links.net.connecting import connect, versions
@@ -19,9 +19,6 @@ from cutlayer.links.net.messages import (
 )
 from cutlayer.links.net.tls import Credentials, split_address
 from network import Raw, run, serving, small
-
-CA = Authority()
-SERVER, CLIENT = CA.issue("server", "127.0.0.1"), CA.issue("clinic")
 
 
 def refusal(served: Any, own: Credentials | None, error: type[NetworkError] = Refused, **more: Any) -> Any:

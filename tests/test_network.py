@@ -19,6 +19,7 @@ from cutlayer.serving import serve
 from spine import TWO, U, model, often
 from tiny import make_model, text_rows, write_rows
 
+KINDS = {"two-part": TWO, "u-shape": U}
 SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
 
 
@@ -64,10 +65,9 @@ def test_the_network_changes_no_number(
     framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
 ) -> None:  # fmt: skip
     """The same losses by client and step, the same weights, the same bytes and frames."""
-    kind = {"two-part": TWO, "u-shape": U}[partition]
     if "model" in changes:
         changes = {**changes, "model": str(model(changes["model"], num_hidden_layers=4))}
-    run = Apart(tmp_path / "apart", partition=kind, eval_every=1, **{"framework": framework, **changes})
+    run = Apart(tmp_path / "apart", partition=KINDS[partition], eval_every=1, **{"framework": framework, **changes})
     summary, alone = both(run, tmp_path / "one")
     assert all("peak_memory_bytes" not in summary["parties"][name] for name in ROWS), "nobody has measured it here"
     peaks = [one["parties"]["server"]["peak_memory_bytes"] for one in (summary, alone)]
@@ -97,8 +97,7 @@ def test_cuts_move_between_processes(
     framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
 ) -> None:  # fmt: skip
     """A planner moves blocks up and down: the same cuts, losses, weights and bytes."""
-    kind = {"two-part": TWO, "u-shape": U}[partition]
-    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=kind, **PLANNED, **changes)
+    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=KINDS[partition], **PLANNED, **changes)
     summary, alone = both(run, tmp_path / "one", unequal=True)
     assert summary["cuts"] == alone["cuts"]
     assert {name: len(one["moves"]) > 0 for name, one in summary["cuts"].items()} == dict.fromkeys(ROWS, True)
@@ -150,8 +149,7 @@ ALLOTTED: dict[str, Any] = {
 def test_ranks_by_importance_between_processes(
     framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
 ) -> None:  # fmt: skip
-    kind = {"two-part": TWO, "u-shape": U}[partition]
-    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=kind, **{**ALLOTTED, **changes})
+    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=KINDS[partition], **{**ALLOTTED, **changes})
     summary, alone = both(run, tmp_path / "one", unequal=True)
     assert summary["ranks"] == alone["ranks"]
     assert all(one["decided_after_round"] is not None for one in summary["ranks"].values())
