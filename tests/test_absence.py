@@ -70,7 +70,7 @@ def both(run: Apart, monkeypatch: pytest.MonkeyPatch, message: int, *, unanswere
     assert ours["frames"] - alone["frames"] == unanswered
     lengths = unanswered_of(run, "ann")
     assert len(lengths) == unanswered
-    assert ours["bytes_down"] - alone["bytes_down"] == sum(lengths)
+    assert sum(ours["bytes"].values()) - sum(alone["bytes"].values()) == sum(lengths)  # an edge's too
     found: dict[str, Any] = ours["network"]["ann"]
     return found
 
