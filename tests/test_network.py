@@ -215,7 +215,7 @@ def test_what_a_server_remembers_of_samples_outlives_it(tmp_path: Path) -> None:
     run.ended({**clients, "server": run.serve()})
     alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
     assert steps(run.root / "server") == steps(alone.out)
-    assert run.same(alone.out)
+    assert run.same_state(alone.out)
 
 
 @pytest.mark.slow
