@@ -103,7 +103,7 @@ class Apart:
         self.valid = str(write_rows(root / "valid.jsonl", text_rows(4, seed=9)))
         self.tree: dict[str, Any] = {
             "model": str(model(num_hidden_layers=4)),
-            "clients": [{"name": name} for name in ROWS],
+            "clients": [{"name": name} for name in rows],
             "partition": {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 1},
             "peft": {"name": "lora", "rank": 2}, "optimizer": {"name": "adamw", "lr": 0.01},
             "rounds": 3, "batch_size": 3, "device": "cpu", **changes,
@@ -154,8 +154,9 @@ class Apart:
     ) -> Command:  # fmt: skip
         """A client; ``model`` False: it is not told where the model is; ``port``: another than the server's."""
         own = ["--keys", str(keys / name)] if keys else ["--insecure", "--name", name]
+        held_out = ["--eval", self.valid] if self.tree["data"].get("eval", True) else []
         return self.start(
-            name, "join", f"localhost:{port or self.port}", "--data", self.files[name], "--eval", self.valid, "--out",
+            name, "join", f"localhost:{port or self.port}", "--data", self.files[name], *held_out, "--out",
             str(self.root / name), *(["--model", self.tree["model"]] if model else []), *own, *more, fate=fate,
             traps=traps,
         )  # fmt: skip

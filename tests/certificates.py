@@ -65,3 +65,7 @@ class Authority:
 
 def certificate_of(credentials: Credentials) -> x509.Certificate:
     return x509.load_pem_x509_certificate(credentials.certificate)
+
+
+CA = Authority()
+SERVER, CLIENT = CA.issue("server", "127.0.0.1"), CA.issue("clinic")

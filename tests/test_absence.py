@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import socket
 import threading
@@ -48,27 +49,54 @@ def lost_at(monkeypatch: pytest.MonkeyPatch, message: int, away: dict[str, list[
 def simulated(run: Apart, out: Path, monkeypatch: pytest.MonkeyPatch, message: int) -> Any:
     """The same run in one process, with the same clients lost and away in the rounds that the server wrote down."""
     told = run.summary()["network"]
-    lost_at(monkeypatch, message, {name: told[name]["away"] for name in ROWS})
-    tree = run.simulated
+    lost_at(monkeypatch, message, {name: told[name]["away"] for name in run.files})
+    tree = {**run.simulated, "record_wire": None}
     for client in tree["clients"]:
         client["fails"] = told[client["name"]]["lost"]
     return cutlayer.train(tree, out=out)
 
 
-def both(run: Apart, monkeypatch: pytest.MonkeyPatch, message: int) -> dict[str, Any]:
-    """What the server wrote down of ann, whose run has the bits of the simulation."""
-    simulated(run, run.root / "one", monkeypatch, message)
+def both(run: Apart, monkeypatch: pytest.MonkeyPatch, message: int, *, unanswered: int = 1) -> dict[str, Any]:
+    """What the server wrote down of ann, whose run has the bits of the simulation.
+
+    And its bytes, but for the last request to a client that was lost, which left before anybody could know; where all
+    go back to a checkpoint, what was sent since is not counted either.
+    """
+    alone = simulated(run, run.root / "one", monkeypatch, message).summary
     assert run.same(run.root / "one")
-    strip = [s[:4] for s in steps(run.root / "server")]
-    assert strip == [s[:4] for s in steps(run.root / "one")]
-    found: dict[str, Any] = run.summary()["network"]["ann"]
+    assert steps(run.root / "server") == steps(run.root / "one")
+    ours = run.summary()
+    assert ours["bytes_up"] == alone["bytes_up"]
+    assert ours["frames"] - alone["frames"] == unanswered
+    lengths = unanswered_of(run, "ann")
+    assert len(lengths) == unanswered
+    assert sum(ours["bytes"].values()) - sum(alone["bytes"].values()) == sum(lengths)  # an edge's too
+    found: dict[str, Any] = ours["network"]["ann"]
     return found
+
+
+def unanswered_of(run: Apart, client: str) -> list[int]:
+    """The bytes of each request to a client that was not answered, by the server's record of frames."""
+    lengths, asked = [], None
+    for line in map(json.loads, (run.root / "wire" / "frames.jsonl").read_text().splitlines()):
+        if line["receiver"] == client:
+            if asked is not None:
+                lengths.append(asked)
+            asked = line["length"]
+        elif line["sender"] == client:
+            asked = None
+    return lengths
+
+
+def recorded(run: Apart) -> str:
+    """Let the server write down every frame."""
+    return f"record_wire={run.root / 'wire'}"
 
 
 def killed_and_back(run: Apart, verb: str, number: int = 1) -> dict[str, Command]:
     """Ann is killed in round 1 at this request of that step, and is taken back in the next one; bob waits for it."""
     back = run.root / "back"
-    server = run.serve(*PATIENCE)
+    server = run.serve(*PATIENCE, recorded(run))
     ann = run.join("ann", traps=[Trap(verb, number, "kill")])
     bob = run.join("bob", traps=[Trap("keep", 2, "wait", str(back))])
     run.until("server", "Client 'ann' is gone")
@@ -113,7 +141,7 @@ def test_where_batches_meet_the_round_is_made_again_without_the_lost_one(
     """Its step cannot be taken apart, so all go back to the begin of the round; nobody waits for ever at the pool."""
     run = Apart(tmp_path / "apart", **changes, partition=KINDS[kind], rounds=4)
     run.ended(killed_and_back(run, MESSAGES[kind][-1]))
-    found = both(run, monkeypatch, 0)
+    found = both(run, monkeypatch, 0, unanswered=0)
     assert (found["lost"], found["away"]) == ([], [1])
 
 
@@ -136,6 +164,13 @@ def test_where_cuts_move_the_round_is_made_again_without_the_lost_one(
     assert (run.summary()["network"]["ann"]["lost"], run.summary()["network"]["ann"]["away"]) == ([], [1])
     assert run.summary()["cuts"] == alone.summary["cuts"]
     assert alone.summary["cuts"], "somebody's cut moved"
+
+
+def ended_together(run: Apart, back: Path, processes: dict[str, Command]) -> None:
+    """Once ann is there again bob, who waits for that, goes on; all end well."""
+    run.until("server", "client 'ann' is here", 2)
+    back.touch()
+    run.ended(processes)
 
 
 class Proxy:
@@ -183,15 +218,13 @@ def test_a_frozen_client_is_taken_back_when_it_thaws(
     """What it still answers to the old request is not used; the process is the same, and sets itself back."""
     run = Apart(tmp_path / "apart", **FRAMEWORKS[framework], rounds=4)
     back, run.pulse = tmp_path / "back", (0.5, 4.0)
-    server = run.serve(*PATIENCE)
+    server = run.serve(*PATIENCE, recorded(run))
     ann = run.join("ann", traps=[Trap("tail_step", 1, "stop")])
     bob = run.join("bob", traps=[Trap("keep", 2, "wait", str(back))])
     ann.frozen()
     run.until("server", "'ann' is lost")
     ann.thaw()
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     found = both(run, monkeypatch, 1)
     assert (found["lost"], found["away"]) == ([1], [])
     assert found["reconnects"] >= 1
@@ -202,7 +235,7 @@ def test_a_client_that_was_cut_off_is_taken_back(tmp_path: Path, monkeypatch: py
     """Its bytes go nowhere, and nobody says so; both ends notice by the silence."""
     run = Apart(tmp_path / "apart", framework="sfl-v2", rounds=4)
     asked, back, run.pulse = tmp_path / "asked", tmp_path / "back", (0.5, 4.0)
-    server = run.serve(*PATIENCE)
+    server = run.serve(*PATIENCE, recorded(run))
     proxy = Proxy(run.port)
     ann = run.join("ann", port=proxy.port, traps=[Trap("tail_step", 1, "wait", str(asked))])
     bob = run.join("bob", traps=[Trap("keep", 2, "wait", str(back))])
@@ -211,9 +244,7 @@ def test_a_client_that_was_cut_off_is_taken_back(tmp_path: Path, monkeypatch: py
     asked.touch()
     run.until("server", "'ann' is lost")
     proxy.mend()
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     proxy.close()
     found = both(run, monkeypatch, 1)
     assert (found["lost"], found["away"]) == ([1], [])
@@ -227,7 +258,7 @@ def test_absent_for_rounds_while_the_server_is_started_again(
     """The server goes on without whom it does not find, and takes it back as it was when it was lost."""
     run = Apart(tmp_path / "apart", **FRAMEWORKS[framework], rounds=9)
     stop, back = tmp_path / "stop", tmp_path / "back"
-    server = run.serve(*PATIENCE)
+    server = run.serve(*PATIENCE, recorded(run))
     ann = run.join("ann", traps=[Trap("tail_step", 1, "kill")])
     bob = run.join("bob", traps=[Trap("keep", 4, "wait", str(stop)), Trap("keep", 7, "wait", str(back))])
     run.reached(stop)
@@ -235,12 +266,10 @@ def test_absent_for_rounds_while_the_server_is_started_again(
     server.kill()
     server.wait()
     stop.touch()
-    server = run.serve("--patience", "4")
+    server = run.serve("--patience", "4", recorded(run))
     run.reached(back)
     ann = run.join("ann")
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     found = both(run, monkeypatch, 1)
     assert found["lost"] == [1]
     assert found["away"] == [2, 3, 4, 5, 6]
@@ -253,15 +282,13 @@ def test_between_two_checkpoints_a_client_holds_the_begin_of_each_round(
 ) -> None:
     run = Apart(tmp_path / "apart", framework="psl", rounds=8, checkpoint_every=5)
     back = tmp_path / "back"
-    server = run.serve(*PATIENCE)
+    server = run.serve(*PATIENCE, recorded(run))
     ann = run.join("ann", traps=[Trap("tail_step", 3, "kill")])
     bob = run.join("bob", traps=[Trap("keep", 5, "wait", str(back))])
     run.reached(back)
     ann.wait()
     ann = run.join("ann")
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     found = both(run, monkeypatch, 1)
     assert (found["lost"], found["away"]) == ([3], [4])
 
@@ -289,7 +316,7 @@ def test_lost_in_a_merge(framework: str, verb: str, tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 def test_when_nobody_is_left_the_server_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Apart(tmp_path / "apart", framework="psl", rounds=3)
-    server = run.serve(*PATIENCE)
+    server = run.serve(*PATIENCE, recorded(run))
     first = {name: run.join(name, traps=[Trap("tail_step", 1, "kill")]) for name in ROWS}
     run.until("server", "waits for a client: ann, bob")
     for client in first.values():
@@ -305,7 +332,7 @@ def test_a_client_whose_limit_is_reached_leaves_for_good(tmp_path: Path) -> None
     run = Apart(tmp_path / "apart", framework="sfl-v1", rounds=4)
     policy = tmp_path / "policy.yaml"
     policy.write_text("most: {bytes: 50 kB}\nmay_leave: {error_texts: true}\n")
-    server = run.serve(*PATIENCE)
+    server = run.serve(*PATIENCE, recorded(run))
     clients = {"ann": run.join("ann", "--policy", str(policy)), "bob": run.join("bob")}
     run.ended({"server": server, **clients})
     found = run.summary()["network"]["ann"]
@@ -321,15 +348,13 @@ def test_a_client_whose_limit_is_reached_leaves_for_good(tmp_path: Path) -> None
 def test_a_client_that_lost_its_folder_begins_anew(tmp_path: Path) -> None:
     run = Apart(tmp_path / "apart", framework="sfl-v1", rounds=5)
     back = tmp_path / "back"
-    server = run.serve(*PATIENCE)
+    server = run.serve(*PATIENCE, recorded(run))
     ann = run.join("ann", traps=[Trap("tail_step", 1, "kill")])
     bob = run.join("bob", traps=[Trap("keep", 3, "wait", str(back))])
     run.reached(back)
     ann.wait()
     shutil.rmtree(run.root / "ann")
     ann = run.join("ann")
-    run.until("server", "client 'ann' is here", 2)
-    back.touch()
-    run.ended({"ann": ann, "bob": bob, "server": server})
+    ended_together(run, back, {"ann": ann, "bob": bob, "server": server})
     assert "client 'ann' does not hold round 1 any more, so it begins anew" in run.said("server")
     assert run.summary()["steps"] == {"ann": 3, "bob": 5}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from certificates import Authority, certificate_of
-from cutlayer.errors import Disconnected, NetworkError, Refused
+from certificates import CA, CLIENT, SERVER, Authority, certificate_of
+from cutlayer.errors import Disconnected, NetworkError, PolicyRefused, Refused
 from cutlayer.keys import fingerprint_of
 from cutlayer.links.net.connecting import connect, versions
 from cutlayer.links.net.messages import (
@@ -19,9 +19,6 @@ from cutlayer.links.net.messages import (
 )
 from cutlayer.links.net.tls import Credentials, split_address
 from network import Raw, run, serving, small
-
-CA = Authority()
-SERVER, CLIENT = CA.issue("server", "127.0.0.1"), CA.issue("clinic")
 
 
 def refusal(served: Any, own: Credentials | None, error: type[NetworkError] = Refused, **more: Any) -> Any:
@@ -105,6 +102,39 @@ def test_a_pinned_certificate_is_the_only_one_that_is_trusted(monkeypatch: pytes
         async with serving(SERVER) as served:
             with pytest.raises(Disconnected):
                 await served.join(own=CLIENT, fingerprint=fingerprint_of(found))
+            assert not served.listener.sessions
+
+    run(check())
+
+
+def test_a_hello_is_told_of_when_it_leaves() -> None:
+    """Once, when there is a connection to who should be there; what is raised then keeps it here."""
+    left: list[str] = []
+
+    async def check() -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            for own in (None, CLIENT):
+                with pytest.raises(Disconnected):
+                    await connect(
+                        f"127.0.0.1:{taken.getsockname()[1]}", own, "t", {"client": "c"}, patience=20,
+                        leaving=lambda: left.append("to nobody"),
+                    )  # fmt: skip
+        async with serving(SERVER) as served:
+            stranger = Authority("foreign").issue("clinic")  # who does not know the server's CA
+            with pytest.raises(NetworkError):
+                await served.join(own=stranger, leaving=lambda: left.append("to a stranger"))
+            assert left == []
+            session = await served.join(own=CLIENT, leaving=lambda: left.append("to the server"))
+            assert left == ["to the server"]
+            await session.close()
+
+            def refused() -> None:
+                raise PolicyRefused("most.bytes", "no more")
+
+            await served.held(0)
+            with pytest.raises(PolicyRefused):
+                await served.join(own=CLIENT, leaving=refused)
             assert not served.listener.sessions
 
     run(check())

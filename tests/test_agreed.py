@@ -47,6 +47,8 @@ def test_a_client_says_what_it_lacks_and_what_it_does_not_use(
 ) -> None:  # fmt: skip
     assert needs_secret(served(Apart(tmp_path / "plain").file), 4) is None
     assert "'ann'" in str(needs_secret(served(Apart(tmp_path / "ring", framework="ringsfl").file), 4))
+    hashes = {"framework": {"name": "gsfl", "groups": "selection"}, "selection": "gsfl-hash-grouping"}
+    assert "asks for hashes" in str(needs_secret(served(Apart(tmp_path / "hashes", **hashes).file), 4))
     secret = AgreedSecret(b"a" * 32)
     own, noted = seat(tmp_path / "unused", agreed=secret)
     assert (own.agreed, own.told().get("secret_check")) == (None, None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -59,13 +60,19 @@ class Ends:
         self.sessions[-1].drop("cut by the test")
 
 
+@asynccontextmanager
+async def asking(patience: float = 60.0) -> AsyncIterator[tuple[Remote, Ends]]:
+    """A server that asks one client, who has not come yet."""
+    remote = Remote("c", patience=patience)
+    async with serving(on=remote.serve) as served:
+        yield remote, Ends(served, remote)
+
+
 def over(handle: Handle, do: Callable[[Ends], Any], *, patience: float = 60.0, again: Again = SOON) -> Any:
     """Run ``do`` against a client that answers with ``handle``, then say that the run is done."""
 
     async def both() -> Any:
-        remote = Remote("c", patience=patience)
-        async with serving(on=remote.serve) as served:
-            ends = Ends(served, remote)
+        async with asking(patience) as (remote, ends):
             client = asyncio.ensure_future(answer(ends.connect, handle, again=again, draw=random.Random(0)))
             try:
                 found = await do(ends)
@@ -292,9 +299,7 @@ def test_a_client_that_was_started_again_does_not_hold_what_it_was_asked() -> No
 
     async def ask() -> None:
         work.before = before
-        remote = Remote("c", patience=60.0)
-        async with serving(on=remote.serve) as served:
-            ends = Ends(served, remote)
+        async with asking() as (remote, ends):
             clients = [asyncio.ensure_future(answer(ends.connect, work, again=SOON))]
             call = asyncio.ensure_future(remote.call(small(1)))
             await asyncio.to_thread(begun.wait)
@@ -314,9 +319,7 @@ def test_a_client_that_was_started_again_does_not_hold_what_it_was_asked() -> No
 
 def test_a_client_that_was_started_again_between_two_requests_is_not_asked_until_it_is_taken_back() -> None:
     async def ask() -> None:
-        remote = Remote("c", patience=60.0)
-        async with serving(on=remote.serve) as served:
-            ends = Ends(served, remote)
+        async with asking() as (remote, ends):
             first = asyncio.ensure_future(answer(ends.connect, Doubler(), again=SOON))
             await remote.call(small(1))
             first.cancel()  # nothing is in flight to it
@@ -340,9 +343,8 @@ def test_a_client_that_was_started_again_between_two_requests_is_not_asked_until
 
 def test_a_client_that_leaves_for_good() -> None:
     async def ask() -> None:
-        remote = Remote("c", patience=60.0)
-        async with serving(on=remote.serve) as served:
-            session = await served.join("c")
+        async with asking() as (remote, ends):
+            session = await ends.served.join("c")
             call = asyncio.ensure_future(remote.call(small(1)))
             await session.receive()
             await session.refuse("My policy forbids it.")
@@ -425,9 +427,7 @@ def test_an_error_of_ours_ends_the_client_and_stays_there(connected: bool) -> No
         raise KeyError("private text")
 
     async def ask() -> None:
-        remote = Remote("c", patience=60.0 if connected else 0.1)
-        async with serving(on=remote.serve) as served:
-            ends = Ends(served, remote)
+        async with asking(60.0 if connected else 0.1) as (remote, ends):
             client = asyncio.ensure_future(answer(ends.connect, fails, again=Again(first=30.0)))
             call = asyncio.ensure_future(remote.call(small(1)))
             await asyncio.to_thread(begun.wait)
@@ -445,9 +445,8 @@ def test_an_error_of_ours_ends_the_client_and_stays_there(connected: bool) -> No
 
 def test_replies_that_nobody_waits_for_are_dropped_and_counted() -> None:
     async def ask() -> None:
-        remote = Remote("c", patience=60.0)
-        async with serving(on=remote.serve) as served:
-            session = await served.join("c")
+        async with asking() as (remote, ends):
+            session = await ends.served.join("c")
             call = asyncio.ensure_future(remote.call(small(1)))
             cancelled = asyncio.ensure_future(remote.call(small(2)))
             for _ in range(2):
@@ -470,9 +469,8 @@ def test_replies_that_nobody_waits_for_are_dropped_and_counted() -> None:
 
 def test_replies_that_are_wrong() -> None:
     async def ask() -> None:
-        remote = Remote("c", patience=60.0)
-        async with serving(on=remote.serve) as served:
-            session = await served.join("c")
+        async with asking() as (remote, ends):
+            session = await ends.served.join("c")
             call = asyncio.ensure_future(remote.call(small(1)))
             await session.receive()
             await session.send(small(1, sender="another"))
@@ -485,7 +483,7 @@ def test_replies_that_are_wrong() -> None:
                 await call
             with pytest.raises(Refused, match="request 99"):
                 await session.receive()
-            session = await served.join("c")  # a reply that breaks the protocol of the stream
+            session = await ends.served.join("c")  # a reply that breaks the protocol of the stream
             call = asyncio.ensure_future(remote.call(small(3)))
             await session.receive()
             await session._write(b"junk!!")
@@ -499,13 +497,12 @@ def test_turns_go_on_where_the_client_is() -> None:
     """A server that was started again must not use turns that its client has answered for the one before it."""
 
     async def ask() -> None:
-        remote = Remote("c", patience=60.0)
-        async with serving(on=remote.serve) as served:
-            await served.join("c", hello={"turn": 41, "instance": "i"})
+        async with asking() as (remote, ends):
+            await ends.served.join("c", hello={"turn": 41, "instance": "i"})
             await remote.attached()
             assert remote.last_turn == 41
             for wrong in (-1, 2**32, "1", True, None, 1.5):
-                refused = await served.join("c", hello={"turn": wrong, "instance": "i"})
+                refused = await ends.served.join("c", hello={"turn": wrong, "instance": "i"})
                 with pytest.raises(Refused, match="which is no turn"):
                     await refused.receive()
 
@@ -516,9 +513,7 @@ def test_who_comes_back_in_time_is_not_given_up_later() -> None:
     """The patience of an absence ends with it."""
 
     async def ask() -> None:
-        remote = Remote("c", patience=0.2)
-        async with serving(on=remote.serve) as served:
-            ends = Ends(served, remote)
+        async with asking(0.2) as (remote, ends):
             client = asyncio.ensure_future(answer(ends.connect, Doubler(), again=SOON))
             try:
                 session = await remote.attached()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cutlayer.apart import offer, served, taken
 from cutlayer.errors import CutlayerError
 from cutlayer.policy import load_policy
 from cutlayer.seat import Seat
+from cutlayer.sketches import simulated_secrets
 from cutlayer.wire import Header, encode
 
 
@@ -82,6 +84,61 @@ def test_the_words_of_a_refusal_stay_unless_they_may_leave(may: bool, tmp_path: 
     assert ("nothing that a client may be asked for" in str(caught.value)) == may
     assert str(caught.value).startswith("PolicyRefused")
     assert "'show_me_all' is nothing that a client may be asked for" in noted.words[-1]
+
+
+LINEAR: dict[str, Any] = {"optimizer": {"name": "adamw", "lr": 0.01, "schedule": "linear"}}
+ALLOWED = {"may_leave": {"sketches": True}}
+BLURRED: dict[str, Any] = {"selection": {"name": "csfl", "sketch": "tokens", "noise": 0.1}, "framework": "sfl-v2"}
+
+
+def test_a_length_of_the_run_is_taken_where_groups_may_change_it(tmp_path: Path) -> None:
+    """From then on, and after a restart, the learning rate ends with it; no other run has such a request."""
+    own, _ = seat(tmp_path / "arranged", ALLOWED, **LINEAR, **BLURRED)
+    own.handle(ask("begin", 1, round=0, updates=10), [])
+    assert [own.party.slot._rate(n) for n in (0, 5, 10)] == [1.0, 0.5, 0.0]
+    own.party.slot.version = 2  # two steps were made
+    own.handle(ask("retime", 2, ahead=2), [])
+    assert [own.party.slot._rate(n) for n in (0, 2, 4)] == [1.0, 0.5, 0.0]
+    own.handle(ask("keep", 3, round=1), [])
+    own.handle(ask("begin", 1, round=1, updates=10), [])
+    assert [own.party.slot._rate(n) for n in (0, 2, 4)] == [1.0, 0.5, 0.0]
+    for values in ({"ahead": -1}, {"ahead": 2.5}, {}):
+        with pytest.raises(CutlayerError, match="PolicyRefused"):
+            own.handle(ask("retime", 4, **values), [])
+    other, noted = seat(tmp_path / "other", **LINEAR)
+    other.handle(ask("begin", 1, round=0, updates=10), [])
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        other.handle(ask("retime", 2, ahead=2), [])
+    assert "another length of the run, which nothing in it changes" in noted.words[-1]
+
+
+def test_noise_of_a_sketch_is_from_the_client_s_own_secret(tmp_path: Path) -> None:
+    """The same whenever it is asked, after a restart too; and not what follows from the seed, which others know."""
+
+    def told(folder: str) -> torch.Tensor:
+        own, _ = seat(tmp_path / folder, ALLOWED, **BLURRED)
+        own.handle(ask("begin", 1, round=0, updates=3), [])
+        (found,) = own.handle(ask("sketch", 2), [])[1]
+        assert own.guard.counts.kinds["sketches"][0] > 0
+        return found
+
+    first = told("ann")
+    assert torch.equal(first, told("ann"))
+    assert not torch.equal(first, told("other"))
+    by_seed = simulated_secrets(0, "ann")[1]
+    own, _ = seat(tmp_path / "ann", ALLOWED, **BLURRED)
+    assert own.party.teller is not None
+    assert not torch.equal(first, replace(own.party.teller, own=by_seed).tell(own.party._look))
+
+
+def test_a_sketch_is_told_between_steps_only(tmp_path: Path) -> None:
+    own, noted = seat(tmp_path, ALLOWED, **BLURRED)
+    own.handle(ask("begin", 1, round=0, updates=3), [])
+    own.handle(ask("set_up", 2, head_blocks=1, tail_blocks=1, steps=3), [])
+    own.handle(ask("head_forward", 3, graph=True), [])
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        own.handle(ask("sketch", 4), [])
+    assert "'sketch' came in the middle of a training step" in noted.words[-1]
 
 
 MOVING: dict[str, Any] = {"planner": {"name": "splitft-adaptive-cut", "cut": 1}, "peft": "splitft-cut-rank"}

@@ -39,6 +39,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "cache": {"partition": TWO, "framework": "sfl-v1", "exchange": {"name": "splitfrozen", "cache": True}, "rounds": 5},
     "probe": {"partition": TWO, "framework": "sfl-v1", "exchange": "mu-splitfed"},
     "bfloat16": {"framework": "sfl-v2", "precision": "bfloat16"},
+    "histogram": {"framework": "sfl-v2", "selection": {"name": "csfl", "sketch": "tokens"}, "rounds": 1},
+    "feature": {"framework": "sfl-v2", "selection": {"name": "csfl", "sketch": "features"}, "rounds": 1},
+    "hash": {
+        "framework": {"name": "gsfl", "groups": "selection"},
+        "selection": {"name": "gsfl-hash-grouping", "bits": 64},
+        "rounds": 1,
+    },
 }
 
 
@@ -133,6 +140,14 @@ def test_honest_replies_pass(kind: str) -> None:
     assert {"set_up", "probe" if kind == "probe" else "head_forward"} <= verbs
 
 
+def test_a_sample_must_have_been_shown_before_its_number_stands_for_it() -> None:
+    """As where a client's folder, or its mind, has changed: it is lost alone, and the server knows why."""
+    said = heard("cache")
+    judge = Judge("ann", said.bounds, said.told, said.party, lambda sample: sample != 3)
+    with pytest.raises(WireError, match="only the number of sample 3; expected: a sample that it has shown before"):
+        [judge(*vars(one).values()) for one in said.all]
+
+
 def wider(said: Said) -> Said:
     name, tensor = said.first()
     return said.but(name, torch.cat([tensor, tensor[:1]]))
@@ -188,6 +203,10 @@ WRONG: list[tuple[str, str, bool, str, Callable[[Said], Said]]] = [
     *[("travels", "get_state", True, n, c) for n, c in TENSORS.items()],
     *[("probe", "probe", True, n, c) for n, c in TENSORS.items()],
     *[("cache", "head_forward", True, n, c) for n, c in TENSORS.items()],
+    *[(kind, "sketch", True, n, c) for kind in ("histogram", "feature") for n, c in TENSORS.items()],
+    *[("hash", "sketch", True, n, c) for n, c in TENSORS.items() if n not in ("nan", "inf")],
+    *[(kind, "sketch", True, f"sum {n}", at("sketch", n)) for kind in ("histogram", "feature") for n in (-1, 2)],
+    ("histogram", "sketch", True, "a value", says(other=1)),
     *[("two-part", "head_forward", True, f"label {n}", at("labels", n)) for n in (99999, -1, -101, 2**31 - 1)],
     *[("two-part", "head_forward", True, f"tokens {n}", says(tokens=n)) for n in NUMBERS],
     *[("two-part", "head_forward", True, f"label tokens {n}", says(label_tokens=n)) for n in [*NUMBERS, 1]],

@@ -12,7 +12,7 @@ import zlib
 import pytest
 import torch
 
-from certificates import Authority, certificate_of
+from certificates import CA, CLIENT, SERVER, certificate_of
 from cutlayer.errors import Disconnected, Refused, WireError
 from cutlayer.links.net.messages import (
     CHUNK,
@@ -30,10 +30,6 @@ from cutlayer.links.net.messages import (
 from cutlayer.links.net.session import Session
 from cutlayer.wire import PREFIX, Header, Incoming, Limits, encode
 from network import Raw, end_of, run, serving, small
-
-CA = Authority()
-SERVER, CLIENT = CA.issue("server", "127.0.0.1"), CA.issue("clinic")
-
 
 # ---------------------------------------------------------------- who misbehaves
 

@@ -19,6 +19,7 @@ from cutlayer.serving import serve
 from spine import TWO, U, model, often
 from tiny import make_model, text_rows, write_rows
 
+KINDS = {"two-part": TWO, "u-shape": U}
 SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
 
 
@@ -31,19 +32,21 @@ CASES = [
 ]  # fmt: skip
 
 
-def both(run: Apart, out: Path, *, unequal: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+def both(
+    run: Apart, out: Path, *joined_with: str, unequal: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """The run between processes and in one, which must be the same; their summaries.
 
     Where cuts or ranks are unequal, the adapter of the run is that of one client, and only states are compared.
     """
     alone = cutlayer.train(run.simulated, out=out, progress=False).summary
     server = run.serve()
-    run.ended({"server": server, **{name: run.join(name) for name in ROWS}})
+    run.ended({"server": server, **{name: run.join(name, *joined_with) for name in run.files}})
     summary = run.summary()
     assert steps(run.root / "server") == steps(out)
     for key in SAME:
         assert summary[key] == alone[key], key
-    losses = [[e["loss"] for e in one["eval"]["history"]] for one in (summary, alone)]
+    losses = [[e["loss"] for e in one.get("eval", {}).get("history", [])] for one in (summary, alone)]
     assert losses[0] == losses[1]
     assert unequal or run.same(out)
     assert run.same_state(out)
@@ -62,10 +65,9 @@ def test_the_network_changes_no_number(
     framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
 ) -> None:  # fmt: skip
     """The same losses by client and step, the same weights, the same bytes and frames."""
-    kind = {"two-part": TWO, "u-shape": U}[partition]
     if "model" in changes:
         changes = {**changes, "model": str(model(changes["model"], num_hidden_layers=4))}
-    run = Apart(tmp_path / "apart", partition=kind, eval_every=1, **{"framework": framework, **changes})
+    run = Apart(tmp_path / "apart", partition=KINDS[partition], eval_every=1, **{"framework": framework, **changes})
     summary, alone = both(run, tmp_path / "one")
     assert all("peak_memory_bytes" not in summary["parties"][name] for name in ROWS), "nobody has measured it here"
     peaks = [one["parties"]["server"]["peak_memory_bytes"] for one in (summary, alone)]
@@ -95,8 +97,7 @@ def test_cuts_move_between_processes(
     framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
 ) -> None:  # fmt: skip
     """A planner moves blocks up and down: the same cuts, losses, weights and bytes."""
-    kind = {"two-part": TWO, "u-shape": U}[partition]
-    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=kind, **PLANNED, **changes)
+    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=KINDS[partition], **PLANNED, **changes)
     summary, alone = both(run, tmp_path / "one", unequal=True)
     assert summary["cuts"] == alone["cuts"]
     assert {name: len(one["moves"]) > 0 for name, one in summary["cuts"].items()} == dict.fromkeys(ROWS, True)
@@ -148,8 +149,7 @@ ALLOTTED: dict[str, Any] = {
 def test_ranks_by_importance_between_processes(
     framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
 ) -> None:  # fmt: skip
-    kind = {"two-part": TWO, "u-shape": U}[partition]
-    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=kind, **{**ALLOTTED, **changes})
+    run = Apart(tmp_path / "apart", UNLIKE, framework=framework, partition=KINDS[partition], **{**ALLOTTED, **changes})
     summary, alone = both(run, tmp_path / "one", unequal=True)
     assert summary["ranks"] == alone["ranks"]
     assert all(one["decided_after_round"] is not None for one in summary["ranks"].values())
@@ -200,6 +200,22 @@ def test_killed_parties_change_nothing(tmp_path: Path) -> None:
     alone = cutlayer.train(run.simulated, out=tmp_path / "one")
     assert run.same(alone.out)
     assert steps(run.root / "server") == steps(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_what_a_server_remembers_of_samples_outlives_it(tmp_path: Path) -> None:
+    """From the second epoch on clients send the numbers of what they have shown, to a server that was killed too."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("may_leave: {sample_numbers: true}\n")
+    cached = {"exchange": {"name": "splitfrozen", "cache": True}, "framework": "sfl-v1", "partition": TWO}
+    run = Apart(tmp_path / "apart", **cached, rounds=9)
+    server = run.serve()
+    clients = {name: run.join(name, "--policy", str(policy)) for name in ROWS}
+    run.kill_after("server", server, 5)
+    run.ended({**clients, "server": run.serve()})
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
+    assert steps(run.root / "server") == steps(alone.out)
+    assert run.same_state(alone.out)
 
 
 @pytest.mark.slow
@@ -281,6 +297,13 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
         ({"data": {"format": "classification", "classes": ["sad"]}}, "must name two classes or more"),
         ({"fails": 0.5}, "is for simulated clients"),
         ({"data": {"eval_fraction": 0.5}}, "cutlayer join --eval"),
+        (
+            {
+                "selection": {"name": "parallelsfl", "sketch": "tokens"},
+                "framework": {"name": "gsfl", "groups": "selection"},
+            },
+            "has clients run the trunks.*Set selection.place_top: server",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,16 @@ import torch
 import yaml
 
 import cutlayer
-from apart import LONG, Apart, Command, steps
+from apart import LONG, Apart, Command, Trap, steps
+from cutlayer import served_run, serving
 from cutlayer.build import load_base
 from cutlayer.config import load_config
 from cutlayer.errors import ConfigError, Refused
 from cutlayer.joining import join
+from cutlayer.links.net.connecting import connect
 from cutlayer.models.sharing import SharedModels
+from cutlayer.served_run import Patience
+from cutlayer.service import Service
 from cutlayer.service_file import is_service, load_service
 from spine import TWO, U, model
 from tiny import text_rows, write_rows
@@ -137,6 +144,95 @@ def test_runs_come_and_go_while_the_server_serves(tmp_path: Path) -> None:
     assert "No run here has a client 'cleo'" in both.said("cleo")
     server.process.terminate()
     assert server.wait() == 0, "all that it serves is done"
+
+
+@pytest.mark.slow
+def test_a_server_with_several_runs_finishes_the_rounds_of_all(tmp_path: Path) -> None:
+    """SIGTERM in the middle of a round of each; a SIGHUP after it changes nothing; the same command goes on."""
+    both = Two(tmp_path / "apart", rounds=8)
+    server = both.serve()
+    waits = {"ann": Trap("tail_step", 3, "wait", "ann.go"), "cleo": Trap("head_backward", 4, "wait", "cleo.go")}
+    gates = {name: tmp_path / trap.file for name, trap in waits.items()}
+    clients = {
+        name: both.join(name, traps=[replace(waits[name], file=str(gates[name]))] if name in waits else [])
+        for names in NAMES.values()
+        for name in names
+    }
+    for gate in gates.values():
+        both.reached(gate)
+    pid = server.process.pid
+    assert pid is not None
+    server.process.terminate()
+    both.until(lambda: "asked to stop: the round is finished first" in both.said("server"), server)
+    both.write(["flu"])
+    os.kill(pid, signal.SIGHUP)
+    both.until(lambda: "the service file is read when it is started again" in both.said("server"), server)
+    for gate in gates.values():
+        gate.touch()
+    assert server.wait() == 75, both.said("server")
+    assert "is not served any more" not in both.said("server")
+    for run in NAMES:
+        assert 4 <= max(int(folder.name[6:]) for folder in (both.root / "server" / run / "checkpoints").iterdir()) < 8
+    both.write(["flu", "fraud"])
+    both.ended({**clients, "server": both.serve()})
+    for run, names in NAMES.items():
+        alone = cutlayer.train(both.alone(run), out=tmp_path / run, progress=False)
+        assert steps(both.root / "server" / run) == steps(alone.out)
+        assert both.same(alone.out, server=f"server/{run}", names=names)
+
+
+class Noted:
+    """What the operator was told."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def start(self, total_steps: int) -> None: ...
+    def update(self, record: Any) -> None: ...
+    def stop(self) -> None: ...
+    def note(self, text: str) -> None:
+        self.words.append(text)
+
+
+def test_sessions_live_on_while_a_new_run_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the new run's model is read, a client is let in to another; when the server is to stop, nothing is read."""
+    both, out = Two(tmp_path / "apart", stay=True), tmp_path / "server"
+    both.write(["flu"])
+    (entry,) = load_service(both.file).runs
+    begun, let, real = threading.Event(), threading.Event(), served_run.fingerprint
+
+    def slow(model: str) -> dict[str, str]:
+        begun.set()
+        assert let.wait(60)
+        return real(model)
+
+    async def scenario() -> None:
+        noted = Noted()
+        service, patience, turn = Service("localhost:0", None, noted, stay=True), Patience(60), asyncio.Lock()
+        service.begin("flu", serving._entry(entry, out), out / "flu", patience)
+        monkeypatch.setattr(served_run, "fingerprint", slow)
+        going = asyncio.ensure_future(service.run())
+        while not service.port:
+            await asyncio.sleep(0.01)
+        both.write(["flu", "fraud"])
+        reading = asyncio.ensure_future(serving._reload(service, both.file, out, patience, turn))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        session = await connect(f"localhost:{service.port}", None, "", {"client": "ann", "wants": "run"})
+        assert session.welcome["name"] == "flu"
+        assert set(service.runs) == {"flu"}
+        await session.close("It has seen enough.")
+        let.set()
+        await reading
+        assert set(service.runs) == {"flu", "fraud"}
+        both.write(["flu"])
+        service.house.drain.ask()
+        await serving._reload(service, both.file, out, patience, turn)
+        assert set(service.runs) == {"flu", "fraud"}
+        assert "the service file is read when it is started again" in noted.words[-1]
+        await asyncio.gather(going, return_exceptions=True)
+
+    asyncio.run(scenario())
 
 
 def test_runs_share_the_frozen_base(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from certificates import Authority
+from certificates import CLIENT, SERVER
 from cutlayer.errors import Disconnected, Dismissed, Refused, RequestFailed, WireError
 from cutlayer.links.net.grpc_pipe import GrpcPipe
 from cutlayer.links.net.messages import (
@@ -27,9 +27,6 @@ from cutlayer.links.net.messages import (
 from cutlayer.links.net.session import Heartbeat, Session
 from cutlayer.wire import DTYPES, Header, Incoming, encode
 from network import Raw, end_of, run, serving, small
-
-CA = Authority()
-SERVER, CLIENT = CA.issue("server", "127.0.0.1"), CA.issue("clinic")
 
 
 def sample(dtype: torch.dtype, *shape: int) -> torch.Tensor:

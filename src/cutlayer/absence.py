@@ -14,13 +14,14 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlayer import checkpoint
 from cutlayer.allotment import Allotter
+from cutlayer.arrangement import Arranger
 from cutlayer.config_fit import batches_meet
 from cutlayer.draining import Drained
 from cutlayer.errors import AllLeft, CutlayerError, Gone, NetworkError, RequestFailed, WireError
@@ -156,7 +157,8 @@ class Absence:
         if isinstance(error, Gone):
             left, goes_on = error.kind == "left", error.kind in ("away", "left")
         else:  # what it refuses before the first round it would refuse always: that is for the operator to mend
-            left = goes_on = isinstance(error, RequestFailed | WireError) and self._begun
+            begun = self._begun and not self.run.unsketched
+            left = goes_on = isinstance(error, RequestFailed | WireError) and begun
         if goes_on:
             self._why[name] = str(error)
         if left:
@@ -167,10 +169,11 @@ class Absence:
 
     @property
     def _goes_back(self) -> bool:
-        """Whether nobody can be left out of a round that has begun: where batches meet, and where cuts and ranks move,
-        as a client set back to its begin would have those from before."""
-        parts = self.run.parts
-        return batches_meet(self.run.config) or parts.planner is not None or isinstance(parts.peft, Allotter)
+        """Whether nobody can be left out of a round that has begun: where batches meet, and where cuts and ranks move
+        or a selection arranges, as a client set back to its begin would have those from before."""
+        run, parts = self.run, self.run.parts
+        moves = parts.planner is not None or isinstance(parts.peft, Allotter) or isinstance(run.selection, Arranger)
+        return batches_meet(run.config) or moves
 
     def lost(self, name: str) -> None:
         """A client was lost just now.
@@ -194,7 +197,9 @@ class Absence:
 
     async def begin_round(self) -> None:
         """Take back who is there again, and wait until somebody can train; those who take part hold where they are."""
-        run, since = self.run, time.monotonic()
+        run = self.run
+        await self._need(run.unsketched, "has told no sketch of its data yet")
+        since = time.monotonic()
         number, self._begun, said = run.counters.rounds, True, False
         while True:
             await self.take_back()
@@ -231,6 +236,16 @@ class Absence:
             await self._pause()
             await self.take_back()
 
+    async def _need(self, names: Collection[str], why: str) -> None:
+        """Wait until all of these are there; ``why`` says what the run cannot do without."""
+        said = False
+        while missing := [name for name in names if name in self.run.counters.away]:
+            if not said:
+                said = True
+                self.progress.note(f"the run waits for {', '.join(missing)}, who {why}")
+            await self._pause()
+            await self.take_back()
+
     async def _pause(self) -> None:
         """Wait a moment for those who are away.
 
@@ -262,6 +277,8 @@ class Absence:
             self._anew(name)
             since = LATE
         await link.begin(max(since, 0), run.parts.lines[name])
+        if max(since, 0) <= run.counters.led:  # it was away as groups were formed
+            await run.retime(name)
         await self._set_up(name)
         del run.counters.away[name]
         run.presence.away.discard(name)

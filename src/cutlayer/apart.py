@@ -68,10 +68,11 @@ def _elsewhere(client: dict[str, Any]) -> dict[str, Any]:
 def problems(config: RunConfig) -> Iterator[str]:
     """What of a run cannot be over the network, a sentence each."""
     simulated = "is for simulated clients; those who join come and go by themselves. Leave it out."
-    if isinstance(config.build("selection"), Arranger):
+    selection = config.build("selection")
+    if isinstance(selection, Arranger) and "hosts" in selection.gives:
         yield (
-            f"selection '{config.selection.name}' asks for sketches, which are made with a secret and a text that all "
-            "clients share; over the network there is neither yet. Take selection: all."
+            f"selection '{config.selection.name}' has clients run the trunks of their groups, which is not yet over "
+            "the network: the server would see what they send each other. Set selection.place_top: server."
         )
     if config.data.eval_fraction is not None:
         yield "data.eval_fraction divides one file. Let each client give a file of its own (cutlayer join --eval)."
@@ -110,6 +111,12 @@ def needs_secret(config: RunConfig, num_blocks: int) -> str | None:
     for name, peer in hosts(routes_of(config, layouts_of(config, num_blocks))):
         return (
             f"client '{peer}' runs blocks for '{name}', and the server, which passes on what they send, may not read it"
+        )
+    selection = config.build("selection")
+    if isinstance(selection, Arranger) and selection.asks.kind == "hash":
+        return (
+            f"selection '{config.selection.name}' asks for hashes, whose projections the server may not know, as it "
+            "could take the hashes back to what they are made of"
         )
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, Framework, Selection, Stop
 from cutlayer.costs import BYTES, leg_seconds, shape_of
 from cutlayer.errors import MethodError
-from cutlayer.links.local import Pace
+from cutlayer.links.local import Link, Pace
+from cutlayer.links.network import NetworkLink
 from cutlayer.merging import StepEleven
 from cutlayer.models.slots import Slot
 from cutlayer.pace import Paces
@@ -30,7 +31,7 @@ class Arranging(StepEleven):
     config: RunConfig
     framework: Framework
     selection: Selection
-    paces: Paces
+    links: Mapping[str, Link]
     progress: Reporter
     seed: int
     sketches: dict[str, Tensor]  # by client, as they came
@@ -50,6 +51,11 @@ class Arranging(StepEleven):
         given = self.arrangement.weights
         return {client: given[client] for client in clients} if given else None
 
+    @property
+    def unsketched(self) -> list[str]:
+        """The clients whose first sketch the selection has not."""
+        return [c for c in self.clients if c not in self.sketches] if isinstance(self.selection, Arranger) else []
+
     async def arrange(self) -> None:
         """Before a round: ask for sketches where they are due, and follow what the selection makes of them.
 
@@ -60,10 +66,10 @@ class Arranging(StepEleven):
         if not isinstance(selection, Arranger):
             return
         every = selection.renews
-        if not self.sketches or (every is not None and number and number % every == 0):
+        if self.unsketched or (every is not None and number and number % every == 0):
             if selection.asks.sees_head:
                 await self.catch_up(self.clients)  # features of unequal heads could not be compared
-            for client in self.clients:
+            for client in self.present:  # who is away has told one, which stays
                 self.sketches[client] = (await self.ends[client].ask("sketch")).tensors["sketch"]
         elif not selection.each_round:
             return
@@ -75,19 +81,20 @@ class Arranging(StepEleven):
         await self._follow(arrangement)
 
     def _told(self, selection: Arranger) -> Told:
-        server, speeds, step_bytes = self._speeds()
+        paces = Paces(self.config, self.parts)
+        server, speeds, step_bytes = self._speeds(paces)
         return Told(
             clients=[c for c in self.clients if self.parts.planned[c] > self.counters.steps[c]],
             everybody=self.clients,
             sketches={client: as_told(selection.asks, self.sketches[client]) for client in self.clients},
             sizes=self.federated.sizes,
-            speeds=speeds, timed=bool(self.paces.profiles), server=server, step_bytes=step_bytes,
+            speeds=speeds, timed=bool(paces.profiles), server=server, step_bytes=step_bytes,
             local_steps=self.framework.local_steps, seed=self.seed,
         )  # fmt: skip
 
-    def _speeds(self) -> tuple[float, dict[str, Speed], int]:
+    def _speeds(self, paces: Paces) -> tuple[float, dict[str, Speed], int]:
         """Seconds of the server for a step's trunk, each client's speeds, and the bytes of a step's hidden states."""
-        config, parts, paces = self.config, self.parts, self.paces
+        config, parts = self.config, self.parts
         shape = shape_of(parts.base.model.config, task=task_of(config))
         known = getattr(parts.base.model.config, "max_position_embeddings", None) or config.data.max_length
         rows, length = config.batch_size * config.gradient_accumulation, min(config.data.max_length, known)
@@ -155,11 +162,14 @@ class Arranging(StepEleven):
             self.progress.note(said)
         counters.holders.clear()
         counters.totals.clear()
+        counters.led = counters.rounds
         began = any(counters.steps.values())
         before = self._mean_trunk() if began else {}
         for key in self.lead():
             slot = self.parts.slot(Stop(*key, range(0)))
             slot.put(await self._sent(SERVER, key[0], {n: t for n, t in before.items() if n in slot.get()}))
+        if self.parts.apart:
+            await self.reach(self.retime, self.clients)
         if new.groups and began:  # all groups go on from the last merge, whatever their slots were before
             for stop in self._stops(self.clients):
                 slot = self.parts.slot(stop)
@@ -240,6 +250,13 @@ class Arranging(StepEleven):
             ahead = [self._ahead(client) for client in clients]
             totals[key] = slot.version + (max(ahead) if pooled and self.framework.pooled else sum(ahead))
         slot.retime(learning_rate(self.config, totals[key]))
+
+    async def retime(self, client: str) -> None:
+        """Tell a client elsewhere of the last arrangement what ``lead`` has told those in this process."""
+        link, key = self.links[client], f"client {client}"
+        assert isinstance(link, NetworkLink)
+        if key in self.counters.totals:  # of it alone: how many updates it has made, only the client knows
+            await link.retime(self.counters.totals[key])
 
     def _ahead(self, client: str) -> int:
         """How many optimizer steps a client will still make, as far as can be said."""

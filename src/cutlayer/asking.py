@@ -17,18 +17,18 @@ from cutlayer.errors import PolicyRefused
 from cutlayer.policy import Policy, Told
 from cutlayer.wire import Header
 
-HOUSEKEEPING = ("begin", "hold", "keep", "abort", "finish")  # keeps two processes together; no part of a step
+HOUSEKEEPING = ("begin", "hold", "keep", "retime", "abort", "finish")  # keeps two processes together; no part of a step
 MOST = 2**48  # of any whole number; sums of the steps of endless runs are below
 
 # Values by name, whichever verb has them: whole numbers with the least that they may be, and other numbers.
 WHOLE: Mapping[str, int] = {
-    "round": 0, "updates": 0, "most": 0, "steps": 0, "head_blocks": 0, "tail_blocks": -1, "version": -1,
+    "round": 0, "updates": 0, "ahead": 0, "most": 0, "steps": 0, "head_blocks": 0, "tail_blocks": -1, "version": -1,
     "directions": 0, "number": 0, "bits": 1, "used": 0, "stage": 0,
 }  # fmt: skip
 NUMBERS = ("loss", "head_weight", "scale", "mu", "strength")
 PARTS = ("own", "hosted", "all")
 NEEDS: Mapping[str, tuple[str, ...]] = {  # values without which a verb of housekeeping means nothing
-    "begin": ("round", "updates"), "hold": ("round",), "keep": ("round",),
+    "begin": ("round", "updates"), "hold": ("round",), "keep": ("round",), "retime": ("ahead",),
 }  # fmt: skip
 OPEN_BELOW = ("head_blocks",)  # how low it may be is the policy's own rule, which says more
 

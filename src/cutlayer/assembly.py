@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from cutlayer.agreed import AgreedSecret
 from cutlayer.allotting import begin, begin_alone
-from cutlayer.arrangement import Arranger
-from cutlayer.build import Data, check_fit, layouts_of, task_of
+from cutlayer.build import Data, check_fit, layouts_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED, Example, Framework, Layout, Peft, Planner, Stop
 from cutlayer.errors import ConfigError, MethodError
@@ -36,7 +36,7 @@ from cutlayer.schedule import (
     told_of,
     updates_of,
 )  # fmt: skip
-from cutlayer.sketches import Teller, simulated_secrets
+from cutlayer.telling import teller_of
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def assemble_server(config: RunConfig, base: Base, told: Mapping[str, Told]) -> 
 
 def assemble_client(
     config: RunConfig, base: Base, data: Data, kept: Mapping[str, Sequence[Example]], name: str, *, updates: int,
-    secret: bytes, cuts: tuple[int, int] | None = None,
+    secret: bytes, agreed: AgreedSecret | None = None, cuts: tuple[int, int] | None = None,
 ) -> ClientParty:  # fmt: skip
     """A client that is alone in its process.
 
@@ -218,6 +218,7 @@ def assemble_client(
         name: its name.
         updates: how many its part will have in the run, for the learning rate.
         secret: of this client alone.
+        agreed: what the run's clients agreed on among themselves, if it has it.
         cuts: its head blocks now and at most, where a planner says them.
 
     Raises:
@@ -238,7 +239,8 @@ def assemble_client(
     params = new_params(start, names, arena)
     slot = Slot(name, params, make_optimizer(config), learning_rate(config, updates), arena)
     party = client_party(
-        config, base, data, kept, name, head=head, tail=tail, slot=slot, frozen=frozen, secret=secret
+        config, base, data, kept, name, head=head, tail=tail, slot=slot, frozen=frozen, secret=secret,
+        agreed=agreed,
     )  # fmt: skip
     party.most = cuts[1] if cuts is not None else len(head.blocks)
     first = {n: base.initial[n].detach() for n in names}
@@ -325,7 +327,7 @@ def own_names(
 
 def client_party(
     config: RunConfig, base: Base, data: Data, kept: Mapping[str, Sequence[Example]], name: str, *, head: Segment,
-    tail: Segment | None, slot: Slot, frozen: bool, secret: bytes | None = None,
+    tail: Segment | None, slot: Slot, frozen: bool, secret: bytes | None = None, agreed: AgreedSecret | None = None,
 ) -> ClientParty:  # fmt: skip
     """A client with its data; ``kept`` are the examples that it validates with."""
     told = told_of(config, data, name)
@@ -339,7 +341,7 @@ def client_party(
         validation=[partial(data.collate, part) for part in chunks(kept.get(name, []), config.batch_size)],
         sizes={"examples": told.examples, "label_tokens": told.label_tokens},
         seed=config.seed,
-        teller=_teller(config, base, data, name),
+        teller=teller_of(config, base, data, name, secret=secret, agreed=agreed),
         frozen={n: base.initial[n] for n in head.names} if frozen else None,
         secret=secret,
     )
@@ -354,20 +356,6 @@ def own_trunks(parts: Parts) -> dict[str, frozenset[str]]:
         own = [p for stop, p in zip(route, places, strict=True) if users[stop.party, stop.slot] == 1]
         found[client] = frozenset(name for place in own for name in place.segment.names)
     return found
-
-
-def _teller(config: RunConfig, base: Base, data: Data, name: str) -> Teller | None:
-    """What makes a client's sketch, where the run's selection asks for one."""
-    selection = config.build("selection")
-    if not isinstance(selection, Arranger):
-        return None
-    classes = int(base.model.config.num_labels) if task_of(config) == "classification" else 0
-    shared, own = simulated_secrets(config.seed, name)
-    return Teller(
-        selection.asks, name, data.train[name], data.collate, classes,
-        vocabulary=base.model.get_input_embeddings().weight.shape[0], seed=config.seed,
-        shared=shared, own=own, common=data.evaluation,
-    )  # fmt: skip
 
 
 def check_somebody_trains(config: RunConfig, routes: Routes) -> None:

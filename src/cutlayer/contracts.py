@@ -332,6 +332,10 @@ class Exchange(Protocol):
         """Whether clients name the samples of a batch, and send only their numbers from the second epoch on."""
         return False
 
+    def remembers(self, client: str, sample: int) -> bool:
+        """Whether it has what a client showed of a sample, where ``caches``."""
+        return False
+
     def problems(self, config: RunConfig) -> Iterator[str]:
         """What of a run it cannot work with, a sentence each; asked before a model is read."""
         yield from ()

@@ -57,7 +57,7 @@ class Run(Updating):
         self.rate: Rate | None = config.build("optimizer")
         self._joints: dict[str, list[Joint]] = {}  # by client, while it trains at once with others
         self.counters = Counters(steps=dict.fromkeys(self.clients, 0))
-        self.paces = Paces(config, parts)
+        self.paces = Paces(config, parts, real=parts.apart)
         self.presence = Presence(config, parts.routes)
         self._queues = queues = Queues(clock, self.paces.access)
         self.links: Mapping[str, Link] = (links or local_links)(self)

@@ -34,7 +34,7 @@ Answer = tuple[Header, list[Tensor]]
 KEPT_TURNS = 64  # of which it is known what they asked for
 KEPT_ANSWERS = 4  # that can be given again
 UNDER_WAY = 64  # micro-batches at a time, at most
-BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage")
+BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage", "sketch")
 SHAPED = {"set_state": "owned", "features": "owned"}  # requests whose tensors are of the slot
 
 

@@ -106,8 +106,7 @@ async def _join(
         async def open_again(extras: Mapping[str, Any]) -> Session:
             # No turn follows from an earlier session to this one, but what was released stays counted.
             told = {**offered.hello, **seat.told(), **extras}
-            seat.guard.greets(told, len(hello_of(told)))
-            return await open_session(told)
+            return await open_session(told, lambda: seat.guard.greets(told, len(hello_of(told))))
 
         words = await answer(open_again, seat.handle, again=again, resent=seat.resent)
         if not seat.result.is_dir():

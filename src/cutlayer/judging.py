@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cutlayer._judging import Checks, finite, named
+from cutlayer.asking import HOUSEKEEPING
 from cutlayer.build import task_of
 from cutlayer.config import RunConfig
 from cutlayer.models.importance import UNKNOWN
@@ -26,6 +27,7 @@ from cutlayer.parties.helping import PREFIX
 from cutlayer.parties.holder import Holder
 from cutlayer.ranks import pairs
 from cutlayer.schedule import ENDLESS, Told
+from cutlayer.sketches import Sketch
 from cutlayer.values import IGNORE
 from cutlayer.wire import Header, Value
 
@@ -35,7 +37,7 @@ PROBE = 2  # the size of each dimension where an optimizer's state is learnt
 # By verb, in which step its reply is sent, and of which kind it is.
 REPLIES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("set_up", "histogram"), ("partition", "ack")),
-    **dict.fromkeys(("begin", "hold", "keep", "abort", "finish"), ("partition", "ack")),
+    **dict.fromkeys(HOUSEKEEPING, ("partition", "ack")),
     "sketch": ("partition", "sketch"),
     **dict.fromkeys(("head_forward", "probe", "features"), ("send_activations", "activations")),
     "tail_step": ("send_gradients", "gradient"),
@@ -58,6 +60,7 @@ class Bounds:
         labels: how many labels there are: the vocabulary, or a classifier's classes.
         causal: whether each token has a label; else each row has.
         dtype: of hidden states.
+        sketch: what it tells of its data, where the run's selection asks.
     """
 
     rows: int
@@ -67,6 +70,7 @@ class Bounds:
     labels: int
     causal: bool
     dtype: torch.dtype
+    sketch: Sketch | None = None
 
 
 def bounds_of(config: RunConfig, base: Base, name: str) -> Bounds:
@@ -76,6 +80,7 @@ def bounds_of(config: RunConfig, base: Base, name: str) -> Bounds:
         rows=config.batch_size, length=max(config.data.max_length, config.data_of(name).max_length),
         micros=config.gradient_accumulation, hidden=model.hidden_size,
         labels=model.vocab_size if causal else model.num_labels, causal=causal, dtype=DTYPES[config.precision],
+        sketch=getattr(config.build("selection"), "asks", None),
     )  # fmt: skip
 
 
@@ -106,11 +111,14 @@ class Judge(Checks):
         bounds: of its batches.
         told: what it said of its data when it came.
         shadow: has the names and shapes of its tensors.
+        remembers: whether the server has what it showed of a sample, where it caches that.
     """
 
-    def __init__(self, name: str, bounds: Bounds, told: Told, shadow: Holder) -> None:
+    def __init__(
+        self, name: str, bounds: Bounds, told: Told, shadow: Holder, remembers: Callable[[int], bool] = lambda _: True
+    ) -> None:
         super().__init__(name)
-        self.bounds, self.told, self.shadow = bounds, told, shadow
+        self.bounds, self.told, self.shadow, self.remembers = bounds, told, shadow, remembers
         self._open: dict[tuple[int, int], _Batch] = {}  # of training, by step and micro-batch
         self._tells_step_tokens = self._caches = False
         self._moments: dict[tuple[int, torch.dtype], dict[str, tuple[int, ...]]] = {}
@@ -162,6 +170,16 @@ class Judge(Checks):
             if type(it.values[name]) is not int or it.values[name] != wanted:
                 self._fail(f"{name} {it.values[name]!r}", f"{wanted}, as it said when it came")
 
+    def _on_sketch(self, it: _Answer) -> None:
+        self._only(it.values, it.found, (), ["sketch"])
+        sketch = self.bounds.sketch
+        assert sketch is not None  # as it was asked for
+        self._like(
+            it.found, "sketch", sketch.shape(classes=self.bounds.labels, hidden=self.bounds.hidden), sketch.dtype
+        )
+        if not sketch.possible(it.found["sketch"]):
+            self._fail("a sketch that cannot be", "proportions, or a vector of length 1")
+
     def _on_histogram(self, it: _Answer) -> None:
         self._only(it.values, it.found, values_needed=self._categories(it.values, self.told.examples))
 
@@ -195,6 +213,8 @@ class Judge(Checks):
         self._only(it.values, it.found, says, [*needed, *(["samples"] if samples else [])], spare)
         self._flag(it.values, "needs_gradient")
         rows, length = self._samples(it.found["samples"]) if known else self._batch(it.found, it.found["hidden"])
+        if known and (new := [one for one in it.found["samples"].tolist() if not self.remembers(one)]):
+            self._fail(f"only the number of sample {new[0]}", "a sample that it has shown before")
         if samples and not known and self._samples(it.found["samples"])[0] != rows:
             self._fail(f"{len(it.found['samples'])} sample numbers", f"one for each of {rows} rows")
         self._began(it.asked, it.values, rows, length, training=training)

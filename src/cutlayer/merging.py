@@ -60,7 +60,10 @@ class Counters:
         default_factory=dict
     )  # by holder and matrix: what it told when its ranks were last decided
     allotted: dict[str, int] = field(default_factory=dict)  # by holder: the rounds before its ranks were last decided
-    totals: dict[str, int] = field(default_factory=dict)  # by slot: updates in the run, where an arrangement says it
+    totals: dict[str, int] = field(
+        default_factory=dict
+    )  # by slot: updates in the run, where an arrangement says it; of clients elsewhere those that were ahead then
+    led: int = -1  # the round in which the arrangement last changed who trains with whom; -1: none has
 
 
 class StepEleven(Losing):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,12 +116,17 @@ def own_name(keys: ClientKeys | None, name: str | None) -> str:
     return keys.name
 
 
-def opener(address: str, keys: ClientKeys | None, policy: Policy, limits: Limits) -> Open:
-    """What opens a session with a hello, whose frames from the server are within ``limits``."""
+def opener(address: str, keys: ClientKeys | None, policy: Policy, limits: Limits) -> Callable[..., Awaitable[Session]]:
+    """What opens a session with a hello, whose frames from the server are within ``limits``.
+
+    It may be given what is to be told when the hello is about to leave (``connect``).
+    """
     credentials = Credentials(keys.ca, keys.certificate, keys.key) if keys else None
     token, pinned = keys.token if keys else "", policy.server or ""
 
-    async def opened(hello: Mapping[str, Any]) -> Session:
-        return await connect(address, credentials, token, hello, limits=limits, fingerprint=pinned)
+    async def opened(hello: Mapping[str, Any], leaving: Callable[[], None] = lambda: None) -> Session:
+        return await connect(
+            address, credentials, token, hello, limits=limits, fingerprint=pinned, leaving=leaving
+        )  # fmt: skip
 
     return opened

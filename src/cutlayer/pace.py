@@ -18,17 +18,21 @@ EDGE = "edge-box+fibre"  # a party that is neither a client nor the server, wher
 
 
 class Paces:
-    """The durations of a run's work; all of them None where the run has no profile, or the clock is real.
+    """The durations of a run's work; all of them None where the run has no profile, or time is what it takes.
+
+    Args:
+        config: the run.
+        parts: its parts.
+        real: whether time is what it takes, and profiles are only for who plans and who arranges.
 
     Raises:
         ConfigError: some clients have a profile and some have none, so that their times could not be compared.
     """
 
-    def __init__(self, config: RunConfig, parts: Parts) -> None:
+    def __init__(self, config: RunConfig, parts: Parts, *, real: bool = False) -> None:
         clients = {name: profile_from(config.profile_of(name)) for name in config.client_names}
         check_profiles(clients)
-        # Of clients elsewhere time is what it takes, and profiles are only for who plans.
-        self._timed = not parts.apart and all(profile is not None for profile in clients.values())
+        self._timed = not real and all(profile is not None for profile in clients.values())
         self._parts = parts
         self._frozen_head = config.build("exchange").frozen_head
         self.profiles: dict[str, Profile | None] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 from cutlayer import checkpoint
 from cutlayer.agreed import AgreedSecret
 from cutlayer.apart import check_routes, known_classes, needs_secret, part_of
+from cutlayer.arrangement import Arranger
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
@@ -40,7 +41,7 @@ from cutlayer.plans import keep_back
 from cutlayer.policy import Policy
 from cutlayer.released import Counts, Log
 from cutlayer.report.progress import Reporter
-from cutlayer.schedule import planned_steps, told_of
+from cutlayer.schedule import learning_rate, planned_steps, told_of
 from cutlayer.wire import Header
 
 BEGINNINGS = ("head_forward", "probe")
@@ -86,6 +87,7 @@ class Seat:
         if config.planner is None:  # else the server says the cut, once all clients are known
             self.party = self._party(0)
         self._begun = False  # a server has said which round it goes on from
+        self._updates = 0  # that its part has in the run
         self._base_round, self._checkpoints, self._holds = 0, list[int](), 0  # what of its past it may be set back to
         self.guard = Guard(
             policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
@@ -126,8 +128,9 @@ class Seat:
         if self.base is None or len(layout.head) != self.most:
             self.base, self.most = self._base(part_of(layout)), len(layout.head)
         return assemble_client(
-            self.config, self.base, self.data, self.kept, self.name, updates=updates, secret=self.secret, cuts=cuts
-        )
+            self.config, self.base, self.data, self.kept, self.name, updates=updates, secret=self.secret,
+            agreed=self.agreed, cuts=cuts,
+        )  # fmt: skip
 
     def _cuts(self, header: Header) -> tuple[int, int] | None:
         """What a planner says of the client's cut.
@@ -215,7 +218,7 @@ class Seat:
     def _begin(self, header: Header) -> None:
         """Be as after a round, or anew."""
         number, updates = int(header.value("round")), int(header.value("updates"))
-        self.party = self._party(updates, self._cuts(header))
+        self.party, self._updates = self._party(updates, self._cuts(header)), updates
         self.guard.begin()
         self._base_round, self._checkpoints, self._holds = number, [], 0
         if number == 0:
@@ -231,6 +234,7 @@ class Seat:
         try:
             slot = self.party.slot
             slot.put(states["client"], version=int(manifest["slot_version"]), resize=True)
+            self._last_for(int(manifest["updates"]))
             if slot.importance is not None:
                 slot.importance.restore(manifest["importance"])
         except (KeyError, TypeError, RuntimeError) as error:
@@ -264,9 +268,24 @@ class Seat:
         """What of this client's state is no tensor."""
         slot = self.party.slot
         return {
-            "slot_version": slot.version, "head_blocks": len(self.party.head.blocks),
+            "slot_version": slot.version, "updates": self._updates, "head_blocks": len(self.party.head.blocks),
             "importance": slot.importance.state() if slot.importance is not None else None,
         }  # fmt: skip
+
+    def _retime(self, header: Header) -> None:
+        """Let the learning rate end where an arrangement of who trains with whom does.
+
+        Raises:
+            PolicyRefused: the run has no selection that arranges.
+        """
+        if not isinstance(self.config.build("selection"), Arranger):
+            raise PolicyRefused("told", "the server tells another length of the run, which nothing in it changes.")
+        self._last_for(self.party.slot.version + int(header.value("ahead")))
+
+    def _last_for(self, updates: int) -> None:
+        """So many updates this client's part has in the run."""
+        self._updates = updates
+        self.party.slot.retime(learning_rate(self.config, updates))
 
     def _abort(self, header: Header) -> None:
         """Forget what is under way."""

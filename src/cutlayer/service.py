@@ -74,14 +74,33 @@ class Service:
             out: its folder.
             patience: with a client that stays away in the middle of it.
         """
-        assert name not in self.runs
-        self.runs[name] = ServedRun(
+        self._add(self._made(name, config, out, patience))
+
+    async def begin_beside(self, runs: Mapping[str, tuple[RunConfig, Path]], patience: Patience) -> None:
+        """The same of several, while others are served: the thread that computes reads files, not that of sessions.
+
+        Raises:
+            CutlayerError: a folder or a model cannot be read; none is begun.
+        """
+
+        async def made() -> list[ServedRun]:
+            return [self._made(name, config, out, patience) for name, (config, out) in runs.items()]
+
+        for run in await self.computing.do(made()):
+            self._add(run)
+
+    def _made(self, name: str, config: RunConfig, out: Path, patience: Patience) -> ServedRun:
+        return ServedRun(
             name, config, out, patience=patience, progress=labelled(self.progress, name), computing=self.computing,
             models=self.models, drain=self.house.drain, label=self.label,
         )  # fmt: skip
-        self.house.runs.append(self.runs[name].watch)
+
+    def _add(self, run: ServedRun) -> None:
+        assert run.name not in self.runs
+        self.runs[run.name] = run
+        self.house.runs.append(run.watch)
         if self.port:
-            self._tell(self.runs[name])
+            self._tell(run)
         self._changed.set()
 
     async def remove(self, name: str) -> None:

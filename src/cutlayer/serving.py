@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from cutlayer.report.progress import Reporter, reporter
 from cutlayer.run import Interrupted, Result
 from cutlayer.served_run import Patience
 from cutlayer.service import Service
-from cutlayer.service_file import Entry, load_service
+from cutlayer.service_file import Entry, ServiceFile, load_service
 from cutlayer.status import status_server
 from cutlayer.watching import House
 
@@ -101,8 +102,8 @@ def serve_all(
     configs = {entry.name: (_entry(entry, folder), folder / entry.name) for entry in found.runs}
     own = server_keys(keys) if keys is not None else None
     service = Service(bind, own, shown, stay=found.stay, house=House(Drain(drain), own.until if own else None))
-    waits = Patience(patience, absent)
-    _finished(service, configs, waits, status, again=lambda: _reload(service, source, folder, waits))
+    waits, turn = Patience(patience, absent), asyncio.Lock()
+    _finished(service, configs, waits, status, again=lambda: _reload(service, source, folder, waits, turn))
     if service.failures:
         said = " ".join(f"'{name}': {error}" for name, error in service.failures.items())
         raise NetworkError(f"{len(service.failures)} of {len(service.runs)} runs did not end well. {said}")
@@ -149,15 +150,45 @@ def _label(source: object) -> str:
     return Path(str(source)).stem if isinstance(source, str | Path) and "\n" not in str(source) else "run"
 
 
-async def _reload(service: Service, source: str | Path, out: Path, patience: Patience) -> None:
-    """Serve what the service file says now; where that cannot be, what it said before."""
-    try:
-        found = load_service(source)
-        fresh = {e.name: _entry(e, out) for e in found.runs if e.name not in service.runs}
-        known = {e.name: _placed(served(e.run, e.set), e.run) for e in found.runs if e.name in service.runs}
-    except CutlayerError as error:
-        service.progress.note(f"the service file was read again, and nothing is changed: {error}")
-        return
+@dataclass(frozen=True)
+class _Reading:
+    """What a service file says: all of it, the runs that are new, and those that are served already."""
+
+    found: ServiceFile
+    fresh: Mapping[str, RunConfig]
+    known: Mapping[str, RunConfig]
+
+
+async def _read_again(source: str | Path, out: Path, runs: Collection[str]) -> _Reading:
+    """A service file as it is now; ``runs`` are served already."""
+    found = load_service(source)
+    fresh = {e.name: _entry(e, out) for e in found.runs if e.name not in runs}
+    known = {e.name: _placed(served(e.run, e.set), e.run) for e in found.runs if e.name in runs}
+    return _Reading(found, fresh, known)
+
+
+async def _reload(service: Service, source: str | Path, out: Path, patience: Patience, turn: asyncio.Lock) -> None:
+    """Serve what the service file says now; where that cannot be, what it said before.
+
+    Models are looked at by the thread that computes, between two verbs: sessions stay alive meanwhile, and what
+    Transformers sets for a moment in all of PyTorch (the type of new tensors) is seen by no other run.
+    """
+    async with turn:  # a second SIGHUP waits
+        try:
+            if not service.house.drain.asked():
+                reading = await service.computing.do(_read_again(source, out, set(service.runs)))
+            if service.house.drain.asked():
+                service.progress.note("the server is about to stop; the service file is read when it is started again")
+                return
+            await _follow(service, reading, out, patience)
+        except CutlayerError as error:
+            service.progress.note(f"the service file was read again, and nothing is changed: {error}")
+
+
+async def _follow(service: Service, reading: _Reading, out: Path, patience: Patience) -> None:
+    """Begin with what is new, and end what has gone."""
+    found, fresh, known = reading.found, reading.fresh, reading.known
+    await service.begin_beside({name: (config, out / name) for name, config in fresh.items()}, patience)
     for name, config in known.items():
         if dump(config) != dump(service.runs[name].config):
             service.progress.note(f"run '{name}' is another now, and goes on as it was begun; a new one has a new name")
@@ -166,8 +197,6 @@ async def _reload(service: Service, source: str | Path, out: Path, patience: Pat
         await service.remove(name)
         service.progress.note(f"run '{name}' is not served any more")
     service.stay = found.stay
-    for name, config in fresh.items():
-        service.begin(name, config, out / name, patience)
 
 
 def _entry(entry: Entry, out: Path) -> RunConfig:

@@ -28,6 +28,7 @@ Kind = Literal["labels", "lengths", "tokens", "features", "hash"]
 BUCKETS = 64  # of the histogram of tokens
 LENGTHS = 32  # classes of length: two for each doubling
 COMMON_ROWS, COMMON_LENGTH = 64, 16  # of the common text whose mean feature is subtracted
+ROUNDING = 1e-3  # by which the sum or the length of float32 numbers may miss 1
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,25 @@ class Sketch:
         """Whether the sketch depends on what the client's head now is."""
         return self.kind in ("features", "hash")
 
+    def shape(self, *, classes: int, hidden: int) -> tuple[int, ...]:
+        """Of what is told, where the task has so many classes, and hidden states are of this size."""
+        sizes = {"labels": classes, "lengths": LENGTHS, "tokens": BUCKETS, "features": hidden, "hash": self.bits // 8}
+        return (sizes[self.kind],)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is told."""
+        return torch.uint8 if self.kind == "hash" else torch.float32
+
+    def possible(self, told: Tensor) -> bool:
+        """Whether numbers of its shape and type can be such a sketch: proportions, or a vector of length 1 or 0."""
+        if self.kind == "hash":
+            return True
+        if self.kind == "features":
+            length = float(told.double().norm())
+            return abs(length - 1) < ROUNDING or length == 0
+        return bool((told >= 0).all()) and abs(float(told.double().sum()) - 1) < ROUNDING
+
 
 @dataclass(frozen=True)
 class Teller:
@@ -75,9 +95,10 @@ class Teller:
         classes: how many the task has; 0 for free text.
         vocabulary: how many tokens the model knows.
         seed: the run's.
-        common: text that all clients have, the run's evaluation data. Without any it is random tokens, drawn from the
-            seed; what real texts have in common is then left in the features, and they look more alike than they are.
-        shared: a secret of all clients, unknown to the server: of projections.
+        common: text that all clients have, in a simulation the run's evaluation data. Without any it is random tokens,
+            drawn from the seed; what real texts have in common is then left in the features, and they look more alike
+            than they are.
+        shared: a secret of all clients, unknown to the server: of projections; None: they have agreed on none.
         own: a secret of this client: of noise and flips.
     """
 
@@ -88,7 +109,7 @@ class Teller:
     classes: int
     vocabulary: int
     seed: int
-    shared: int
+    shared: int | None
     own: int
     common: Sequence[Example] = ()
 
@@ -99,6 +120,7 @@ class Teller:
         """
         kind = self.sketch.kind
         if kind == "hash":
+            assert self.shared is not None  # or the client would not have taken its seat
             return torch.from_numpy(hashed(self._feature(head), self.sketch, shared=self.shared, own=self.own))
         if kind == "features":
             found = self._feature(head) + self._noise(self._feature(head).size)

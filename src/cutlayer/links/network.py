@@ -1,7 +1,7 @@
 """The link to a client in another process: the same frames as in one process, over its session.
 
 What steps and merges need is counted as it is in a simulation. What only keeps the two processes together (``begin``,
-``hold``, ``keep``, ``abort``, ``finish``) is no part of split learning, changes no number, and is counted apart.
+``hold``, ``keep``, ``retime``, ``abort``, ``finish``) is no part of split learning, and is counted apart.
 """
 
 from __future__ import annotations
@@ -103,6 +103,10 @@ class NetworkLink:
         await self.tell(verb, {"round": rounds})
         self.held = rounds
         self.wrote(rounds)
+
+    async def retime(self, ahead: int) -> None:
+        """Let the client's learning rate end after so many more updates of its part."""
+        await self.tell("retime", {"ahead": ahead})
 
     async def finish(self) -> None:
         """Let the client write its result."""

@@ -99,8 +99,16 @@ def save_part(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_nam
     with _ranks_told(base, held):
         inner = {f"base_model.model.{name}": tensor for name, tensor in held.items()}
         base.peft_model.peft_config["default"].save_pretrained(folder)
-    told = get_peft_model_state_dict(base.peft_model, state_dict=inner, save_embedding_layers=False)
-    save_file(dict(told), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # A layer that is trained whole, such as a classifier's head, PEFT wants in any case, though another party has it.
+    others = {
+        f"base_model.model.{name}": tensor.detach()
+        for name, tensor in base.initial.items()
+        if ".modules_to_save." in name and name not in held
+    }
+    told = get_peft_model_state_dict(base.peft_model, state_dict={**inner, **others}, save_embedding_layers=False)
+    not_here = {id(tensor) for tensor in others.values()}
+    mine = {name: tensor for name, tensor in told.items() if id(tensor) not in not_here}
+    save_file(mine, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _refuse_not_finite(state: Mapping[str, Tensor], folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -58,6 +58,7 @@ async def connect(
     heartbeat: Heartbeat | None = None,
     fingerprint: str = "",
     patience: float = PATIENCE,
+    leaving: Callable[[], None] = lambda: None,
 ) -> Session:
     """Open a session.
 
@@ -70,6 +71,7 @@ async def connect(
         heartbeat: how a lost server is noticed.
         fingerprint: SHA-256 of the server's certificate, where it must be this one (see ``tls.pinned``).
         patience: seconds for the connection, and again for the welcome.
+        leaving: is told when the hello is about to leave, once there is a connection; what it raises keeps it here.
 
     Raises:
         Refused: the server turned this client away, or is not the one it should be.
@@ -103,25 +105,50 @@ async def connect(
 
     pipe = GrpcPipe(call.read, call.write, call.done_writing, cut)
     try:
-        welcome = await _greet(pipe, hello, address, credentials, patience)
+        opened = await _opened(channel, address, patience)
+        if opened:
+            leaving()
+        welcome = await _greet(pipe, hello if opened else None, address, credentials, patience)
     except BaseException:
         cut()
         raise
     return Session(pipe, peer=server, hello=dict(hello), welcome=welcome, limits=limits, heartbeat=heartbeat)
 
 
+async def _opened(channel: grpc.aio.Channel, address: str, patience: float) -> bool:
+    """Whether there is a connection; False: it could not be had.
+
+    Raises:
+        Disconnected: neither is known yet.
+    """
+    try:
+        async with asyncio.timeout(patience):
+            state = channel.get_state(try_to_connect=True)
+            while state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+                await channel.wait_for_state_change(state)
+                state = channel.get_state(try_to_connect=True)
+    except TimeoutError as error:
+        raise _silent(address, patience) from error
+    return bool(state is grpc.ChannelConnectivity.READY)
+
+
+def _silent(address: str, patience: float) -> Disconnected:
+    return Disconnected(f"The server at {address} has not answered for {patience:g} seconds.")
+
+
 async def _greet(
-    pipe: GrpcPipe, hello: Mapping[str, Any], address: str, credentials: Credentials | None, patience: float
+    pipe: GrpcPipe, hello: Mapping[str, Any] | None, address: str, credentials: Credentials | None, patience: float
 ) -> dict[str, Any]:
-    """Say hello; the server's welcome."""
+    """Say hello; the server's welcome. Without a hello: why there is no connection."""
     try:
         async with asyncio.timeout(patience):
             # A server that has refused already takes no hello; then what it said is to be read.
             with contextlib.suppress(Disconnected):
-                await pipe.write(hello_of(hello))
+                if hello is not None:
+                    await pipe.write(hello_of(hello))
             data = await pipe.read()
     except TimeoutError as error:
-        raise Disconnected(f"The server at {address} has not answered for {patience:g} seconds.") from error
+        raise _silent(address, patience) from error
     except Disconnected as error:
         cause = error.__cause__
         if isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.UNAVAILABLE:

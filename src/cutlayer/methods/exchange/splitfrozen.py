@@ -65,6 +65,10 @@ class SplitFrozen(Exchange):
         result: StepResult = await inner(start, middle, tail, step=step, micro=micro, how=how)
         return result
 
+    def remembers(self, client: str, sample: int) -> bool:
+        """Whether the client has shown this sample, in this process or before its checkpoint."""
+        return (client, sample) in self._memory
+
     def completed(self, parcel: Parcel) -> Parcel:
         """What a client sent, with what is known of it in place of what it did not send."""
         header, tensors = parcel.header, parcel.tensors
