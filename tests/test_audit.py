@@ -19,13 +19,13 @@ from cutlayer.audit.messages import STEPS, exchanges
 from cutlayer.audit.public import PublicModel, load_public
 from cutlayer.audit.scores import MISSING, Guesses, Truth, auc, auc_error, score, truth_of
 from cutlayer.audit.spans import spans_of
-from cutlayer.audit.threat import Threat
 from cutlayer.audit.view import View, view_of
 from cutlayer.cli.main import app
 from cutlayer.contracts import Batch
 from cutlayer.errors import ConfigError, DataError, MethodError, WireError
 from cutlayer.registry import create, names
 from cutlayer.schedule import batches_of
+from cutlayer.threat import Threat
 from spine import PARTITIONS, TWO, U, model
 
 READS_ALL = Threat(reads=STEPS, knows=("architecture",), target="inputs")

@@ -29,6 +29,7 @@ FAMILY_NEEDS = {
     "mixing": {"joint"},
     "optimizer": {"joint"},
     "aggregator": {"ranks"},
+    "attack": {"audit", "threat"},
 }
 
 
@@ -101,7 +102,8 @@ def test_the_bottom_knows_nothing_above_it() -> None:
     assert ours(SOURCE / "wire.py") == {"_header", "errors"}
     assert ours(SOURCE / "values.py") == {"wire"}
     assert ours(SOURCE / "framework.py") == {"values"}
-    assert ours(SOURCE / "contracts.py") == {"framework", "values"}
+    assert ours(SOURCE / "threat.py") == {"values"}
+    assert ours(SOURCE / "contracts.py") == {"framework", "threat", "values"}
     assert ours(SOURCE / "step.py") == {"contracts", "wire"}
 
 

@@ -9,8 +9,8 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from cutlayer.audit.threat import Threat
 from cutlayer.framework import Framework
+from cutlayer.threat import Threat
 from cutlayer.values import (
     IGNORE,
     SERVER,

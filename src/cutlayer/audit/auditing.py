@@ -22,7 +22,6 @@ from cutlayer.audit.messages import Exchange, Key, exchanges
 from cutlayer.audit.public import PublicModel, load_public
 from cutlayer.audit.recording import EFFORTS, Budget, Recording, limited, record, recorded
 from cutlayer.audit.scores import Guesses, Score, Truth, score
-from cutlayer.audit.threat import Threat
 from cutlayer.audit.verdict import verdict
 from cutlayer.audit.view import View
 from cutlayer.config import load_config, resolved
@@ -34,6 +33,7 @@ from cutlayer.errors import ConfigError, MethodError, suggest
 from cutlayer.files import write_text
 from cutlayer.models.loading import device_named
 from cutlayer.report.progress import Reporter, reporter
+from cutlayer.threat import Threat
 
 CONTROLS = {"standard": 2, "full": 4, "quick": 1}  # rows that controls are played on: they cost as much as the attack
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from cutlayer.audit.messages import Exchange, exchanges
 from cutlayer.audit.public import PublicModel, reinitialised
-from cutlayer.audit.threat import Threat
 from cutlayer.contracts import Layout
 from cutlayer.errors import MethodError
 from cutlayer.seeds import derive
+from cutlayer.threat import Threat
 from cutlayer.wire import Header
 
 

@@ -20,10 +20,10 @@ from cutlayer.audit.messages import Exchange
 from cutlayer.audit.prefixes import Prefixes
 from cutlayer.audit.scores import MISSING, Guesses
 from cutlayer.audit.spans import Span, spans_of
-from cutlayer.audit.threat import Threat
 from cutlayer.audit.view import View
 from cutlayer.contracts import Attack
 from cutlayer.registry import method
+from cutlayer.threat import Threat
 
 FEW = 4  # candidates that are tried first
 MORE = 8  # times the shortlist is tried where nothing of it fits

@@ -16,10 +16,10 @@ import torch
 from cutlayer.audit.scores import MISSING, Guesses
 from cutlayer.audit.softmax import Top, solved, through_blocks
 from cutlayer.audit.spans import spans_of
-from cutlayer.audit.threat import Threat
 from cutlayer.audit.view import View
 from cutlayer.contracts import Attack
 from cutlayer.registry import method
+from cutlayer.threat import Threat
 
 SILENT = 1e-12  # a squared gradient so small, in parts of the largest, is of a position without a label
 
