@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from cutlayer.errors import CheckpointError, OutputError, PolicyRefused
-from cutlayer.guard import Guard, Held, guarded
+from cutlayer.guard import Guard, Held
+from cutlayer.guarded import guarded
 from cutlayer.leaving import ANSWERS
 from cutlayer.links.net.messages import Type, pack_number
 from cutlayer.parties.client import VERB_STEPS, ClientParty

@@ -187,7 +187,7 @@ class Engine:
         """Every slot that is here by the name of its file in a checkpoint; one that two parties share comes once."""
         parts = self.run.parts
         found = {} if parts.apart else {f"client-{name}": party.slot for name, party in parts.clients.items()}
-        known = {id(slot) for slot in found.values()}
+        known = {id(party.slot) for party in parts.clients.values()}  # elsewhere they write it themselves
         for name, party in parts.parties.items():
             for of, slot in party.slots.items():
                 if id(slot) not in known:
