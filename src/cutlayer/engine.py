@@ -257,7 +257,8 @@ class Engine:
                 slot.put(states[name], version=manifest["versions"][name], resize=True)
                 if slot.importance is not None:
                     slot.importance.restore(manifest["importance"][name])
-            order = dict.fromkeys(name for slot in slots.values() for name in slot.get())
+            held = [*(party.slot for party in run.parts.clients.values()), *slots.values()]
+            order = dict.fromkeys(name for slot in held for name in slot.get())
             for holder, merged in states.items():  # in the order of its file; frames carry the slots' order
                 if holder == "federated":
                     run.federated.before = {key: merged[key] for key in order if key in merged}
