@@ -69,8 +69,8 @@ class Checks:
 
     def _diverged(self, came: str) -> NoReturn:
         raise WireError(
-            f"Client '{self.name}' answered '{self._verb}' with {came}. Its training has diverged (lower "
-            "optimizer.lr, or set max_grad_norm), or the client misbehaves."
+            f"Client '{self.name}' answered '{self._verb}' with {came}; expected: finite ones. Its training has "
+            "diverged (lower optimizer.lr, or set max_grad_norm), or the client misbehaves."
         )
 
     def _fail(self, came: str, wanted: str) -> NoReturn:
