@@ -16,6 +16,7 @@ from apart import Apart, Command, steps
 from cutlayer.agreed import AgreedSecret, make_secret
 from cutlayer.errors import CheckpointError, CutlayerError, PolicyRefused, WireError
 from cutlayer.links.local import send
+from cutlayer.parties.client import secret_of
 from cutlayer.sealing import About, Seals
 from cutlayer.serving import serve
 from cutlayer.wire import SEAL_BYTES, SEALED, Header, Limits, Meter, decode, frame_length, read_frames
@@ -270,9 +271,14 @@ def test_between_processes_is_the_simulation(
     framework: Any, partition: dict[str, Any], count: int, changes: dict[str, Any], tmp_path: Path
 ) -> None:  # fmt: skip
     run = Sealed(tmp_path / "apart", count, framework=framework, partition=partition, **changes)
+    for name in run.files:  # which the marks are made from: as of a simulated client, in place of a drawn one
+        (run.root / name).mkdir()
+        (run.root / name / "secret").write_bytes(secret_of(0, name))
     server = run.serve()
     run.ended({**{name: run.come(name) for name in run.files}, "server": server})
     check(run, tmp_path / "one")
+    for file in (tmp_path / "one" / "watermark").glob("*"):
+        assert (run.root / "server" / "watermark" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow
