@@ -216,7 +216,7 @@ class Sealed(Apart):
         )
 
 
-def check(run: Sealed, one: Path, **changes: Any) -> None:
+def identical(run: Sealed, one: Path, **changes: Any) -> None:
     """The same losses, weights and bytes as in one process."""
     alone = cutlayer.train({**run.simulated, **changes}, out=one, progress=False)
     assert steps(run.root / "server") == steps(alone.out)
@@ -232,7 +232,7 @@ def test_a_ring_between_processes_is_the_simulation_and_the_server_reads_nothing
     run = Sealed(tmp_path / "apart", 2, framework="ringsfl", rounds=2, record_wire=str(tmp_path / "seen"))
     server = run.serve()
     run.ended({**{name: run.come(name) for name in run.files}, "server": server})
-    check(run, tmp_path / "one", record_wire=str(tmp_path / "plain"))
+    identical(run, tmp_path / "one", record_wire=str(tmp_path / "plain"))
     seen, plain = list(read_frames(tmp_path / "seen")), list(read_frames(tmp_path / "plain"))
     between = [one for one in seen if {one[1].sender, one[1].receiver} == {"ann", "bob"}]
     open_ones = [one for one in plain if {one[1].sender, one[1].receiver} == {"ann", "bob"}]
@@ -276,7 +276,7 @@ def test_between_processes_is_the_simulation(
         (run.root / name / "secret").write_bytes(secret_of(0, name))
     server = run.serve()
     run.ended({**{name: run.come(name) for name in run.files}, "server": server})
-    check(run, tmp_path / "one")
+    identical(run, tmp_path / "one")
     for file in (tmp_path / "one" / "watermark").glob("*"):
         assert (run.root / "server" / "watermark" / file.name).read_bytes() == file.read_bytes()
 
@@ -293,7 +293,7 @@ def test_killed_parties_change_nothing(framework: str, partition: dict[str, Any]
     run.kill_after("server", server, 5)
     server = run.serve()
     run.ended({**clients, "server": server})
-    check(run, tmp_path / "one")
+    identical(run, tmp_path / "one")
     assert not any("passed on again" in run.said(name) for name in run.files)
 
 
@@ -307,7 +307,7 @@ def test_a_ring_waits_for_who_is_away(tmp_path: Path) -> None:
     run.until("server", "waits for a client: bob")
     clients["bob"] = run.come("bob")
     run.ended({**clients, "server": server})
-    check(run, tmp_path / "one")
+    identical(run, tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -324,7 +324,7 @@ def test_clients_with_different_secrets_are_found_before_the_run_begins(tmp_path
     assert run.join("bob", *policy).wait() == 2
     assert "'cutlayer secret FILE'" in run.said("bob")
     run.ended({"ann": ann, "bob": run.come("bob"), "server": server})
-    check(run, tmp_path / "one")
+    identical(run, tmp_path / "one")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,10 +30,9 @@ from cutlayer.errors import CheckpointError, OutputError, WireError
 from cutlayer.files import write_text
 from cutlayer.wire import SEAL_BYTES, SEALED, Header, Limits, decode, encode
 
-NONCE, TAG = 12, 16
-NUMBER = struct.Struct("<Q")
+NONCE, NUMBER, TAG = 12, 8, 16
 MOST = 2**31 - 1  # bytes that can be sealed in one piece
-assert NONCE + NUMBER.size + TAG == SEAL_BYTES
+assert NONCE + NUMBER + TAG == SEAL_BYTES
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class About:
         """The associated data."""
         texts = (self.sender, self.receiver, self.owner, self.leg)
         parts = [len(text.encode()).to_bytes(4, "big") + text.encode() for text in texts]
-        return b"cutlayer sealed 1" + b"".join(parts) + struct.pack("<QQQ", self.step, self.micro, number)
+        return b"cutlayer sealed 1" + b"".join(parts) + b"".join(map(_whole, (self.step, self.micro, number)))
 
     def __str__(self) -> str:
         what = "evaluation batch" if self.leg == "evaluation" else "step"
@@ -103,7 +101,7 @@ class Seals:
         self._sent = max(self._sent + 1, time.time_ns())
         nonce = os.urandom(NONCE)
         closed = self._cipher(about).encrypt(nonce, plain, about.bytes(self._sent))
-        return torch.frombuffer(bytearray(nonce + NUMBER.pack(self._sent) + closed), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(nonce + _whole(self._sent) + closed), dtype=torch.uint8)
 
     def open(self, sealed: Tensor, about: About, limits: Limits) -> tuple[Header, list[Tensor]]:
         """The frame inside.
@@ -114,9 +112,9 @@ class Seals:
         data = sealed.numpy().tobytes() if sealed.dtype == torch.uint8 and sealed.dim() == 1 else b""
         if len(data) < SEAL_BYTES:
             raise WireError(f"What came for {about} from '{about.sender}' is no sealed frame.")
-        (number,) = NUMBER.unpack_from(data, NONCE)
+        number = int.from_bytes(data[NONCE : NONCE + NUMBER], "little")
         try:
-            plain = self._cipher(about).decrypt(data[:NONCE], data[NONCE + NUMBER.size :], about.bytes(number))
+            plain = self._cipher(about).decrypt(data[:NONCE], data[NONCE + NUMBER :], about.bytes(number))
         except InvalidTag as error:
             raise WireError(
                 f"The sealed frame for {about} from '{about.sender}' does not open: on its way it was changed, or put "
@@ -158,6 +156,10 @@ class Seals:
 def is_sealed(header: Header) -> bool:
     """Whether a frame holds another one that is sealed."""
     return header.names == (SEALED,)
+
+
+def _whole(number: int) -> bytes:
+    return number.to_bytes(NUMBER, "little")
 
 
 def _read(file: Path) -> tuple[int, dict[str, int]]:
