@@ -297,6 +297,8 @@ class Guard:
         kinds = kinds_of(asked, header, tensors, self.held())
         if header.receiver in self.others:
             kinds.setdefault("peers", sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        if asked.sender in self.others and asked.verb == "head_backward" and "loss" in header.values:
+            kinds.setdefault("losses", 0)  # of the two-part split too: another client computed it, not the server
         return kinds
 
     def _length(self, header: Header, tensors: Sequence[Tensor]) -> int:

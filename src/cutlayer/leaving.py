@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cutlayer.contracts import SERVER
 from cutlayer.errors import PolicyRefused
 from cutlayer.models.slots import parameter_of
 from cutlayer.parties.client import ClientParty
@@ -109,8 +108,7 @@ def kinds_of(asked: Header, header: Header, tensors: Sequence[Tensor], held: Hel
         kind = _like(name, values)
         if kind is None:
             raise PolicyRefused("verbs", f"the answer to '{asked.verb}' tells '{name}', which it may not.")
-        told = asked.verb == "head_backward" and not held.has_tail and asked.sender in ("", SERVER)
-        echoed = name == "loss" and told  # the server told it
+        echoed = name == "loss" and asked.verb == "head_backward" and not held.has_tail  # the server told it
         if kind and not echoed:
             found.setdefault(kind, 0)
     if not is_training(asked):
