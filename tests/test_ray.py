@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import cutlayer
 from apart import Apart, steps
@@ -137,9 +138,9 @@ def test_a_run_goes_on_with_either_engine(tmp_path: Path, here: None) -> None:
     assert equal(before, adapter(resumed(two.out).out))
     text = (two.out / "run.yaml").read_text()
     assert "name: ray" in text
-    (two.out / "run.yaml").write_text("\n".join(
-        "engine: local" if line.startswith("engine:") else line for line in text.splitlines()
-    ) + "\n")  # fmt: skip
+    tree = yaml.safe_load(text)
+    head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    (two.out / "run.yaml").write_text(head + yaml.safe_dump({**tree, "engine": "local"}))
     assert equal(before, adapter(resumed(two.out).out))
 
 
@@ -198,8 +199,9 @@ def test_errors_at_an_actor_are_told_in_words(tmp_path: Path, here: None, monkey
     with pytest.raises(CutlayerError, match=f"An actor has torch {torch.__version__.split('+')[0]}"):
         cutlayer.train(run.simulated, out=tmp_path / "one")
     monkeypatch.undo()
+    tree = {**run.simulated, "engine": {"name": "ray", "num_gpus": 64}, "device": "auto"}
     with pytest.raises(ConfigError, match="and no node of the cluster has that"):
-        cutlayer.train({**run.simulated, "engine": {"name": "ray", "num_gpus": 64}}, out=tmp_path / "one")
+        cutlayer.train(tree, out=tmp_path / "one")
     with pytest.raises(ConfigError, match=r"makes 2 actors\. Each actor wants 2 CPUs, and this machine has room for 1"):
         cutlayer.train(
             {**run.simulated, "engine": {"name": "ray", "num_cpus": 2, "clients_per_actor": 1}}, out=tmp_path / "one"

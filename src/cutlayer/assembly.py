@@ -15,12 +15,13 @@ from cutlayer.contracts import SERVER, SHARED, Example, Framework, Layout, Peft,
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.hosting import hosted_stops
 from cutlayer.models.arena import Arena
+from cutlayer.models.far import FarSlot
 from cutlayer.models.segment import Base, Segment
 from cutlayer.models.slots import Slot, new_params
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.holder import Holder
 from cutlayer.parties.shadow import Shadow
-from cutlayer.parties.trunk import Place, TrunkParty
+from cutlayer.parties.trunk import Place, Trunk, TrunkParty
 from cutlayer.planning import Costs, at_cut
 from cutlayer.plans import Outset, at_ranks, first_cuts, outset, slot_ranks
 from cutlayer.presence import Presence, Routes
@@ -46,7 +47,7 @@ class Parts:
     base: Base
     layouts: dict[str, Layout]  # by client
     clients: Mapping[str, Holder]  # shadows of those that are in processes of their own
-    parties: dict[str, TrunkParty]  # who runs blocks for others, the server first; clients too, where they do
+    parties: dict[str, Trunk]  # who runs blocks for others, the server first; clients too, where they do
     routes: dict[str, tuple[Stop, ...]]  # by client
     planned: Mapping[str, int]  # the most steps that each client makes
     foreseen: Mapping[str, int]  # those that it will make, without an early stop
@@ -60,7 +61,7 @@ class Parts:
     apart: bool = False  # the clients are in processes of their own, and ``clients`` are their shadows
 
     @property
-    def server(self) -> TrunkParty:
+    def server(self) -> Trunk:
         """The main server."""
         return self.parties[SERVER]
 
@@ -264,6 +265,7 @@ def _assemble(
     planned = planned_steps(config, told)
     steps = foreseen_steps(config, planned, Presence(config, routes))
     make, arena = make_optimizer(config), Arena()
+    kind = FarSlot if config.engine.trunk_apart else Slot
 
     held: dict[tuple[str, str], list[str]] = {}  # names by (party, slot)
     users: dict[tuple[str, str], list[str]] = {}  # clients by (party, slot)
@@ -284,7 +286,7 @@ def _assemble(
     def slot(name: str, names: Sequence[str], updates: int, users: Sequence[str]) -> Slot:
         ranks = slot_ranks(peft, base, names, [layouts[user] for user in users])
         start = {**base.initial, **at_ranks(base, ranks)} if ranks else base.initial
-        return Slot(name, new_params(start, names, arena), make, learning_rate(config, updates), arena)
+        return kind(name, new_params(start, names, arena), make, learning_rate(config, updates), arena)
 
     slots: dict[str, dict[str, Slot]] = {SERVER: {}}
     for (party, name), names in held.items():
@@ -308,7 +310,7 @@ def _assemble(
         for (party, of), _ in held.items():
             if party == name:
                 slots.setdefault(party, {})[of] = clients[name].slot
-    parties = {name: TrunkParty(name, theirs, seed=config.seed) for name, theirs in slots.items()}
+    parties: dict[str, Trunk] = {name: TrunkParty(name, theirs, seed=config.seed) for name, theirs in slots.items()}
     parts = Parts(
         base, dict(layouts), clients, parties, routes, planned, steps, lines, slot, peft, costs, planner, bounds
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """``engine: ray``: the clients of a run in actors on a Ray cluster, each actor with some of them on one frozen base.
 
-The driver and the trunk stay in this process. Actors get the run, the examples of their clients, and from then on
-frames (``links/ray.py``); the model's files are read on each node.
+The driver stays in this process, and the trunk, unless it is to be in actors too (``staging.py``). Actors get the run,
+the examples of their clients, and from then on frames (``links/ray.py``); the model's files are read on each node.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from cutlayer import staging
 from cutlayer.allotment import Allotter
 from cutlayer.apart import hosts
 from cutlayer.arrangement import Arranger
@@ -63,6 +64,7 @@ def problems(config: RunConfig, num_blocks: int) -> Iterator[str]:
             f"framework '{config.framework.name}': client '{peer}' runs blocks for '{name}', which engine 'ray' "
             f"cannot do yet. {instead}"
         )
+    yield from staging.problems(config, num_blocks)
 
 
 @contextlib.contextmanager
@@ -80,13 +82,19 @@ def started(config: RunConfig, parts: Parts, pad_id: int, progress: Reporter) ->
         _connect(config)
     elif config.engine.address not in (None, "auto", here := ray.get_runtime_context().gcs_address):
         raise ConfigError([f"engine.address is '{config.engine.address}', but this program is at '{here}'."], "the run")
-    actors: list[_Actor] = []
+    actors: list[_Actor | staging.StretchActor] = []
     try:
         crews = dealt(config.client_names, _crew_size(config))
         progress.note(f"engine 'ray': {len(config.client_names)} clients in {len(crews)} actor{'s' * (len(crews) > 1)}")
-        actors += [_actor(config, parts, names, pad_id) for names in crews]
+        stretches = staging.stretches(config, parts)
+        if stretches:
+            progress.note(f"engine 'ray': {staging.told(stretches)}")
+        actors += [actor for replica in stretches for actor in replica]
+        crew = [_actor(config, parts, names, pad_id) for names in crews]
+        actors += crew
         _opened(actors)
-        yield partial(_links, actors=actors)
+        staging.attach(parts, stretches)
+        yield partial(_links, actors=crew)
     finally:
         for actor in actors:
             ray.kill(actor.handle)
@@ -166,10 +174,16 @@ def _crew_size(config: RunConfig) -> int:
         ConfigError: the machine has no room for so many actors, and would wait for ever.
     """
     engine, clients = config.engine, len(config.client_names)
-    room = _room(engine.num_cpus, engine.num_gpus)
+    room = _room(engine.num_cpus, engine.num_gpus, beside=staging.wants(config))
+    if room is None:
+        if engine.address is None:
+            raise ConfigError([f"engine: {staging.said(config)}, and this machine has no room for that."], "the run")
+        room = 0  # a cluster elsewhere may grow
     if engine.clients_per_actor is None:
         if not room:
-            raise ConfigError([f"engine: {_wants(config)}, and no node of the cluster has that."], "the run")
+            raise ConfigError(
+                [f"engine: {_wants(config)}, and no node of the cluster has that{_beside(config)}."], "the run"
+            )
         return -(-clients // min(room, clients))
     count = -(-clients // engine.clients_per_actor)
     if count > room and engine.address is None:  # a cluster elsewhere may grow
@@ -183,19 +197,31 @@ def _crew_size(config: RunConfig) -> int:
     return engine.clients_per_actor
 
 
+def _beside(config: RunConfig) -> str:
+    return f", as {staging.said(config)}. Lower engine.num_cpus" if staging.wants(config) else ""
+
+
 def _wants(config: RunConfig) -> str:
     engine = config.engine
     gpus = f" and {engine.num_gpus:g} GPUs" if engine.num_gpus else ""
     return f"Each actor wants {engine.num_cpus:g} CPUs{gpus}"
 
 
-def _room(num_cpus: float, num_gpus: float) -> int:
-    """How many actors that want so much the cluster's nodes have room for."""
+def _room(num_cpus: float, num_gpus: float, *, beside: Sequence[tuple[float, float]] = ()) -> int | None:
+    """How many actors that want so much the cluster's nodes have room for, ``beside`` others with their CPUs and GPUs.
+
+    None: there is no room for these.
+    """
     import ray
 
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    for cpus, gpus in beside:
+        node = next((n for n in nodes if n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus), None)
+        if node is None:
+            return None
+        node |= {"CPU": node.get("CPU", 0) - cpus, "GPU": node.get("GPU", 0) - gpus}
     most = 0
-    for node in ray.nodes():
-        has = node["Resources"] if node["Alive"] else {}
+    for has in nodes:
         fits = [int(has.get(key, 0) / want) for key, want in (("CPU", num_cpus), ("GPU", num_gpus)) if want]
         most += min(fits) if fits else int(has.get("CPU", 1))
     return most
@@ -219,7 +245,7 @@ def _actor(config: RunConfig, parts: Parts, names: Sequence[str], pad_id: int) -
     return _Actor(names, made.remote(dump(config), json.dumps(task), rows))
 
 
-def _opened(actors: Sequence[_Actor]) -> None:
+def _opened(actors: Sequence[_Actor | staging.StretchActor]) -> None:
     """Wait until all have loaded their part."""
     import ray
 

@@ -119,13 +119,21 @@ class EarlyStop(Tree):
 
 
 class EngineConfig(Tree):
-    """Where the clients of a run are: in this process, or in actors on a Ray cluster."""
+    """Where the clients of a run, and its trunk, are: in this process, or in actors on a Ray cluster."""
 
     name: Literal["local", "ray"] = "local"
     address: Text | None = None  # of a Ray cluster; null starts one on this machine, auto takes the one that runs
     clients_per_actor: Count | None = None  # null: as many actors as there is room for
     num_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # of each actor
-    num_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    num_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # of each actor of clients
+    trunk_stages: Count | None = None  # actors that a trunk's blocks are cut over; null: 1 with replicas, else none
+    trunk_replicas: Count | None = None  # actors that a framework's trunks are dealt over, each with its own base
+    trunk_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # of each actor of the trunk
+
+    @property
+    def trunk_apart(self) -> bool:
+        """Whether the trunk is in actors."""
+        return self.trunk_stages is not None or self.trunk_replicas is not None
 
 
 class RunConfig(Tree):

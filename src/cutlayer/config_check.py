@@ -47,7 +47,7 @@ def _touches(key: str, doubtful: frozenset[str]) -> bool:
 
 # The families that the engine of this version drives. A method of another is refused, even if it can be loaded: who
 # names a defense must not believe that it is on.
-DRIVEN = tuple(PROTOCOLS)
+DRIVEN = tuple(family for family in PROTOCOLS if family != "attack")
 
 
 def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) -> list[str]:
@@ -55,6 +55,8 @@ def _method_problems(key: str, family: str, name: str, options: dict[str, Any]) 
         registry.create(family, name, options)
     except CutlayerError as error:
         return [f"{key}: {error}"]
+    if family == "attack":
+        return [f"{key} is '{name}'. Attacks are played by cutlayer audit: cutlayer audit RUN.yaml --attacks {name}"]
     if family not in DRIVEN:
         return [f"{key} is '{name}', but nothing in this version uses a {family} yet. Take it out of the run."]
     return []
@@ -235,13 +237,23 @@ def _engine(config: RunConfig) -> Iterator[str]:
         given = [key for key in type(engine).model_fields if getattr(engine, key) != getattr(type(engine)(), key)]
         for key in given:
             yield f"engine.{key} is given, but engine is 'local', which has no such option. Set engine.name: ray."
-    elif config.device.startswith("cuda") and not engine.num_gpus:
+        return
+    if config.device.startswith("cuda") and not engine.num_gpus:
         yield (
             f"device is '{config.device}', but the actors of engine 'ray' get no GPU. Set engine.num_gpus, or take "
             "device: auto, which gives each process what it has."
         )
     elif config.device == "cpu" and engine.num_gpus:
         yield "engine.num_gpus reserves GPUs, but device is 'cpu', so none is used. Leave one of the two out."
+    if engine.trunk_gpus and not engine.trunk_apart:
+        yield "engine.trunk_gpus is given, but the trunk is in no actor. Set engine.trunk_stages (1 or more)."
+    elif engine.trunk_gpus and config.device == "cpu":
+        yield "engine.trunk_gpus reserves GPUs, but device is 'cpu', so none is used. Leave one of the two out."
+    elif engine.trunk_apart and config.device.startswith("cuda") and not engine.trunk_gpus:
+        yield (
+            f"device is '{config.device}', but the actors of the trunk get no GPU. Set engine.trunk_gpus, or take "
+            "device: auto, which gives each process what it has."
+        )
 
 
 @rule("report_to")

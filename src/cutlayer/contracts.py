@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from cutlayer.audit.threat import Threat
 from cutlayer.framework import Framework
 from cutlayer.values import (
     IGNORE,
@@ -29,6 +30,8 @@ from cutlayer.values import (
 )
 
 if TYPE_CHECKING:
+    from cutlayer.audit.scores import Guesses
+    from cutlayer.audit.view import View
     from cutlayer.config import RunConfig
     from cutlayer.driver import Run
     from cutlayer.models.families import Anatomy
@@ -40,6 +43,7 @@ __all__ = [
     "SERVER",
     "SHARED",
     "Aggregator",
+    "Attack",
     "Batch",
     "Division",
     "End",
@@ -344,3 +348,18 @@ class Exchange(Protocol):
         self, inner: Any, client: End, middle: Sequence[Hop], tail: Tail, *, step: int, micro: int, how: How
     ) -> StepResult:
         """Make one micro-batch by ``inner`` (``split_step``) or in its place."""
+
+
+class Attack(Protocol):
+    """Family ``attack``: plays an adversary, who has a View and nothing else.
+
+    ``threat`` says who it is, what it reads and what it knows; a passive one changes no number of the run.
+    """
+
+    threat: ClassVar[Threat]
+
+    def prepare(self, view: View) -> None:
+        """Before anything private is read: train inverters, load tables. ``view`` has no exchanges yet."""
+
+    def finish(self, view: View) -> Guesses:
+        """What it makes of what it read."""

@@ -62,11 +62,7 @@ class Crew:
 
     def _open(self) -> None:
         task = self._task
-        here = versions()
-        if wrong := [
-            f"{name} {here[name]} and not {want}" for name, want in task["versions"].items() if here[name] != want
-        ]:
-            raise CutlayerError(f"An actor has {', '.join(wrong)}. All nodes of a run need the same versions.")
+        refuse_other_versions(task["versions"])
         config = self.config = load_config(self._run)
         groups = unpacked(self._rows)
         self._rows = b""
@@ -139,6 +135,17 @@ def _part(layouts: Sequence[Layout]) -> Part:
 def versions() -> dict[str, str]:
     """The versions of what makes a run's numbers."""
     return {name: version(name) for name in PACKAGES}
+
+
+def refuse_other_versions(wanted: Mapping[str, str]) -> None:
+    """Refuse to work with packages of other versions than the driver's.
+
+    Raises:
+        CutlayerError: some are.
+    """
+    here = versions()
+    if wrong := [f"{name} {here[name]} and not {want}" for name, want in wanted.items() if here[name] != want]:
+        raise CutlayerError(f"An actor has {', '.join(wrong)}. All nodes of a run need the same versions.")
 
 
 def packed(groups: Mapping[str, Sequence[Example]]) -> bytes:

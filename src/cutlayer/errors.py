@@ -132,6 +132,14 @@ class Gone(NetworkError):
         self.client, self.why, self.kind = client, why, kind
 
 
+class TrunkGone(Gone):
+    """A process that ran blocks of the trunk is lost; ``blocks`` says which."""
+
+    def __init__(self, blocks: str, why: str) -> None:
+        super().__init__("", why)
+        self.args = (f"The actor with {blocks} of the trunk is gone: {why}",)
+
+
 class AllLeft(NetworkError):
     """No client of a run is left that could go on: each refused what it was asked, or answered what cannot be."""
 

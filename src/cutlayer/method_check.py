@@ -35,6 +35,7 @@ PROTOCOLS = {
     "mixing": "Mixing",
     "optimizer": "Rate",
     "aggregator": "Aggregator",
+    "attack": "Attack",
 }
 
 

@@ -179,7 +179,7 @@ def _new_folder(source: object) -> Path:
 
 def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
     """From a configuration and a folder to the result."""
-    device = device_named(config.device)
+    device = device_named("cpu" if config.engine.trunk_apart else config.device)  # else this process computes
     for gpu in gpus_of(device):
         torch.cuda.reset_peak_memory_stats(gpu)
     data: Data = prepare_data(config, tokenizer_of(config))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cutlayer.cli.audit import audit
 from cutlayer.cli.compare import compare
 from cutlayer.cli.generate import generate
 from cutlayer.cli.join import join
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and plain usage errors: no boxes that break in a log
 )
-for command in (train, plan, compare, profile, verify, methods, generate, keys, secret, serve, join):
+for command in (train, audit, plan, compare, profile, verify, methods, generate, keys, secret, serve, join):
     app.command()(command)
 
 

@@ -12,7 +12,7 @@ while the parties work, so they are counted as bytes, but nobody waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -318,11 +318,15 @@ class Station:
         self.party, self.queues, self.workers = party, queues, workers
 
     async def work(
-        self, verb: str, parcel: Parcel, graph: bool, do: Callable[[], Parcel], pace: Pace | None = None
-    ) -> Parcel:
-        """Do a verb's work when a worker is free; ``graph`` False is an evaluation."""
+        self, verb: str, parcel: Parcel, graph: bool, do: Callable[[], Parcel | Awaitable[Parcel]],
+        pace: Pace | None = None,
+    ) -> Parcel:  # fmt: skip
+        """Do a verb's work when a worker is free; ``graph`` False is an evaluation.
+
+        What ``do`` has only begun, in other processes, goes on while virtual time passes.
+        """
         if pace is None:
-            return do()
+            return await _there(do())
         async with self.queues.of(self.party, "work", workers=self.workers)(parcel.header.client):
             header, tensors = parcel.open()
             out = do()
@@ -330,7 +334,11 @@ class Station:
             step_name = "trunk_backward" if verb == "backward" else "trunk_forward"
             seconds = pace.of(verb, about, [t.shape for t in tensors])
             await self.queues.spend(step_name, seconds, self.party, busy=(self.party,), own=False)
-            return out
+            return await _there(out)
+
+
+async def _there(out: Parcel | Awaitable[Parcel]) -> Parcel:
+    return out if isinstance(out, Parcel) else await out
 
 
 __all__ = ["Carrier", "ClientEnd", "Clock", "Link", "LocalLink", "Pace", "Queues", "Station", "send"]

@@ -46,9 +46,9 @@ class Failed:
 class _Submitted(Executor):
     """Takes what is a remote call already for work in a pool."""
 
-    def submit(self, ask: Callable[..., Any], /, *args: Any, **_: Any) -> Future[Any]:
+    def submit(self, wait: Callable[..., Any], /, *args: Any, **_: Any) -> Future[Any]:
         """The reply to come."""
-        future: Future[Any] = ask(*args).future()
+        future: Future[Any] = wait(*args)
         return future
 
 
@@ -134,9 +134,8 @@ class ActorLink:
         return reply, Parcel(header, tensors)
 
     async def _carried(self, request: Frame, to: str) -> tuple[Header, list[Tensor]]:
-        loop = asyncio.get_running_loop()
         try:
-            found = await loop.run_in_executor(_SUBMITTED, self._ask, in_one_piece(request), to)
+            found = await arrived(self._ask(in_one_piece(request), to))
         except Exception as error:
             raise self._explain(error) from error
         if isinstance(found, Failed):
@@ -145,11 +144,16 @@ class ActorLink:
         return decode(found.data)
 
 
-def replied(request: Bytes, to: str, handle: Callable[[Header, list[Tensor]], Answer]) -> Bytes | Failed:
-    """The other end: the reply to a frame, for the party ``to``, made by ``handle``."""
+async def arrived(reference: Any) -> Any:
+    """What a remote call gives; virtual time stands still until it is there."""
+    return await asyncio.get_running_loop().run_in_executor(_SUBMITTED, reference.future)
+
+
+def replied(request: Bytes, to: str | None, handle: Callable[[Header, list[Tensor]], Answer]) -> Bytes | Failed:
+    """The other end: the reply to a frame, made by ``handle``, for the party ``to``; None: for whom the reply says."""
     try:
         header, shown = handle(*decode(request.data))
-        return in_one_piece(encode(header.but(receiver=to), shown))
+        return in_one_piece(encode(header if to is None else header.but(receiver=to), shown))
     except CutlayerError as error:
         return Failed(type(error).__name__, str(error))
 

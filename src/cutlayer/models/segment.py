@@ -22,6 +22,7 @@ from cutlayer.models.families import MASKED_BY_US, Anatomy
 from cutlayer.models.standins import Skip, stand_in
 
 Params = Mapping[str, Parameter]
+Seed = int | tuple[Tensor, ...]  # for all generators, or their states: the processor's, and the accelerator's if any
 
 
 class Base:
@@ -151,7 +152,7 @@ class Segment:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
     ) -> Any:
         """Run the segment.
 
@@ -162,7 +163,7 @@ class Segment:
             attention_mask: [B,T] or None.
             position_ids: [B,T] or None; without a mask they say where packed examples begin.
             labels: [B,T] or [B]; only the top computes a loss.
-            seed: where dropout is on, the generator's seed at the entry of this segment; None is evaluation.
+            seed: where dropout is on, the generator's seed (or state) at the entry of this segment; None is evaluation.
 
         Returns:
             Hidden states [B,T,H]; of the top segment the model's own output, with ``loss`` and ``logits``.
@@ -186,7 +187,26 @@ class Segment:
             return base.model.base_model(**inputs)[0]
 
     @contextmanager
-    def _seeded(self, seed: int | None) -> Iterator[None]:
+    def left(self) -> Iterator[list[Tensor]]:
+        """Gives a list that holds, once a forward pass has left this segment, the generators' states there.
+
+        That is where the next block would be entered: some models draw a number between two blocks.
+        """
+        states: list[Tensor] = []
+
+        def note(*_: Any) -> None:
+            states[:] = [torch.get_rng_state()]
+            if self.base.device.type == "cuda":
+                states.append(torch.cuda.get_rng_state(self.base.device))
+
+        hook = self.blocks_list[self.blocks.stop].register_forward_pre_hook(note)
+        try:
+            yield states
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _seeded(self, seed: Seed | None) -> Iterator[None]:
         """Seed at the segment's entry.
 
         That is the first owned block, not the call: some models draw a number for each block that they pass, and an
@@ -196,15 +216,23 @@ class Segment:
             yield
             return
         if self.bottom or not len(self.blocks):
-            torch.manual_seed(seed)
+            self._seed(seed)
             yield
             return
         first = self.base.block(self.blocks[0])
-        hook = first.register_forward_pre_hook(lambda *_: _seed(seed))
+        hook = first.register_forward_pre_hook(lambda *_: self._seed(seed))
         try:
             yield
         finally:
             hook.remove()
+
+    def _seed(self, seed: Seed) -> None:
+        if isinstance(seed, int):
+            torch.manual_seed(seed)
+            return
+        torch.set_rng_state(seed[0])
+        if len(seed) > 1:
+            torch.cuda.set_rng_state(seed[1], self.base.device)
 
 
 def packed_mask(config: Any, position_ids: Tensor, *, dtype: torch.dtype) -> Any:
@@ -215,10 +243,6 @@ def packed_mask(config: Any, position_ids: Tensor, *, dtype: torch.dtype) -> Any
     """
     like = torch.empty(*position_ids.shape, 0, dtype=dtype, device=position_ids.device)
     return create_causal_mask(config, like, attention_mask=None, past_key_values=None, position_ids=position_ids)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
 
 
 def _child(model: nn.Module, path: str) -> nn.Module | None:

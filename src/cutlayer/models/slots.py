@@ -140,8 +140,20 @@ class Slot:
 
     def squared_norm(self, weights: Mapping[str, float] | None = None, *, by_tensor: bool = False) -> float:
         """The squared L2 norm of the gradient in waiting, summed in float64."""
-        norms = [torch.linalg.vector_norm(g).item() for g in self._total(weights, by_tensor=by_tensor).values()]
-        return float(sum(n * n for n in norms))
+        return float(sum(n * n for _, n in self.norms(weights, by_tensor=by_tensor)))
+
+    def norms(
+        self, weights: Mapping[str, float] | None = None, *, by_tensor: bool = False
+    ) -> list[tuple[Key | None, float]]:
+        """The L2 norm of each tensor's gradient in waiting, in the order of their sum.
+
+        Beside it the first contribution with this tensor, which decides that order; None: only the penalty has it.
+        """
+        first: dict[str, Key] = {}
+        for key in sorted(self._pending):
+            first |= dict.fromkeys(self._pending[key].keys() - first.keys(), key)
+        total = self._total(weights, by_tensor=by_tensor)
+        return [(first.get(name), torch.linalg.vector_norm(grad).item()) for name, grad in total.items()]
 
     def update(
         self, *, scale: float = 1.0, weights: Mapping[str, float] | None = None, rate: float = 1.0,

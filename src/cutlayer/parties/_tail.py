@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cutlayer.errors import NonFinite
-from cutlayer.models.segment import Segment
+from cutlayer.models.segment import Seed, Segment
 from cutlayer.models.slots import Slot
 from cutlayer.parties.memory import Watch
 from cutlayer.values import IGNORE
@@ -54,7 +54,7 @@ class TailResult:
 
 
 def run_tail(
-    segment: Segment, slot: Slot, work: TailWork, *, seed: int | None, slot_weight: float, watch: Watch
+    segment: Segment, slot: Slot, work: TailWork, *, seed: Seed | None, slot_weight: float, watch: Watch
 ) -> TailResult:
     """Forward, loss and (unless ``seed`` is None, which is evaluation) backward.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cutlayer.contracts import How, Parcel
 from cutlayer.links.local import Carrier, Pace, Station
-from cutlayer.parties.trunk import Place, TrunkParty
+from cutlayer.parties.trunk import Place, Trunk, Worked
 from cutlayer.zeroth import Probe
 
 
@@ -15,7 +15,7 @@ class TrunkHop:
     """A stretch of blocks at a party, served by one slot."""
 
     def __init__(
-        self, party: TrunkParty, place: Place, station: Station, carrier: Carrier, pace: Pace | None = None
+        self, party: Trunk, place: Place, station: Station, carrier: Carrier, pace: Pace | None = None
     ) -> None:
         self.party, self.place, self.station, self.carrier, self.pace = party, place, station, carrier, pace
 
@@ -74,7 +74,7 @@ class ServerTail:
     """The rest of the model with the loss (two-part split)."""
 
     def __init__(
-        self, party: TrunkParty, place: Place, station: Station, carrier: Carrier, pace: Pace | None = None
+        self, party: Trunk, place: Place, station: Station, carrier: Carrier, pace: Pace | None = None
     ) -> None:
         self.party, self.place, self.station, self.carrier, self.pace = party, place, station, carrier, pace
 
@@ -88,7 +88,7 @@ class ServerTail:
     async def improve(self, parcel: Parcel, probe: Probe, *, turn: int, rate: float, last: bool) -> Parcel:
         """Step 4 by forward passes only: one update of the slot (see ``TrunkParty``)."""
 
-        def work() -> Parcel:
+        def work() -> Worked:
             return self.party.improve(parcel, self.place, probe, turn=turn, rate=rate, last=last)
 
         return await self.station.work("improve", parcel, False, work, self.pace)

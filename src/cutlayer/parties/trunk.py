@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cutlayer.contracts import How, Parcel
 from cutlayer.errors import WireError
-from cutlayer.models.segment import Segment
+from cutlayer.models.segment import Seed, Segment
 from cutlayer.models.slots import Slot
 from cutlayer.parties._tail import TailWork, run_tail
 from cutlayer.parties.memory import Watch
@@ -20,6 +21,7 @@ from cutlayer.wire import Header, Value
 from cutlayer.zeroth import Probe, estimate, slope, two_points
 
 Key = tuple[str, int, int]  # client, step, micro-batch
+Worked = Parcel | Awaitable[Parcel]  # what a verb gives: of a party that is in other processes, what is to come
 
 
 @dataclass
@@ -43,6 +45,44 @@ class Place:
     slot: str
     before: str | None = None
     after: str | None = None
+
+
+class Trunk(Protocol):
+    """A party that runs blocks for others, as the driver sees it: here, or elsewhere (``links/stages.py``)."""
+
+    name: str
+    slots: dict[str, Slot]
+    seed: int
+    watch: Watch
+
+    def forward(self, parcel: Parcel, how: How, place: Place) -> Worked:
+        """Step 4 of any stop but the last."""
+        ...
+
+    def backward(self, parcel: Parcel, how: How, place: Place) -> Worked:
+        """Step 8."""
+        ...
+
+    def tail_step(self, parcel: Parcel, how: How, place: Place) -> Worked:
+        """Step 4 of the two-part split."""
+        ...
+
+    def improve(self, parcel: Parcel, place: Place, probe: Probe, *, turn: int, rate: float, last: bool) -> Worked:
+        """Step 4 without backpropagation."""
+        ...
+
+    def judge(self, parcel: Parcel, place: Place, probe: Probe) -> Worked:
+        """Step 4 for the client, without backpropagation."""
+        ...
+
+    def abort(self, client: str) -> None:
+        """Forget every open graph and gradient in waiting of a client."""
+        ...
+
+    @property
+    def open_graphs(self) -> int:
+        """How many forwards wait for their backward."""
+        ...
 
 
 class TrunkParty:
@@ -217,7 +257,7 @@ class TrunkParty:
         """How many forwards wait for their backward."""
         return len(self._open)
 
-    def _seed(self, segment: Segment, header: Header) -> int:
+    def _seed(self, segment: Segment, header: Header) -> Seed:
         return segment_seed(self.seed, segment.name, header.client, header.step, header.micro)
 
     @staticmethod

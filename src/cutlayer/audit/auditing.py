@@ -1,0 +1,219 @@
+"""``cutlayer audit``: play attacks on the messages of a run, and say how much of the private text comes back.
+
+Each attack is played on the first training step, whose weights are public, and on the last one that was recorded;
+beside it stand the controls: the best constant prediction, the same attack on messages whose positions were shuffled,
+and with another model's weights in place of the public ones.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlayer import registry
+from cutlayer.audit.messages import Exchange, Key, exchanges
+from cutlayer.audit.public import PublicModel, load_public
+from cutlayer.audit.recording import EFFORTS, Budget, Recording, limited, record, recorded
+from cutlayer.audit.scores import Guesses, Score, Truth, score
+from cutlayer.audit.threat import Threat
+from cutlayer.audit.verdict import verdict
+from cutlayer.audit.view import View
+from cutlayer.config import load_config, resolved
+from cutlayer.config_types import Spec
+from cutlayer.contracts import Attack
+from cutlayer.data.formats import tokenize
+from cutlayer.data.sources import load_rows
+from cutlayer.errors import ConfigError, MethodError, suggest
+from cutlayer.files import write_text
+from cutlayer.models.loading import device_named
+from cutlayer.report.progress import Reporter, reporter
+
+CONTROLS = {"standard": 2, "full": 4, "quick": 1}  # rows that controls are played on: they cost as much as the attack
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What an audit found: the rows of ``audit.json``, the attacks that this run cannot have with the reason, and the
+    verdict in plain words."""
+
+    out: Path
+    rows: Sequence[Mapping[str, Any]]
+    refused: Mapping[str, str]
+    verdict: Sequence[str]
+
+
+def audit(
+    source: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path,
+    attacks: Sequence[str | Mapping[str, Any]] | None = None,
+    aux: str | Path | None = None,
+    budget: Budget = "standard",
+    frames: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: bool | Reporter | None = None,
+) -> Audited:
+    """Attack a run.
+
+    Args:
+        source: a run file, or a mapping of its keys.
+        out: the folder that gets ``audit.json`` and ``index.html``; what is there of an earlier audit is written over.
+        attacks: ids, or mappings with ``name`` and options; None: all that this run can have.
+        aux: text of the attacker's own, in the form of the run's data.
+        budget: how much is recorded and attacked.
+        frames: frames of this run that were recorded earlier; None: they are recorded now.
+        overrides: ``key=value`` texts.
+        progress: as of ``cutlayer.train``.
+
+    Raises:
+        CutlayerError: anything that a user can mend.
+    """
+    shown, folder, effort = reporter(progress), Path(out), EFFORTS[budget]
+    base = Path(source).parent if isinstance(source, str | Path) and Path(source).is_file() else None
+    config = resolved(load_config(source, overrides), base)
+    chosen = _chosen(attacks)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = recorded(config, Path(frames)) if frames is not None else record(config, folder, effort, shown)
+    layout = found.layouts[found.config.client_names[0]]
+    auxiliary = _auxiliary(found, aux)
+    refused, playing = {}, []
+    for attack in chosen:
+        name = registry.card(type(attack)).id
+        why = attack.threat.unmet(layout, task=found.task, auxiliary=auxiliary is not None)
+        if why is None:
+            playing.append((name, attack))
+        elif attacks is not None:
+            raise MethodError(f"The attack '{name}' cannot be played on this run: {why}.")
+        else:
+            refused[name] = why
+    if not playing:
+        reasons = "; ".join(f"'{name}': {why}" for name, why in refused.items())
+        raise MethodError(f"No attack can be played on this run. {reasons}.")
+    public = load_public(
+        found.config.model, task=found.task, precision=found.config.precision, device=device_named(found.config.device)
+    )
+    rows = []
+    for name, attack in playing:
+        shown.note(f"attack '{name}': {attack.threat.words()}")
+        rows += list(_played(name, attack, found, public, auxiliary, effort.rows, CONTROLS[budget]))
+        best = max(row["token_recovery"] for row in rows if row["attack"] == name)
+        shown.note(f"attack '{name}': {best:.1%} of the {attack.threat.target} at best")
+    said = verdict(found.config, rows)
+    write_text(folder / "audit.json", json.dumps(rows, indent=1))
+    from cutlayer.report.audit_page import page
+
+    write_text(folder / "index.html", page(found.config, rows, refused, said))
+    return Audited(folder, rows, refused, said)
+
+
+def _chosen(attacks: Sequence[str | Mapping[str, Any]] | None) -> list[Attack]:
+    """The attacks, made.
+
+    Raises:
+        MethodError: there is no such one, or an option is wrong.
+        ConfigError: none was named.
+    """
+    if attacks is not None and not attacks:
+        raise ConfigError(["name the attacks, or leave --attacks out for all that the run can have."], "the call")
+    known = registry.names("attack")
+    made = []
+    for one in known if attacks is None else attacks:
+        name, options = (
+            (one, {}) if isinstance(one, str) else (one["name"], {k: v for k, v in one.items() if k != "name"})
+        )
+        if name not in known:
+            raise MethodError(f"There is no attack '{name}'.{suggest(name, known)} Known: {', '.join(known)}.")
+        made.append(registry.create("attack", name, options))
+    return made
+
+
+def _auxiliary(found: Recording, aux: str | Path | None) -> Sequence[Tensor] | None:
+    """The attacker's own texts, as tokens."""
+    if aux is None:
+        return None
+    form = found.config.data
+    rows = load_rows(str(aux), columns=form.columns, format=form.format)
+    examples = tokenize(rows, form, tokenizer=found.tokenizer, task="causal", where="the file of --aux")
+    return [torch.tensor(example.input_ids) for example in examples]
+
+
+def _played(
+    name: str, attack: Attack, found: Recording, public: PublicModel, auxiliary: Sequence[Tensor] | None, rows: int,
+    control_rows: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """An attack's rows of ``audit.json``: one a moment of the run."""
+    threat = attack.threat
+    layout = found.layouts[found.config.client_names[0]]
+    empty = View(
+        threat, [], layout, found.config.seed, public if "weights" in threat.knows else None,
+        auxiliary if "auxiliary" in threat.knows else None,
+    )  # fmt: skip
+    attack.prepare(empty)
+    wanted: dict[Key, Exchange] = {}
+    keys = {key for moment in found.moments.values() for key in moment}
+    for one in exchanges(found.read(), reads=threat.reads):
+        if one.key in keys and one.key not in wanted:
+            wanted[one.key] = one
+    for moment, of in found.moments.items():
+        read = limited([wanted[key] for key in of if key in wanted], rows)
+        began = time.monotonic()
+        guesses = attack.finish(replace(empty, exchanges=read))
+        seconds = time.monotonic() - began
+        scored = _scored(guesses, read, found, threat)
+        few = replace(empty, exchanges=limited(read, control_rows))
+        other = _recovery(attack, few.with_other_weights(), found) if "weights" in threat.knows else None
+        yield {
+            "attack": name, "defense": _defense(found), "moment": moment, "target": threat.target,
+            "token_recovery": scored.token_recovery, "rouge_l": scored.rouge_l, "positions": scored.positions,
+            "controls": {
+                "constant": scored.constant,
+                "shuffled": _recovery(attack, few.shuffled(), found),
+                "random_weights": other,
+            },
+            "utility": _utility(found), "threat": threat.told(), "notes": dict(guesses.notes), "seconds": seconds,
+            "examples": [{"true": true, "recovered": said} for true, said in scored.examples],
+        }  # fmt: skip
+
+
+def _recovery(attack: Attack, view: View, found: Recording) -> float:
+    """The token recovery of an attack on a control."""
+    attack.prepare(replace(view, exchanges=[]))
+    return _scored(attack.finish(view), view.exchanges, found, attack.threat).token_recovery
+
+
+def _scored(guesses: Guesses, read: Sequence[Exchange], found: Recording, threat: Threat) -> Score:
+    truths: dict[Key, Truth] = {}
+    for one in read:
+        whole = found.truth(one.key, threat.target)
+        count = len(next(iter(next(iter(one.tensors.values())).values())))
+        truths[one.key] = Truth(whole.tokens[:count], whole.counts[:count])
+    return score(guesses, truths, found.tokenizer.decode)
+
+
+def _defense(found: Recording) -> str:
+    """The run's defenses, as one name."""
+    return "+".join(_named(spec) for spec in found.config.defense) or "none"
+
+
+def _named(spec: Spec) -> str:
+    options = ",".join(f"{name}={value}" for name, value in spec.options.items())
+    return f"{spec.name}({options})" if options else spec.name
+
+
+def _utility(found: Recording) -> dict[str, Any]:
+    """What the run reached and cost; empty where frames were recorded earlier."""
+    summary = found.summary
+    if not summary:
+        return {}
+    after = summary.get("eval", {}).get("after", {})
+    return {
+        "loss": after.get("loss"), "perplexity": after.get("perplexity"), "steps": sum(summary["steps"].values()),
+        "bytes_up": summary["bytes_up"], "bytes_down": summary["bytes_down"], "seconds": summary["seconds"],
+    }  # fmt: skip

@@ -1,0 +1,165 @@
+"""The frames that are attacked: a short run with the wire recorded, or frames that were recorded earlier.
+
+Also the truth, which is made anew from the run's own data and never from frames.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from cutlayer.audit.messages import STEPS, Exchange, Key, exchanges
+from cutlayer.audit.scores import Truth, truth_of
+from cutlayer.build import Data, layouts_of, prepare_data, task_of, tokenizer_of
+from cutlayer.config import RunConfig, load_config
+from cutlayer.config_write import tree_of
+from cutlayer.contracts import Layout
+from cutlayer.errors import DataError
+from cutlayer.models.families import number_of_blocks
+from cutlayer.models.loading import load_config as load_model_config
+from cutlayer.report.progress import Reporter
+from cutlayer.schedule import batches_of
+from cutlayer.wire import Header, read_frames
+
+Budget = Literal["quick", "standard", "full"]
+Frame = tuple[dict[str, Any], Header, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much an audit does: optimizer steps that are recorded (None: the run's own length), and rows attacked."""
+
+    steps: int | None
+    rows: int
+
+
+EFFORTS: Mapping[Budget, Effort] = {"quick": Effort(8, 2), "standard": Effort(40, 8), "full": Effort(None, 16)}
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The frames of a run, and what is known of it.
+
+    Args:
+        config: the run.
+        frames: the folder with its frames.
+        summary: the run's own, with what it cost; empty where frames were recorded earlier.
+    """
+
+    config: RunConfig
+    frames: Path
+    summary: Mapping[str, Any]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return tokenizer_of(self.config)
+
+    @cached_property
+    def data(self) -> Data:
+        """The private data: for the scorer only."""
+        return prepare_data(self.config, self.tokenizer)
+
+    @cached_property
+    def layouts(self) -> Mapping[str, Layout]:
+        """Who holds which blocks, by client."""
+        return layouts_of(self.config, number_of_blocks(load_model_config(self.config.model)))
+
+    @property
+    def task(self) -> str:
+        """``causal`` or ``classification``."""
+        return task_of(self.config)
+
+    def read(self) -> Iterator[Frame]:
+        """All frames, in order."""
+        yield from read_frames(self.frames)
+
+    @cached_property
+    def moments(self) -> Mapping[str, Sequence[Key]]:
+        """Which micro-batches are attacked: those of the first training step, and of the last one that was recorded.
+
+        Only of clients that hold what the first of them holds, as one adversary's tools are for one cut.
+
+        Raises:
+            DataError: no training step was recorded.
+        """
+        first = self.layouts[self.config.client_names[0]]
+        keys = [
+            one.key
+            for one in exchanges(self.read(), reads=STEPS[:1])
+            if self.layouts.get(one.client) == first and "hidden" in one.tensors[STEPS[0]]
+        ]
+        if not keys:
+            raise DataError(f"The frames in {self.frames} hold no training step of {', '.join(self.layouts)}.")
+        last = max(key[1] for key in keys)
+        found = {"first step": [key for key in keys if key[1] == min(k[1] for k in keys)]}
+        if last:
+            found["last step"] = [key for key in keys if key[1] == last]
+        return found
+
+    def truth(self, key: Key, target: str) -> Truth:
+        """What was private in a micro-batch."""
+        client, step, micro = key
+        return truth_of(batches_of(self.config, self.data, client).step(step)[micro], target)
+
+
+def limited(found: Sequence[Exchange], rows: int) -> list[Exchange]:
+    """The first so many rows of exchanges; the last one is cut."""
+    kept, left = [], rows
+    for one in found:
+        if left <= 0:
+            break
+        kept.append(only_rows(one, left))
+        left -= rows_of(one)
+    return kept
+
+
+def rows_of(one: Exchange) -> int:
+    """How many rows [B] a micro-batch has."""
+    return next(len(tensor) for found in one.tensors.values() for tensor in found.values())
+
+
+def only_rows(one: Exchange, count: int) -> Exchange:
+    """The first rows of a micro-batch."""
+    cut = {step: {name: tensor[:count] for name, tensor in found.items()} for step, found in one.tensors.items()}
+    return replace(one, tensors=cut)
+
+
+def record(config: RunConfig, out: Path, effort: Effort, progress: Reporter) -> Recording:
+    """Make a run like this one, as long as the effort says, with its wire recorded.
+
+    Args:
+        config: the run.
+        out: gets ``frames/`` and ``run/``; what is there of an earlier audit is written over.
+        effort: how much to record.
+        progress: is told of every step.
+    """
+    from cutlayer.run import train
+
+    tree = tree_of(config)
+    frames, run = out / "frames", out / "run"
+    for folder in (frames, run):
+        shutil.rmtree(folder, ignore_errors=True)
+    tree |= {"record_wire": str(frames), "attack": [], "early_stop": None, "eval_every": None}
+    if effort.steps is not None:
+        tree |= {"rounds": None, "epochs": None, "steps": effort.steps, "checkpoint_every": effort.steps}
+    made = load_config({key: value for key, value in tree.items() if value is not None})
+    result = train(made, out=run, progress=progress)
+    return Recording(made, frames, result.summary)
+
+
+def recorded(config: RunConfig, frames: Path) -> Recording:
+    """Frames that a run with ``record_wire`` left.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not (frames / "frames.jsonl").is_file():
+        raise DataError(f"{frames} holds no recorded frames (frames.jsonl). A run writes them with record_wire: DIR.")
+    return Recording(config, frames, {})

@@ -1,0 +1,54 @@
+"""Runs whose wire is recorded, and attacks on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cutlayer
+from cutlayer.audit.public import load_public
+from cutlayer.audit.recording import Recording, limited, recorded
+from cutlayer.audit.scores import Score, Truth, score
+from cutlayer.audit.view import View, view_of
+from cutlayer.config import load_config
+from cutlayer.contracts import Attack
+from tiny import text_rows, write_rows
+
+
+def tree(model: Path, root: Path, **changes: Any) -> dict[str, Any]:
+    """A short run of one client, with the wire recorded in ``root/frames``."""
+    root.mkdir(parents=True, exist_ok=True)
+    rows = write_rows(root / "rows.jsonl", text_rows(12))
+    return {
+        "model": str(model), "data": {"train": str(rows), "format": "text", "max_length": 24}, "clients": 1,
+        "peft": {"name": "lora", "rank": 2, "alpha": 4}, "batch_size": 3, "steps": 1, "device": "cpu",
+        "optimizer": {"name": "adamw", "lr": 1e-3}, "record_wire": str(root / "frames"), **changes,
+    }  # fmt: skip
+
+
+def record(model: Path, root: Path, **changes: Any) -> Recording:
+    """Make such a run."""
+    run = tree(model, root, **changes)
+    cutlayer.train(run, out=root / "out", progress=False)
+    return recorded(load_config(run), root / "frames")
+
+
+def view(found: Recording, attack: Attack, *, rows: int = 6, last: bool = False) -> View:
+    """What the attack's adversary has of the first step, or of the last one."""
+    seen = view_of(
+        attack.threat, found.read(), layout=found.layouts[found.config.client_names[0]],
+        public=load_public(found.config.model, task=found.task), auxiliary=None,
+    )  # fmt: skip
+    step = max(one.step for one in seen.exchanges) if last else 0
+    return replace(seen, exchanges=limited([one for one in seen.exchanges if one.step == step], rows))
+
+
+def scored(found: Recording, attack: Attack, seen: View) -> Score:
+    """How much of the truth the attack gets back."""
+    truths = {}
+    for one in seen.exchanges:
+        whole = found.truth(one.key, attack.threat.target)
+        count = len(next(iter(one.tensors.values()))["hidden"])
+        truths[one.key] = Truth(whole.tokens[:count], whole.counts[:count])
+    return score(attack.finish(seen), truths, found.tokenizer.decode)

@@ -1,0 +1,218 @@
+"""``cutlayer audit``, and the View: exactly what an adversary has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import cutlayer
+from attacking import record, scored, tree, view
+from cutlayer.audit.auditing import audit
+from cutlayer.audit.messages import STEPS, exchanges
+from cutlayer.audit.public import PublicModel, load_public
+from cutlayer.audit.scores import MISSING, Guesses, Truth, auc, auc_error, score, truth_of
+from cutlayer.audit.spans import spans_of
+from cutlayer.audit.threat import Threat
+from cutlayer.audit.view import View, view_of
+from cutlayer.cli.main import app
+from cutlayer.contracts import Batch
+from cutlayer.errors import ConfigError, DataError, MethodError, WireError
+from cutlayer.registry import create, names
+from cutlayer.schedule import batches_of
+from spine import PARTITIONS, TWO, U, model
+
+READS_ALL = Threat(reads=STEPS, knows=("architecture",), target="inputs")
+
+
+def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
+    run = tree(model(), tmp_path, partition={"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 0})
+    del run["record_wire"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    out = tmp_path / "audit"
+    done = CliRunner().invoke(app, ["audit", str(tmp_path / "run.yaml"), "--out", str(out), "--budget", "quick"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((out / "audit.json").read_text())
+    assert {row["attack"] for row in rows} == set(names("attack"))
+    for row in rows:
+        assert set(row) == {
+            "attack", "defense", "moment", "target", "token_recovery", "rouge_l", "positions", "controls", "utility",
+            "threat", "notes", "seconds", "examples",
+        }  # fmt: skip
+        assert set(row["controls"]) == {"constant", "shuffled", "random_weights"}
+        assert row["utility"]["bytes_up"] > 0
+    first = {row["attack"]: row for row in rows if row["moment"] == "first step"}
+    assert first["causal-search"]["token_recovery"] == 1.0
+    assert first["label-solve"]["token_recovery"] > 0.99
+    assert "server reads your text" in " ".join(done.output.split())
+    page = (out / "index.html").read_text()
+    assert page.count("<svg") == 1
+    assert first["causal-search"]["examples"][0]["true"][:20] in page
+    keys = {line.split("`")[1] for line in _table(Path("docs/audit.md").read_text())}
+    assert {key for row in rows for key in row} <= keys | {"target", "moment", "positions", "notes", "seconds"}
+
+
+def _table(page: str) -> list[str]:
+    return [line for line in page[page.index("## audit.json") :].splitlines() if line.startswith("| `")]
+
+
+def test_an_audit_changes_no_number_of_the_run(tmp_path: Path) -> None:
+    """Passive attacks work on a record: the run that they were played on is the run without them."""
+    run = tree(model(), tmp_path, partition=U, steps=3)
+    alone = cutlayer.train(run, out=tmp_path / "alone", progress=False)
+    run["record_wire"] = None
+    audit(run, out=tmp_path / "audit", budget="full", attacks=["label-solve"], progress=False)
+    made, wanted = tmp_path / "audit/run/metrics.jsonl", alone.out / "metrics.jsonl"
+    assert [json.loads(line)["loss"] for line in made.read_text().splitlines()] == [
+        json.loads(line)["loss"] for line in wanted.read_text().splitlines()
+    ]
+
+
+@PARTITIONS
+def test_a_view_has_what_crossed_the_wire(partition: dict[str, Any], tmp_path: Path) -> None:
+    """Two clients, accumulation and evaluation: each training micro-batch once, with the steps that are read."""
+    run = tree(model(), tmp_path, partition=partition, clients=2, steps=2, gradient_accumulation=2, batch_size=2)
+    run["data"]["eval"] = run["data"]["train"]
+    cutlayer.train(run, out=tmp_path / "out", progress=False)
+    found = record(model(), tmp_path / "again", partition=partition)
+    seen = list(exchanges(_frames(tmp_path / "frames"), reads=STEPS))
+    assert (
+        len(seen) == len({one.key for one in seen}) == 2 * (2 + 1)
+    )  # six rows each: the second step is the epoch's rest
+    legs = set(STEPS) if partition is U else {"send_activations", "return_gradients"}
+    assert all(set(one.tensors) == legs for one in seen)
+    only = list(exchanges(_frames(tmp_path / "frames"), reads=["return_gradients"]))
+    assert all(set(one.tensors) == {"return_gradients"} for one in only)
+    with pytest.raises(WireError, match="no tensor of send_activations was read"):
+        only[0].hidden("send_activations")
+    batch = batches_of(found.config, found.data, found.config.client_names[0]).step(0)[0]
+    hidden = view(found, create("attack", "causal-search", {}), rows=99).exchanges[0].hidden("send_activations")
+    assert hidden.shape[:2] == batch.input_ids.shape
+
+
+def _frames(folder: Path) -> Any:
+    from cutlayer.wire import read_frames
+
+    return read_frames(folder)
+
+
+def test_a_view_has_nothing_that_its_threat_does_not_name(tmp_path: Path) -> None:
+    found = record(model(), tmp_path, partition=U)
+    public = load_public(found.config.model)
+    layout = found.layouts[found.config.client_names[0]]
+    seen = view_of(READS_ALL, found.read(), layout=layout, public=public, auxiliary=[torch.tensor([1, 2])])
+    with pytest.raises(MethodError, match="which its threat does not name"):
+        _ = seen.public
+    with pytest.raises(MethodError, match="which its threat does not name"):
+        _ = seen.auxiliary
+    knowing = replace(READS_ALL, knows=("weights", "auxiliary"))
+    seen = view_of(knowing, found.read(), layout=layout, public=public, auxiliary=[torch.tensor([1, 2])])
+    assert seen.public is public
+    assert len(seen.auxiliary) == 1
+
+
+@PARTITIONS
+def test_no_truth_is_in_a_view(partition: dict[str, Any], tmp_path: Path) -> None:
+    """Walk through all that a view reaches: no tensor is the private tokens, but the labels of the two-part split.
+
+    A planted hole, the batch itself in the view, is found by the same walk.
+    """
+    found = record(model(), tmp_path, partition=partition)
+    layout = found.layouts[found.config.client_names[0]]
+    threat = replace(READS_ALL, knows=("weights",))
+    seen = view_of(threat, found.read(), layout=layout, public=load_public(found.config.model), auxiliary=None)
+    key = seen.exchanges[0].key
+    private = [found.truth(key, "inputs").tokens]
+    assert not _holds(seen, private[0])
+    holed = replace(seen.exchanges[0], values={"send_activations": {"batch": private}})  # type: ignore[dict-item]
+    assert _holds(replace(seen, exchanges=[holed]), private[0])
+
+
+def _holds(thing: Any, private: torch.Tensor, seen: set[int] | None = None) -> bool:
+    """Whether these tokens can be reached from a thing."""
+    seen = seen if seen is not None else set()
+    if id(thing) in seen or isinstance(thing, str | int | float | bool | type | None):
+        return False
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        if thing.is_floating_point() or thing.dim() != 2:
+            return False
+        return thing.shape == private.shape and bool((thing.long() == private).all())
+    if isinstance(thing, dict):
+        return any(_holds(value, private, seen) for value in thing.values())
+    if isinstance(thing, list | tuple | set):
+        return any(_holds(value, private, seen) for value in thing)
+    if isinstance(thing, View | PublicModel) or hasattr(thing, "__dataclass_fields__"):
+        return any(_holds(getattr(thing, field.name), private, seen) for field in fields(thing))
+    return _holds(getattr(thing, "__dict__", {}), private, seen)
+
+
+def test_scores() -> None:
+    truth = Truth(torch.tensor([[1, 2, 3, 9], [4, 4, 4, 4]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool())
+    said = torch.tensor([[1, 2, MISSING, 9], [4, 5, 5, 4]])
+    words = ["zero", "one", "two", "three", "four", "five"]
+    found = score(Guesses({("a", 0, 0): said}), {("a", 0, 0): truth}, lambda ids: " ".join(words[i] for i in ids))
+    assert found.token_recovery == pytest.approx(4 / 7)
+    assert found.constant == pytest.approx(4 / 7)
+    assert found.positions == 7
+    assert found.rouge_l == pytest.approx((0.8 + 0.5) / 2)  # 2 of 3 with nothing wrong; 2 of 4 with 4 said
+    assert found.examples[0] == ("one two three", "one two")
+    nothing = score(Guesses(), {("a", 0, 0): truth}, lambda ids: "")
+    assert nothing.token_recovery == nothing.rouge_l == 0.0
+    assert auc([0.1, 0.2, 0.8, 0.9], [False, False, True, True]) == 1.0
+    assert auc([1.0, 2.0], [True, True]) == 0.5
+    assert auc_error(100, 100) == pytest.approx(0.041, abs=5e-4)
+    assert auc_error(500, 500) == pytest.approx(0.018, abs=5e-4)
+
+
+def test_truths_are_aligned_with_what_a_position_tells() -> None:
+    ids = torch.tensor([[5, 6, 7, 0]])
+    batch = Batch(ids, torch.tensor([[1, 1, 1, 0]]), None, torch.tensor([[-100, 6, 7, -100]]), 3, 2)
+    assert truth_of(batch, "inputs").counts.tolist() == [[True, True, True, False]]
+    labels = truth_of(batch, "labels")
+    assert labels.counts.tolist() == [[True, True, False, False]]
+    assert labels.tokens[0, :2].tolist() == [6, 7]
+    classes = truth_of(Batch(ids, None, None, torch.tensor([2]), 4, 1), "labels")
+    assert classes.tokens.tolist() == [[2]]
+
+
+def test_spans_leave_padding_out_and_keep_packed_texts_apart() -> None:
+    hidden = torch.zeros(2, 5, 3)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert [(s.row, s.start, s.stop) for s in spans_of(hidden, {"mask": mask})] == [(0, 2, 5), (1, 0, 4)]
+    positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    found = [(s.row, s.start, s.stop) for s in spans_of(hidden, {"positions": positions})]
+    assert found == [(0, 0, 2), (0, 2, 5), (1, 0, 5)]
+    assert len(spans_of(hidden, {})) == 2
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    run = tree(model(), tmp_path, partition=TWO)
+    with pytest.raises(MethodError, match=r"There is no attack 'causal-serch'\. Did you mean 'causal-search'"):
+        audit(run, out=tmp_path / "a", attacks=["causal-serch"], progress=False)
+    with pytest.raises(DataError, match="holds no recorded frames"):
+        audit(run, out=tmp_path / "a", frames=tmp_path / "nowhere", progress=False)
+    with pytest.raises(ConfigError, match="name the attacks"):
+        audit(run, out=tmp_path / "a", attacks=[], progress=False)
+    with pytest.raises(ConfigError, match="Attacks are played by cutlayer audit"):
+        cutlayer.train({**run, "attack": ["causal-search"]}, out=tmp_path / "b", progress=False)
+    assert not (tmp_path / "b").exists()
+
+
+def test_frames_that_were_recorded_earlier(tmp_path: Path) -> None:
+    found = record(model(), tmp_path, partition=U)
+    done = audit(
+        tree(model(), tmp_path, partition=U), out=tmp_path / "audit", frames=tmp_path / "frames",
+        attacks=["causal-search"], progress=False,
+    )  # fmt: skip
+    assert [row["moment"] for row in done.rows] == ["first step"]
+    assert done.rows[0]["token_recovery"] == 1.0
+    assert done.rows[0]["utility"] == {}
+    attack = create("attack", "causal-search", {})
+    assert scored(found, attack, view(found, attack)).token_recovery == 1.0
