@@ -5,7 +5,7 @@ from __future__ import annotations
 from cutlayer.contracts import SERVER, How, Parcel
 from cutlayer.links.local import send
 from cutlayer.links.network import NetworkLink
-from cutlayer.parties.trunk import Place, TrunkParty, told_how
+from cutlayer.parties.trunk import Place, Trunk, told_how
 from cutlayer.sealing import is_sealed
 from cutlayer.step import at
 from cutlayer.wire import Header
@@ -25,7 +25,7 @@ class Relay:
         owner: the client whose route it is.
     """
 
-    def __init__(self, party: TrunkParty, place: Place, number: int, link: NetworkLink, owner: str) -> None:
+    def __init__(self, party: Trunk, place: Place, number: int, link: NetworkLink, owner: str) -> None:
         self.party, self.place, self.number, self.link, self.owner = party, place, number, link, owner
 
     async def forward(self, parcel: Parcel, how: How) -> Parcel:
