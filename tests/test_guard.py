@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from cutlayer.errors import CheckpointError, OutputError, PolicyRefused
-from cutlayer.guard import Guard, Held, guarded
-from cutlayer.leaving import ANSWERS
+from cutlayer.guard import Guard, Held
+from cutlayer.guarded import guarded
+from cutlayer.leaving import ANSWERS, HOST_VERBS
 from cutlayer.links.net.messages import Type, pack_number
 from cutlayer.parties.client import VERB_STEPS, ClientParty
 from cutlayer.policy import MayLeave, Policy, load_policy
@@ -325,13 +326,29 @@ def test_each_rule_refuses_what_it_says_and_nothing_else(case: str, tmp_path: Pa
     assert str(refused.value).startswith(f"The policy's rule {rule} refuses: ")
 
 
-@pytest.mark.parametrize("kind", [name for name, on in MayLeave() if not on and name != "error_texts"])
+@pytest.mark.parametrize("kind", [name for name, on in MayLeave() if not on and name not in ("error_texts", "peers")])
 def test_what_is_off_by_default_can_be_allowed(kind: str, tmp_path: Path) -> None:
     case = {"sketches": "a sketch", "features": "features", "sample_numbers": "sample numbers"}[kind]
     _, wrong, _, _ = CASES[case]
     client = Client(tmp_path, {"may_leave": {kind: True}})
     wrong(client)
     assert client.guard.counts.kinds[kind][0] == 1
+
+
+def test_what_other_clients_are_shown_must_be_allowed(tmp_path: Path) -> None:
+    """Whatever of it the server may see: an answer for another client is of the kind ``peers`` too."""
+    client = Client(tmp_path)
+    client.guard.others, client.guard.bytes_of = {"bob"}, lambda *_: 1000
+    asked = client.asked("head_forward")
+    reply = Header(asked.step_name, "ack", "", "ann", "bob", "ann", "", 0, 0, asked.turn, {"last": True}, ("hidden",))
+    with pytest.raises(PolicyRefused, match=r"may_leave\.peers"):
+        client.guard.reply(asked, reply, [torch.zeros(SHAPE)])
+    assert client.guard.counts.bytes == 0
+    client.guard.policy = load_policy({"may_leave": {"peers": True}})
+    client.guard.reply(asked, reply, [torch.zeros(SHAPE)])
+    kinds = client.guard.counts.kinds
+    assert kinds["peers"] == kinds["activations"]
+    assert client.guard.counts.bytes == 1000
 
 
 def test_the_two_part_split_has_no_tail(tmp_path: Path) -> None:
@@ -347,8 +364,8 @@ def test_the_two_part_split_has_no_tail(tmp_path: Path) -> None:
 
 def test_every_verb_of_a_client_is_known_to_the_guard() -> None:
     verbs = {name.removeprefix("on_") for name in dir(ClientParty) if name.startswith("on_")}
-    assert verbs == set(VERB_STEPS)
-    assert set(ANSWERS) == verbs | {"abort"}
+    assert verbs | set(HOST_VERBS) == set(VERB_STEPS)
+    assert set(ANSWERS) == verbs | {"abort", *HOST_VERBS}
     kinds = {kind for pair in ANSWERS.values() for table in pair for kind in table.values()} - {"", "own"}
     assert kinds | {"head_adapter", "tail_adapter", "hosted", "error_texts"} == set(MayLeave.model_fields) == set(WORDS)
 

@@ -108,7 +108,7 @@ def test_the_bottom_knows_nothing_above_it() -> None:
 
 
 def test_only_the_wire_makes_bytes() -> None:
-    """One way to bytes: nobody else packs numbers (but for a stream's messages), and only links encode frames."""
+    """One way to bytes: nobody else packs numbers (but for a stream's messages); links, and what seals, encode them."""
     for path in FILES:
         used = set(imports(path))
         name = path.relative_to(SOURCE).as_posix()
@@ -122,7 +122,7 @@ def test_only_the_wire_makes_bytes() -> None:
             if isinstance(node, ast.ImportFrom) and node.module == "cutlayer.wire"
             for alias in node.names
         }
-        if not name.startswith("links/"):
+        if not name.startswith("links/") and name != "sealing.py":
             assert not taken & {"encode", "decode"}, name
 
 

@@ -12,7 +12,7 @@ import pytest
 import cutlayer
 from apart import ROWS, Apart, steps
 from cutlayer.apart import served
-from cutlayer.errors import ConfigError, CutlayerError, DataError, OutputError, PolicyRefused, Refused
+from cutlayer.errors import ConfigError, DataError, OutputError, PolicyRefused, Refused
 from cutlayer.joining import join
 from cutlayer.keys import server_keys
 from cutlayer.serving import serve
@@ -332,13 +332,6 @@ def test_a_classifier_s_classes_must_be_known(tmp_path: Path) -> None:
     finally:
         server.kill()
         server.wait()
-
-
-def test_clients_that_run_blocks_for_others_are_refused(tmp_path: Path) -> None:
-    run = Apart(tmp_path / "apart", framework="ringsfl")
-    with pytest.raises(CutlayerError, match="not yet over the network"):
-        serve(str(run.file), bind="localhost:0", out=tmp_path / "out", progress=False)
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from cutlayer import registry
 from cutlayer.config import RunConfig, load_config
 from cutlayer.config_types import Spec
 from cutlayer.errors import ConfigError, PolicyRefused
-from cutlayer.guard import Guard, guarded, held_by
+from cutlayer.guard import Guard, held_by
+from cutlayer.guarded import guarded
 from cutlayer.links import local
 from cutlayer.parties.client import ClientParty
 from cutlayer.policy import Policy, load_policy

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from cutlayer.errors import WireError
+from cutlayer.sketches import Sketch
 from cutlayer.values import IGNORE
 from cutlayer.wire import Value
 
@@ -77,6 +79,79 @@ class Checks:
             f"Client '{self.name}' answered '{self._verb}' with {came}; expected: {wanted}. Both ends need the same "
             "version of cutlayer; if they have it, the client misbehaves."
         )
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a client's batches keep to.
+
+    Args:
+        rows: of a micro-batch, at most.
+        length: tokens of a row, at most.
+        micros: micro-batches of a step, at most.
+        hidden: the model's hidden size.
+        labels: how many labels there are: the vocabulary, or a classifier's classes.
+        causal: whether each token has a label; else each row has.
+        dtype: of hidden states.
+        sketch: what it tells of its data, where the run's selection asks.
+    """
+
+    rows: int
+    length: int
+    micros: int
+    hidden: int
+    labels: int
+    causal: bool
+    dtype: torch.dtype
+    sketch: Sketch | None = None
+
+
+class BatchChecks(Checks):
+    """Those of a batch that a client shows.
+
+    Args:
+        name: the client's.
+        bounds: of its batches.
+    """
+
+    def __init__(self, name: str, bounds: Bounds) -> None:
+        super().__init__(name)
+        self.bounds = bounds
+
+    def _batch(self, found: Mapping[str, Tensor], hidden: Tensor, *, most: int = 0) -> tuple[int, int]:
+        """Rows and length of a batch that is shown, with all that stands beside its hidden states."""
+        most = most or self.bounds.rows
+        if hidden.dim() != 3 or hidden.dtype != self.bounds.dtype:
+            self._fail(f"'hidden' as {named(hidden)}", f"[rows, length, {self.bounds.hidden}] {self.bounds.dtype}")
+        rows, length, size = hidden.shape
+        if not (0 < rows <= most and 0 < length <= self.bounds.length and size == self.bounds.hidden):
+            shape = f"at most [{most}, {self.bounds.length}, {self.bounds.hidden}]"
+            self._fail(f"'hidden' as {named(hidden)}", f"{shape}, and not empty")
+        if "mask" in found:
+            self._like(found, "mask", (rows, length), torch.bool)
+        if "positions" in found:
+            self._like(found, "positions", (rows, length), torch.int32)
+            self._within(found, "positions", 0, length)
+        if "labels" in found:
+            self._like(found, "labels", (rows, length) if self.bounds.causal else (rows,), torch.int32)
+            self._within(found, "labels", 0, self.bounds.labels, ignored=self.bounds.causal)
+        return rows, length
+
+    def _counts(self, values: Mapping[str, Value], rows: int, length: int, labels: Tensor | None) -> None:
+        """Token counts, and in the two-part split the share of the step's."""
+        most = rows * length
+        self._whole(values, "tokens", most)
+        self._whole(values, "label_tokens", most if self.bounds.causal else rows)
+        if labels is not None:
+            counted = int((labels[:, 1:] != IGNORE).sum()) if labels.dim() == 2 else len(labels)
+            if values["label_tokens"] != counted:
+                self._fail(f"label_tokens {values['label_tokens']}", f"{counted}, as there are")
+        if "weight" in values:
+            self._number(values, "weight", 0.0, 1.0)
+        if "step_tokens" in values:
+            self._whole(values, "step_tokens", self.bounds.micros * self.bounds.rows * self.bounds.length)
+            if int(values["step_tokens"]) < int(values["label_tokens"]):
+                self._fail(f"step_tokens {values['step_tokens']}", f"at least label_tokens {values['label_tokens']}")
 
 
 def finite(tensor: Tensor) -> bool:

@@ -169,11 +169,13 @@ class Absence:
 
     @property
     def _goes_back(self) -> bool:
-        """Whether nobody can be left out of a round that has begun: where batches meet, and where cuts and ranks move
-        or a selection arranges, as a client set back to its begin would have those from before."""
+        """Whether nobody can be left out of a round that has begun: where batches meet, where one's device has what
+        others learn, and where cuts and ranks move or a selection arranges, as a client set back to its begin would
+        have those from before."""
         run, parts = self.run, self.run.parts
+        hosted = any(stop.party in parts.clients for route in parts.routes.values() for stop in route)
         moves = parts.planner is not None or isinstance(parts.peft, Allotter) or isinstance(run.selection, Arranger)
-        return batches_meet(run.config) or moves
+        return batches_meet(run.config) or hosted or moves
 
     def lost(self, name: str) -> None:
         """A client was lost just now.
@@ -207,12 +209,13 @@ class Absence:
                 await run.reach(lambda name: self._link(name).hold(number), run.clients)
                 if self._trains():
                     break
-            if not any(map(run.steps_left, run.counters.away)):
+            if not any(map(run.steps_left, run.clients)):
                 break
             if not said:
                 said = True
                 self.progress.note(f"round {number} waits for a client: {', '.join(sorted(run.counters.away))}")
-            if run.present and time.monotonic() - since > self.remotes[run.present[0]].patience:
+            idle = not any(map(run.steps_left, run.present))  # else they wait for who runs blocks for them
+            if run.present and idle and time.monotonic() - since > self.remotes[run.present[0]].patience:
                 self.progress.note("the others have made all their steps, so nobody is waited for any more")
                 run.presence.left |= run.presence.away
                 break

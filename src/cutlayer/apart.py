@@ -9,15 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cutlayer.allotment import Allotter
 from cutlayer.arrangement import Arranger
 from cutlayer.assembly import routes_of
 from cutlayer.build import layouts_of, task_of
 from cutlayer.config import DEFAULT_METHODS, FAMILY_KEYS, RunConfig, load_config
 from cutlayer.config_read import Overrides, numbered, read
 from cutlayer.config_write import tree_of
-from cutlayer.contracts import Layout
 from cutlayer.data.classes import classes_of
 from cutlayer.errors import ConfigError
+from cutlayer.hosting import hosted_stops, part_of
 from cutlayer.models.heads import head_of
 from cutlayer.models.loading import Part
 from cutlayer.planning import at_cut
@@ -90,20 +91,29 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def check_routes(config: RunConfig, num_blocks: int) -> None:
-    """Refuse a run in which clients run blocks for each other.
+    """Refuse runs in which clients run blocks for each other, and something in them changes how.
 
     Raises:
-        ConfigError: they would.
+        ConfigError: with what.
     """
-    for name, peer in hosts(routes_of(config, layouts_of(config, num_blocks))):
-        raise ConfigError(
-            [
-                f"framework '{config.framework.name}': client '{peer}' runs blocks for '{name}', which is not yet "
-                "over the network: the server would see what they send each other. Take a framework whose trunk is at "
-                "the server."
-            ],
-            "the run",
-        )
+    there = next(hosts(routes_of(config, layouts_of(config, num_blocks))), None)
+    if there is None:
+        return
+    chosen = {
+        "planner": config.planner is not None and config.planner.name,
+        "peft": isinstance(config.build("peft"), Allotter) and config.peft.name,
+        "exchange": config.exchange.name != "plain" and config.exchange.name,
+        "mixing": config.mixing is not None and config.mixing.name,
+        "selection": isinstance(config.build("selection"), Arranger) and config.selection.name,
+    }
+    wrong = [
+        f"{family} '{name}' is not yet over the network in a run in which '{there[1]}' runs blocks for '{there[0]}' "
+        f"(framework '{config.framework.name}'). Leave it out, or train in one process."
+        for family, name in chosen.items()
+        if name
+    ]
+    if wrong:
+        raise ConfigError(wrong, "the run")
 
 
 def needs_secret(config: RunConfig, num_blocks: int) -> str | None:
@@ -129,18 +139,13 @@ def hosts(routes: Routes) -> Iterator[tuple[str, str]]:
             yield name, peer
 
 
-def part_of(layout: Layout) -> Part:
-    """What a client holds of the model: its head, and in the U-shape its tail."""
-    tail = layout.tail if layout.tail_at_client else range(0)
-    return Part(0, len(layout.head), bottom=True, top=layout.tail_at_client, also=tail)
-
-
 def parts_of(config: RunConfig, num_blocks: int) -> dict[str, Part]:
     """What each client may come to hold: where a planner moves cuts, all blocks but the trunk's last."""
     layouts = layouts_of(config, num_blocks)
-    if config.planner is not None:
-        layouts = {name: at_cut(layout, layout.middle.stop - 1) for name, layout in layouts.items()}
-    return {name: part_of(layout) for name, layout in layouts.items()}
+    if config.planner is not None:  # then nobody runs blocks for others
+        return {name: part_of(at_cut(layout, layout.middle.stop - 1)) for name, layout in layouts.items()}
+    routes = routes_of(config, layouts)
+    return {name: part_of(layout, hosted_stops(name, layouts, routes)) for name, layout in layouts.items()}
 
 
 def known_classes(config: RunConfig) -> Sequence[str] | None:

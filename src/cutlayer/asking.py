@@ -23,9 +23,9 @@ MOST = 2**48  # of any whole number; sums of the steps of endless runs are below
 # Values by name, whichever verb has them: whole numbers with the least that they may be, and other numbers.
 WHOLE: Mapping[str, int] = {
     "round": 0, "updates": 0, "ahead": 0, "most": 0, "steps": 0, "head_blocks": 0, "tail_blocks": -1, "version": -1,
-    "directions": 0, "number": 0, "bits": 1, "used": 0, "stage": 0,
+    "directions": 0, "number": 0, "bits": 1, "used": 0, "stage": 0, "stop": 0,
 }  # fmt: skip
-NUMBERS = ("loss", "head_weight", "scale", "mu", "strength")
+NUMBERS = ("loss", "head_weight", "trunk_weight", "scale", "mu", "strength")
 PARTS = ("own", "hosted", "all")
 NEEDS: Mapping[str, tuple[str, ...]] = {  # values without which a verb of housekeeping means nothing
     "begin": ("round", "updates"), "hold": ("round",), "keep": ("round",), "retime": ("ahead",),

@@ -13,6 +13,7 @@ from cutlayer.build import Data, check_fit, layouts_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED, Example, Framework, Layout, Peft, Planner, Stop
 from cutlayer.errors import ConfigError, MethodError
+from cutlayer.hosting import hosted_stops
 from cutlayer.models.arena import Arena
 from cutlayer.models.far import FarSlot
 from cutlayer.models.segment import Base, Segment
@@ -231,8 +232,14 @@ def assemble_client(
     if cuts is not None:
         layouts[name] = at_cut(layouts[name], cuts[0])
         highest = base.segment("head", range(cuts[1]), bottom=True)
-    head, _, tail = segments_of(base, layouts[name], routes_of(config, layouts)[name])
+    routes = routes_of(config, layouts)
+    head, tail = base.segment("head", layouts[name].head, bottom=True), None
+    if layouts[name].tail_at_client:
+        tail = base.segment("tail", layouts[name].tail, top=True)
     names, frozen = own_names(config, head, tail, highest)
+    first = {n: base.initial[n].detach() for n in names}
+    others = {n for stop in hosted_stops(name, layouts, routes) for n in stop.place(base).segment.names}
+    names = names if not others else [n for n in base.initial if n in others | set(names)]
     ranks = slot_ranks(config.build("peft"), base, names, [layouts[name]])
     start = {**base.initial, **at_ranks(base, ranks)} if ranks else base.initial
     arena = Arena()
@@ -243,7 +250,6 @@ def assemble_client(
         agreed=agreed,
     )  # fmt: skip
     party.most = cuts[1] if cuts is not None else len(head.blocks)
-    first = {n: base.initial[n].detach() for n in names}
     party.slot.put(framework.start(name, config.client_names, first, config.seed))
     begin_alone(base, config.build("peft"), name, slot, party.names("own"))
     return party

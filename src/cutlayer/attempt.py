@@ -209,6 +209,8 @@ class Attempt:
             state |= {n: tensor for n, tensor in run.federated.before.items() if parameter_of(n) == n}
         stops, layout = run.parts.routes[client], run.parts.layouts[client]
         for stop, place in zip(stops, places_of(run.parts.base, layout, stops), strict=True):
+            if run.parts.own(stop):  # on a client's device, which stands here without its values
+                continue
             held = run.parts.slot(stop).get()  # of what it holds, that which it trains now
             state |= {name: held[name] for name in place.segment.names if name in held}
         draft = final.with_name(f".{final.name}.draft")

@@ -21,6 +21,8 @@ from cutlayer.clock import RunClock
 from cutlayer.config import RunConfig
 from cutlayer.contracts import Exchange, Framework, How, Joint, Mixing, Rate, StepResult
 from cutlayer.links.local import Carrier, ClientEnd, Link, LocalLink, Queues, Station
+from cutlayer.links.network import NetworkLink
+from cutlayer.links.relay import Relay
 from cutlayer.merging import Counters
 from cutlayer.pace import Paces, workers
 from cutlayer.parties.client import ClientParty
@@ -181,10 +183,14 @@ class Run(Updating):
         places = places_of(self.parts.base, layout, stops)
         hops: list[Any] = []
         hop: Any
-        for stop, place in zip(stops, places, strict=True):
+        for number, (stop, place) in enumerate(zip(stops, places, strict=True)):
             kind = ServerTail if place.segment.top else TrunkHop
             pace = self.paces.stop(stop.party, place.segment, first=place.before is None)
-            hop = kind(self.parts.parties[stop.party], place, self._station(stop.party), self.carrier, pace)
+            link = self.links.get(stop.party)
+            if isinstance(link, NetworkLink):
+                hop = Relay(self.parts.parties[stop.party], place, number, link, client)
+            else:
+                hop = kind(self.parts.parties[stop.party], place, self._station(stop.party), self.carrier, pace)
             if stop.party in self.ends:
                 hop = Hosted(hop, client, self.presence.asked)
             hops.append(self.scheduler.wrap(hop, client))

@@ -187,7 +187,7 @@ class Engine:
         """Every slot that is here by the name of its file in a checkpoint; one that two parties share comes once."""
         parts = self.run.parts
         found = {} if parts.apart else {f"client-{name}": party.slot for name, party in parts.clients.items()}
-        known = {id(slot) for slot in found.values()}
+        known = {id(party.slot) for party in parts.clients.values()}  # elsewhere they write it themselves
         for name, party in parts.parties.items():
             for of, slot in party.slots.items():
                 if id(slot) not in known:
@@ -257,7 +257,8 @@ class Engine:
                 slot.put(states[name], version=manifest["versions"][name], resize=True)
                 if slot.importance is not None:
                     slot.importance.restore(manifest["importance"][name])
-            order = dict.fromkeys(name for slot in slots.values() for name in slot.get())
+            held = [*(party.slot for party in run.parts.clients.values()), *slots.values()]
+            order = dict.fromkeys(name for slot in held for name in slot.get())
             for holder, merged in states.items():  # in the order of its file; frames carry the slots' order
                 if holder == "federated":
                     run.federated.before = {key: merged[key] for key in order if key in merged}

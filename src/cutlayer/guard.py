@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,19 +20,16 @@ from torch import Tensor
 from cutlayer.asking import HOUSEKEEPING, check_like, check_tensors, check_told, check_values, named
 from cutlayer.contracts import SERVER
 from cutlayer.errors import OutputError, PolicyRefused
-from cutlayer.leaving import ANSWERS, BEGINNINGS, Held, held_by, is_training, kinds_of
+from cutlayer.leaving import ANSWERS, BEGINNINGS, HOST_VERBS, Held, held_by, is_training, kinds_of, length_of
 from cutlayer.links.net.messages import Type, pack_number
 from cutlayer.models.slots import parameter_of
-from cutlayer.parties.client import ClientParty
 from cutlayer.policy import Policy
 from cutlayer.released import Counts, Log
-from cutlayer.wire import Header, frame_length
+from cutlayer.wire import Header
 
-__all__ = ["Guard", "Held", "guarded", "held_by"]
+__all__ = ["Guard", "Held", "held_by"]
 
-Answer = tuple[Header, list[Tensor]]
 KEPT_TURNS = 64  # of which it is known what they asked for
-KEPT_ANSWERS = 4  # that can be given again
 UNDER_WAY = 64  # micro-batches at a time, at most
 BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage", "sketch")
 SHAPED = {"set_state": "owned", "features": "owned"}  # requests whose tensors are of the slot
@@ -59,13 +56,16 @@ class Guard:
         client: the client's name.
         held: what its party holds now (``held_by``); it changes when cuts and ranks do.
         planned: the most optimizer steps that the run, as it was offered, gives the client.
+        others: the clients that it shows something, which is sealed for them.
+        bytes_of: of an answer, as it leaves.
     """
 
     def __init__(
-        self, policy: Policy, log: Log, counts: Counts, *, client: str, held: Callable[[], Held], planned: int
-    ) -> None:
+        self, policy: Policy, log: Log, counts: Counts, *, client: str, held: Callable[[], Held], planned: int,
+        others: Collection[str] = (), bytes_of: Callable[[Header, Sequence[Tensor]], int] = length_of,
+    ) -> None:  # fmt: skip
         self.policy, self.log, self.counts, self.client, self.held = policy, log, counts, client, held
-        self.planned = planned
+        self.planned, self.others, self.bytes_of = planned, others, bytes_of
         self._greeted = False
         self._lock = threading.RLock()  # a connection is opened again while a request is answered
         self.begin()
@@ -94,7 +94,8 @@ class Guard:
         """
         if header.verb not in ANSWERS:
             self._refuse("verbs", f"'{header.verb}' is nothing that a client may be asked for.")
-        if header.client not in ("", self.client):
+        hosts = header.verb in HOST_VERBS and header.client in self.others
+        if header.client not in ("", self.client) and not hosts:
             self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
         asked = (header.verb, header.step, header.micro)
         if header.turn and header.turn <= self._newest:
@@ -120,7 +121,7 @@ class Guard:
             PolicyRefused: with the rule; nothing is counted, and nothing may leave.
             OutputError: the counts or the log cannot be written; nothing may leave.
         """
-        kinds = kinds_of(asked, header, tensors, self.held())
+        kinds = self._kinds(asked, header, tensors)
         for kind in kinds:
             if not getattr(self.policy.may_leave, kind):
                 self._refuse(f"may_leave.{kind}", f"the answer to {named(asked)} holds such.")
@@ -146,7 +147,7 @@ class Guard:
         """
         with self._lock:
             length = self._length(header, tensors)
-            self._leave(asked, header, tensors, length, kinds_of(asked, header, tensors, self.held()), again=True)
+            self._leave(asked, header, tensors, length, self._kinds(asked, header, tensors), again=True)
 
     def housekeeping(self, header: Header) -> None:
         """Judge a request that keeps the two processes together, before it is carried out.
@@ -292,8 +293,16 @@ class Guard:
 
     # ------------------------------------------------------------ answers
 
+    def _kinds(self, asked: Header, header: Header, tensors: Sequence[Tensor]) -> dict[str, int]:
+        kinds = kinds_of(asked, header, tensors, self.held())
+        if header.receiver in self.others:
+            kinds.setdefault("peers", sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        if asked.sender in self.others and asked.verb == "head_backward" and "loss" in header.values:
+            kinds.setdefault("losses", 0)  # of the two-part split too: another client computed it, not the server
+        return kinds
+
     def _length(self, header: Header, tensors: Sequence[Tensor]) -> int:
-        return self._bytes(frame_length(header, [t.shape for t in tensors], [t.dtype for t in tensors]))
+        return self._bytes(self.bytes_of(header, tensors))
 
     def _bytes(self, length: int) -> int:
         most = self.policy.most.bytes
@@ -364,25 +373,3 @@ class Guard:
     @staticmethod
     def _refuse(rule: str, message: str) -> NoReturn:
         raise PolicyRefused(rule, message)
-
-
-def guarded(answer: Callable[..., Answer], guard: Guard) -> Callable[[ClientParty, Header, Sequence[Tensor]], Answer]:
-    """``parties.client.answer``, held to a policy; a request that is sent again gets the same answer."""
-    kept: dict[int, Answer] = {}
-
-    def answered(party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
-        if guard.request(header, tensors):
-            if header.turn not in kept:
-                raise PolicyRefused("order", f"turn {header.turn} was answered, and its answer is no longer kept.")
-            guard.again(header, *kept[header.turn])
-            return kept[header.turn]
-        reply, shown = answer(party, header, tensors)
-        guard.reply(header, reply, shown)
-        for turn in [
-            turn for turn, (old, _) in kept.items() if old.kind == "state" or turn <= header.turn - KEPT_ANSWERS
-        ]:
-            del kept[turn]  # a state is the slot's own tensors, which the next request may change
-        kept[header.turn] = (reply, [tensor.detach() for tensor in shown])
-        return reply, shown
-
-    return answered

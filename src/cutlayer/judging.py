@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cutlayer._judging import Checks, finite, named
+from cutlayer._judging import BatchChecks, Bounds, finite, named
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.build import task_of
 from cutlayer.config import RunConfig
@@ -27,13 +27,16 @@ from cutlayer.parties.helping import PREFIX
 from cutlayer.parties.holder import Holder
 from cutlayer.ranks import pairs
 from cutlayer.schedule import ENDLESS, Told
-from cutlayer.sketches import Sketch
-from cutlayer.values import IGNORE
-from cutlayer.wire import Header, Value
+from cutlayer.sealing import is_sealed
+from cutlayer.values import SERVER
+from cutlayer.wire import SEAL_BYTES, SEALED, Header, Value
+
+__all__ = ["Bounds", "Judge", "bounds_of"]
 
 MOST = float(torch.finfo(torch.float32).max)  # of a loss, so that sums of them stay finite
 PROBE = 2  # the size of each dimension where an optimizer's state is learnt
 
+ANY = "*"  # of several that may be
 # By verb, in which step its reply is sent, and of which kind it is.
 REPLIES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("set_up", "histogram"), ("partition", "ack")),
@@ -41,36 +44,14 @@ REPLIES: Mapping[str, tuple[str, str]] = {
     "sketch": ("partition", "sketch"),
     **dict.fromkeys(("head_forward", "probe", "features"), ("send_activations", "activations")),
     "tail_step": ("send_gradients", "gradient"),
+    "host_backward": ("return_gradients", ANY),
+    "host_tail_step": ("return_gradients", ANY),
+    "host_forward": (ANY, "activations"),
     **dict.fromkeys(("head_backward", "probed", "grad_norm", "update"), ("head_backward", "ack")),
     **dict.fromkeys(("move", "importance"), ("partition", "state")),
     **dict.fromkeys(("begin_stage", "set_state"), ("aggregate", "ack")),
     **dict.fromkeys(("end_stage", "get_state"), ("aggregate", "state")),
 }
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a client's batches keep to.
-
-    Args:
-        rows: of a micro-batch, at most.
-        length: tokens of a row, at most.
-        micros: micro-batches of a step, at most.
-        hidden: the model's hidden size.
-        labels: how many labels there are: the vocabulary, or a classifier's classes.
-        causal: whether each token has a label; else each row has.
-        dtype: of hidden states.
-        sketch: what it tells of its data, where the run's selection asks.
-    """
-
-    rows: int
-    length: int
-    micros: int
-    hidden: int
-    labels: int
-    causal: bool
-    dtype: torch.dtype
-    sketch: Sketch | None = None
 
 
 def bounds_of(config: RunConfig, base: Base, name: str) -> Bounds:
@@ -103,7 +84,7 @@ class _Batch:
     last: bool
 
 
-class Judge(Checks):
+class Judge(BatchChecks):
     """Judges the replies of one client, in their order.
 
     Args:
@@ -117,8 +98,8 @@ class Judge(Checks):
     def __init__(
         self, name: str, bounds: Bounds, told: Told, shadow: Holder, remembers: Callable[[int], bool] = lambda _: True
     ) -> None:
-        super().__init__(name)
-        self.bounds, self.told, self.shadow, self.remembers = bounds, told, shadow, remembers
+        super().__init__(name, bounds)
+        self.told, self.shadow, self.remembers = told, shadow, remembers
         self._open: dict[tuple[int, int], _Batch] = {}  # of training, by step and micro-batch
         self._tells_step_tokens = self._caches = False
         self._moments: dict[tuple[int, torch.dtype], dict[str, tuple[int, ...]]] = {}
@@ -131,7 +112,8 @@ class Judge(Checks):
         """
         self._verb, found = asked.verb, dict(zip(reply.names, tensors, strict=True))
         step_name, kind = REPLIES.get(asked.verb, (reply.step_name, reply.kind))
-        if asked.verb == "tail_step" and not asked.values.get("graph"):
+        sealed = reply.receiver not in ("", SERVER) and is_sealed(reply)
+        if asked.verb in ("tail_step", "host_tail_step") and not asked.values.get("graph"):
             step_name, kind = "tail_step", "ack"
         elif asked.verb == "features" and not found:
             kind = "ack"
@@ -140,7 +122,7 @@ class Judge(Checks):
             ("verb", reply.verb, ""), ("slot", reply.slot, asked.slot), ("step", reply.step, asked.step),
             ("micro-batch", reply.micro, asked.micro),
         ):  # fmt: skip
-            if here != wanted:
+            if here != wanted and wanted != ANY:
                 self._fail(f"the {what} '{here}'", f"'{wanted}'")
         for name, value in reply.values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -149,10 +131,25 @@ class Judge(Checks):
             if not finite(tensor):
                 self._diverged(f"'{name}' with values that are not finite")
         judged: Callable[[_Answer], None] | None = getattr(self, f"_on_{asked.verb}", None)
-        if judged is not None:
+        if sealed:
+            self._sealed(reply, found)
+        elif judged is not None:
             judged(_Answer(asked, dict(zip(asked.names, given, strict=True)), reply.values, found))
         elif kind == "ack":
             self._only(reply.values, found)
+
+    def _sealed(self, reply: Header, found: Mapping[str, Tensor]) -> None:
+        """What is for another client: who opens it judges what is inside."""
+        self._only(reply.values, found, (), [SEALED])
+        box = found[SEALED]
+        if box.dim() != 1 or box.dtype != torch.uint8 or len(box) <= SEAL_BYTES:
+            self._fail(f"'{SEALED}' as {named(box)}", f"more than {SEAL_BYTES} torch.uint8")
+
+    def _on_host_tail_step(self, it: _Answer) -> None:
+        self._only(it.values, it.found, ["loss", "tokens", "label_tokens", "correct"])
+        self._number(it.values, "loss", -MOST, MOST)
+        self._counts(it.values, self.bounds.rows, self.bounds.length, None)
+        self._whole(it.values, "correct", int(it.values["label_tokens"]))
 
     # ------------------------------------------------------------ set-up
 
@@ -244,7 +241,8 @@ class Judge(Checks):
             self._fail(f"{len(it.found['hidden'])} rows", f"{rows}, as it counts them")
 
     def _on_tail_step(self, it: _Answer) -> None:
-        rows, length = it.given["hidden"].shape[:2]
+        shown = it.given.get("hidden")  # None: it was sealed, so that it is not known how large the batch is
+        rows, length = (self.bounds.rows, self.bounds.length) if shown is None else shown.shape[:2]
         if not it.asked.values.get("graph"):
             self._only(it.values, it.found, ["loss", "tokens", "label_tokens", "last", "correct"])
             self._flag(it.values, "last")
@@ -253,7 +251,8 @@ class Judge(Checks):
             self._whole(it.values, "correct", int(it.values["label_tokens"]))
             return
         self._only(it.values, it.found, ["last", *(["step_tokens"] if self._tells_step_tokens else [])], ["hidden"])
-        self._like(it.found, "hidden", it.given["hidden"].shape, it.given["hidden"].dtype)
+        if shown is not None:
+            self._like(it.found, "hidden", shown.shape, shown.dtype)
         self._same_end(it.asked, it.values)
         if self._tells_step_tokens:
             self._whole(it.values, "step_tokens", self.bounds.micros * self.bounds.rows * self.bounds.length)
@@ -265,7 +264,8 @@ class Judge(Checks):
         rows, length = (batch.rows, batch.length) if batch else (self.bounds.rows, self.bounds.length)
         self._counts(it.values, rows, length, None)
         self._number(it.values, "loss", -MOST, MOST)
-        if self.shadow.tail is None and it.values["loss"] != it.asked.value("loss"):
+        told = self.shadow.tail is None and not is_sealed(it.asked)
+        if told and it.values["loss"] != it.asked.value("loss"):
             self._fail(f"the loss {it.values['loss']}", f"that which it was told, {it.asked.value('loss')}")
 
     def _on_probed(self, it: _Answer) -> None:
@@ -291,25 +291,6 @@ class Judge(Checks):
         if batch is not None and values["last"] != batch.last:
             self._fail(f"last {values['last']}", f"{batch.last}, as it said before")
 
-    def _batch(self, found: Mapping[str, Tensor], hidden: Tensor, *, most: int = 0) -> tuple[int, int]:
-        """Rows and length of a batch that is shown, with all that stands beside its hidden states."""
-        most = most or self.bounds.rows
-        if hidden.dim() != 3 or hidden.dtype != self.bounds.dtype:
-            self._fail(f"'hidden' as {named(hidden)}", f"[rows, length, {self.bounds.hidden}] {self.bounds.dtype}")
-        rows, length, size = hidden.shape
-        if not (0 < rows <= most and 0 < length <= self.bounds.length and size == self.bounds.hidden):
-            shape = f"at most [{most}, {self.bounds.length}, {self.bounds.hidden}]"
-            self._fail(f"'hidden' as {named(hidden)}", f"{shape}, and not empty")
-        if "mask" in found:
-            self._like(found, "mask", (rows, length), torch.bool)
-        if "positions" in found:
-            self._like(found, "positions", (rows, length), torch.int32)
-            self._within(found, "positions", 0, length)
-        if "labels" in found:
-            self._like(found, "labels", (rows, length) if self.bounds.causal else (rows,), torch.int32)
-            self._within(found, "labels", 0, self.bounds.labels, ignored=self.bounds.causal)
-        return rows, length
-
     def _samples(self, samples: Tensor) -> tuple[int, int]:
         """How many there are, and the most tokens that each may have."""
         if samples.dim() != 1 or not 0 < len(samples) <= self.bounds.rows or samples.dtype != torch.int64:
@@ -318,22 +299,6 @@ class Judge(Checks):
         if len(set(samples.tolist())) < len(samples):
             self._fail("a sample's number twice", "each once")
         return len(samples), self.bounds.length
-
-    def _counts(self, values: Mapping[str, Value], rows: int, length: int, labels: Tensor | None) -> None:
-        """Token counts, and in the two-part split the share of the step's."""
-        most = rows * length
-        self._whole(values, "tokens", most)
-        self._whole(values, "label_tokens", most if self.bounds.causal else rows)
-        if labels is not None:
-            counted = int((labels[:, 1:] != IGNORE).sum()) if labels.dim() == 2 else len(labels)
-            if values["label_tokens"] != counted:
-                self._fail(f"label_tokens {values['label_tokens']}", f"{counted}, as there are")
-        if "weight" in values:
-            self._number(values, "weight", 0.0, 1.0)
-        if "step_tokens" in values:
-            self._whole(values, "step_tokens", self.bounds.micros * self.bounds.rows * self.bounds.length)
-            if int(values["step_tokens"]) < int(values["label_tokens"]):
-                self._fail(f"step_tokens {values['step_tokens']}", f"at least label_tokens {values['label_tokens']}")
 
     # ------------------------------------------------------------ states
 

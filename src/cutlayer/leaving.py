@@ -15,7 +15,7 @@ from torch import Tensor
 from cutlayer.errors import PolicyRefused
 from cutlayer.models.slots import parameter_of
 from cutlayer.parties.client import ClientParty
-from cutlayer.wire import Header
+from cutlayer.wire import Header, frame_length
 
 OWN = "own"  # a tensor of the slot: of the head, of the tail or hosted
 FREE = ""  # says nothing of the data
@@ -53,6 +53,12 @@ ANSWERS: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] = {
     "set_state": ({}, {}),
     "abort": ({}, {}),
 }
+PEERS = dict.fromkeys(("hidden", "mask", "positions", "labels"), "peers")
+PEERS_SAY = dict.fromkeys(
+    ("last", "needs_gradient", "loss", "correct", "update", "graph", "head_weight", *TOKENS), "peers"
+)  # fmt: skip
+HOST_VERBS = ("host_forward", "host_backward", "host_tail_step")  # work in the steps of others
+ANSWERS = {**ANSWERS, **dict.fromkeys(HOST_VERBS, (PEERS, PEERS_SAY))}
 BEGINNINGS = ("head_forward", "probe")  # show a batch
 
 
@@ -80,7 +86,7 @@ def held_by(party: ClientParty) -> Held:
 
 def is_training(asked: Header) -> bool:
     """Whether a request is none of those of an evaluation. To look around (``probe``) is to train."""
-    return asked.verb not in ("head_forward", "tail_step") or bool(asked.values.get("graph"))
+    return asked.verb not in ("head_forward", "tail_step", *HOST_VERBS) or bool(asked.values.get("graph"))
 
 
 def kinds_of(asked: Header, header: Header, tensors: Sequence[Tensor], held: Held) -> dict[str, int]:
@@ -125,3 +131,8 @@ def _like(name: str, known: Mapping[str, str]) -> str | None:
     if name in known:
         return known[name]
     return next((kind for pattern, kind in known.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def length_of(header: Header, tensors: Sequence[Tensor]) -> int:
+    """The bytes of an answer's frame."""
+    return frame_length(header, [t.shape for t in tensors], [t.dtype for t in tensors])

@@ -115,6 +115,7 @@ class MayLeave(Tree):
     head_adapter: bool = True  # trained tensors of the first part, at step 11 or when a block moves to the server
     tail_adapter: bool = True  # those of the last part (U-shape)
     hosted: bool = True  # what was trained here for others
+    peers: bool = False  # sealed from the server: what other clients are shown, and what is computed for them
     gradient_norms: bool = True  # of its own part: for clipping, and for ranks by importance
     sample_numbers: bool = False  # which of the client's samples a batch has, by their numbers
     sketches: bool = False  # of the data: mixes of labels or lengths, histograms of categories

@@ -32,6 +32,7 @@ WORDS = {
     "head_adapter": "trained tensors of the first part",
     "tail_adapter": "trained tensors of the last part",
     "hosted": "tensors that were trained for others",
+    "peers": "what is for other clients, sealed from the server",
     "gradient_norms": "norms and importance of gradients",
     "sample_numbers": "numbers of samples",
     "sketches": "sketches and histograms of the data",

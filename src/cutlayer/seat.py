@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,36 @@ from torch import Tensor
 
 from cutlayer import checkpoint
 from cutlayer.agreed import AgreedSecret
-from cutlayer.apart import check_routes, known_classes, needs_secret, part_of
+from cutlayer.apart import check_routes, hosts, known_classes, needs_secret
 from cutlayer.arrangement import Arranger
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
-from cutlayer.contracts import SERVER
+from cutlayer.contracts import SERVER, Layout
 from cutlayer.engine import identity
 from cutlayer.errors import CheckpointError, CutlayerError, KeysError, OutputError, PolicyRefused, WireError
 from cutlayer.files import write_text
-from cutlayer.guard import Guard, guarded
-from cutlayer.leaving import held_by
+from cutlayer.guard import Guard
+from cutlayer.guarded import guarded
+from cutlayer.hosting import part_of
+from cutlayer.leaving import HOST_VERBS, held_by, length_of
 from cutlayer.models.adapters import save_part
 from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import Part, device_named, load_model
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
-from cutlayer.parties.client import ClientParty
+from cutlayer.parties.client import VERB_STEPS, ClientParty
 from cutlayer.parties.client import answer as answer_step
+from cutlayer.peers import Peers
 from cutlayer.planning import at_cut
 from cutlayer.plans import keep_back
 from cutlayer.policy import Policy
+from cutlayer.presence import Routes
 from cutlayer.released import Counts, Log
 from cutlayer.report.progress import Reporter
 from cutlayer.schedule import learning_rate, planned_steps, told_of
+from cutlayer.step import at
 from cutlayer.wire import Header
 
 BEGINNINGS = ("head_forward", "probe")
@@ -74,8 +79,9 @@ class Seat:
         self.agreed = self._needed(needs_secret(config, blocks), agreed)
         known_classes(config)
         layouts = layouts_of(config, blocks)
-        self.layout = layouts[name]
-        self.first, self.last = neighbours(config, routes_of(config, layouts)[name])
+        self.layout, routes = layouts[name], routes_of(config, layouts)
+        self.first, self.last = neighbours(config, routes[name])
+        self.peers = self._peers(layouts, routes, policy)
         self.data, self.kept = keep_back(
             config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
         )
@@ -93,8 +99,9 @@ class Seat:
             policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
             held=lambda: held_by(self.party),
             planned=planned_steps(config, dict.fromkeys(config.client_names, self.sizes))[name],
+            others=self.peers.others if self.peers else (), bytes_of=self.peers.length if self.peers else length_of,
         )  # fmt: skip
-        self._answer = guarded(self._answered, self.guard)
+        self._answer = guarded(self._answered, self.guard, self.peers.sealed if self.peers else None)
 
     def _needed(self, why: str | None, agreed: AgreedSecret | None) -> AgreedSecret | None:
         """The secret of the run's clients, where the run needs it.
@@ -112,6 +119,28 @@ class Seat:
             self.progress.note("--secret is not used: this run needs no secret of its clients")
         return agreed if why is not None else None
 
+    def _peers(self, layouts: Mapping[str, Layout], routes: Routes, policy: Policy) -> Peers | None:
+        """The dealings with other clients, where some run blocks for others.
+
+        Raises:
+            PolicyRefused: the owner does not allow them.
+        """
+        if next(hosts(routes), None) is None:
+            return None
+        assert self.agreed is not None
+        peers = Peers(self.config, self.name, self.agreed, layouts, routes, self.out)
+        if not policy.may_leave.peers:
+            theirs = dict.fromkeys(stop.owner for stop in peers.stops)
+            shown = {self.first, self.last} & peers.others
+            does = [f"runs blocks for {', '.join(theirs)}"] if theirs else []
+            does += [f"shows what it sends to {', '.join(sorted(shown))}"] if shown else []
+            raise PolicyRefused(
+                "may_leave.peers",
+                f"in this run '{self.name}' {' and '.join(does) or 'is a client among such'}, sealed from the server. "
+                "Allow it by may_leave: {peers: true} in your policy (--policy), or do not join this run.",
+            )
+        return peers
+
     def _base(self, part: Part) -> Base:
         """The client's own blocks, and no others."""
         config, task = self.config, task_of(self.config)
@@ -126,11 +155,15 @@ class Seat:
         """The client at its start; ``cuts`` are its head blocks now and at most, where a planner says them."""
         layout = self.layout if cuts is None else at_cut(self.layout, cuts[1])
         if self.base is None or len(layout.head) != self.most:
-            self.base, self.most = self._base(part_of(layout)), len(layout.head)
-        return assemble_client(
+            hosted = self.peers.stops if self.peers else ()
+            self.base, self.most = self._base(part_of(layout, hosted)), len(layout.head)
+        party = assemble_client(
             self.config, self.base, self.data, self.kept, self.name, updates=updates, secret=self.secret,
             agreed=self.agreed, cuts=cuts,
         )  # fmt: skip
+        if self.peers:
+            self.peers.begin(self.base, party.slot)
+        return party
 
     def _cuts(self, header: Header) -> tuple[int, int] | None:
         """What a planner says of the client's cut.
@@ -191,10 +224,15 @@ class Seat:
             done = Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn)
             self.guard.acknowledged(header, done)
             return done, []
+        if self.peers is not None:
+            header, tensors = self.peers.opened(header, tensors)
         return self._answer(self.party, header, tensors)
 
     def _answered(self, party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
         """The party's answer, to whoever is next on the route."""
+        if self.peers is not None and header.verb in HOST_VERBS:
+            with at(VERB_STEPS[header.verb]):
+                return self.peers.answer(header, tensors)
         reply, shown = answer_step(party, header, tensors)
         if header.verb in BEGINNINGS:
             reply = reply.but(receiver=self.first)
@@ -298,6 +336,8 @@ class Seat:
         draft = final.with_name(f".{final.name}.draft")
         assert self.base is not None
         own = self.party.names("own")
+        if not self.config.build("framework").merges:  # then nobody else has what it trained for others
+            own = self.party.names("all")
         state = {name: tensor for name, tensor in self.party.slot.get().items() if name in own}
         try:
             shutil.rmtree(draft, ignore_errors=True)

@@ -31,9 +31,12 @@ from cutlayer._header import DTYPES, KINDS, MAGIC, PREFIX, STEP_NAMES, VERSION, 
 from cutlayer.errors import WireError
 
 __all__ = [
-    "DTYPES", "KINDS", "MAGIC", "PREFIX", "STEP_NAMES", "VERSION", "Frame", "Header", "Incoming", "Limits", "Meter",
-    "Value", "decode", "encode", "frame_length", "keep_lines", "read_frames",
+    "DTYPES", "KINDS", "MAGIC", "PREFIX", "SEALED", "SEAL_BYTES", "STEP_NAMES", "VERSION", "Frame", "Header",
+    "Incoming", "Limits", "Meter", "Value", "decode", "encode", "frame_length", "keep_lines", "read_frames",
 ]  # fmt: skip
+
+
+SEALED, SEAL_BYTES = "sealed", 36  # the one tensor of a sealed frame (``sealing.py``), and what sealing adds to it
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Frame:
     def length(self) -> int:
         """Bytes, framing included."""
         return len(self.head) + sum(part.nbytes for part in self.body)
+
+    @property
+    def counted(self) -> int:
+        """Bytes of what a party sends another, framing included: of a sealed frame, those of the one inside it."""
+        return self.shapes[0][0] - SEAL_BYTES if self.header.names == (SEALED,) else self.length
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """The bytes in order."""
@@ -183,7 +191,7 @@ class Meter:
 
     ``up`` are bytes to the server, ``down`` bytes from it; ``by_pair`` has those between others too. ``repeated`` are
     those tensors' bytes that a broadcast would not have sent again (frames with the value ``again``). ``record`` is a
-    folder that gets ``frames.bin`` (the bytes) and ``frames.jsonl`` (a line a frame).
+    folder that gets ``frames.bin`` (the bytes; of a sealed frame as it came) and ``frames.jsonl`` (a line a frame).
     """
 
     def __init__(self, record: Path | None = None) -> None:
@@ -198,7 +206,7 @@ class Meter:
 
     def count(self, frame: Frame) -> None:
         """Count (and record) one frame that is being sent."""
-        header, length = frame.header, frame.length
+        header, length = frame.header, frame.counted
         self.by_step[header.step_name] += length
         self.by_pair[header.sender, header.receiver] += length
         self.up += length if header.receiver == "server" else 0
@@ -207,7 +215,7 @@ class Meter:
         if self.folder is not None:
             self._write(frame)
         self.frames += 1
-        self.offset += length
+        self.offset += frame.length
 
     def _write(self, frame: Frame) -> None:
         assert self.folder is not None

@@ -226,9 +226,9 @@ def send(meter: Meter, header: Header, tensors: Sequence[Tensor], client: str) -
         meter.count(frame)
     tally = current_tally()
     if tally is not None:
-        tally.bytes_up += frame.length if header.sender == client else 0
-        tally.bytes_down += frame.length if header.receiver == client else 0
-        tally.bytes_between += frame.length if client not in (header.sender, header.receiver) else 0
+        tally.bytes_up += frame.counted if header.sender == client else 0
+        tally.bytes_down += frame.counted if header.receiver == client else 0
+        tally.bytes_between += frame.counted if client not in (header.sender, header.receiver) else 0
     return frame
 
 

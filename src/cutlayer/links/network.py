@@ -77,6 +77,15 @@ class NetworkLink:
         send(self.meter, reply, found, self.name)  # of equal length: it is what came, counted where all is counted
         return Parcel(reply, found)
 
+    async def host(self, header: Header, tensors: Sequence[Tensor], *, to: str) -> Parcel:
+        """Send a request of another client's step and give the reply, which is for ``to``; neither is counted here.
+
+        Raises:
+            Lost, Gone, WireError: as ``call`` does.
+        """
+        frame = encode(self._next(header), tensors)
+        return Parcel(*await self._carried(frame, tensors, to))
+
     def abort(self) -> None:
         """Let the client forget what is under way, before the next request."""
         self._aborted = True

@@ -44,7 +44,7 @@ class Part:
     stop: int
     bottom: bool
     top: bool
-    also: range = range(0)  # a second run of blocks: the U-shaped client's tail
+    also: range | frozenset[int] = range(0)  # other blocks: the U-shaped client's tail, and what it runs for others
 
     def owns(self, owner: int | str) -> bool:
         """Whether a parameter of that owner (``Anatomy.owner``) is held."""

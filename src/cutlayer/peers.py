@@ -1,0 +1,214 @@
+"""A client's dealings with the other clients of a run: it opens what they sealed for it, judges it, works, and seals.
+
+All of it comes and goes over the server, which is another organisation's program and reads none of it. What the server
+says in such a request is where the batch is on its route, and how the step is to be made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from cutlayer._judging import BatchChecks, Bounds, finite
+from cutlayer.agreed import AgreedSecret
+from cutlayer.assembly import neighbours
+from cutlayer.config import RunConfig
+from cutlayer.contracts import SERVER, Layout
+from cutlayer.errors import WireError
+from cutlayer.frames import limits_of
+from cutlayer.hosting import ASKED, Hosting, hosted_stops
+from cutlayer.identity import identity_of
+from cutlayer.judging import bounds_of
+from cutlayer.leaving import HOST_VERBS
+from cutlayer.models.loading import load_config as load_model_config
+from cutlayer.models.segment import Base
+from cutlayer.models.slots import Slot
+from cutlayer.presence import Routes
+from cutlayer.sealing import About, Seals, is_sealed
+from cutlayer.wire import SEAL_BYTES, SEALED, Header, frame_length
+
+TOLD = ("graph", "update", "head_weight")  # what the server says of how a client's own step is made
+MOST = 3.4e38  # of a loss, as ``judging`` has it
+
+Request = tuple[Header, list[Tensor]]
+
+
+class Peers:
+    """One client's dealings with the others.
+
+    Args:
+        config: the run.
+        name: the client.
+        secret: that the clients have agreed on.
+        layouts: by client.
+        routes: by client.
+        out: the client's folder.
+    """
+
+    def __init__(
+        self, config: RunConfig, name: str, secret: AgreedSecret, layouts: Mapping[str, Layout], routes: Routes,
+        out: Path,
+    ) -> None:  # fmt: skip
+        self.config, self.name, self.layouts = config, name, layouts
+        self.others = frozenset(config.client_names) - {name}
+        self.stops = hosted_stops(name, layouts, routes)
+        run = hashlib.sha256(identity_of(config)["settings"].encode()).hexdigest()
+        self.seals = Seals(secret, run, out / "sealed.json")
+        self._first, self._last = neighbours(config, routes[name])
+        self._limits = limits_of(config, load_model_config(config.model))
+        self._by = {(stop.owner, stop.number): stop for stop in self.stops}
+
+    def begin(self, base: Base, slot: Slot) -> None:
+        """Nothing is under way."""
+        self.hosting = Hosting(self.name, slot, self.stops, base, seed=self.config.seed)
+        self._bounds = {name: bounds_of(self.config, base, name) for name in self.config.client_names}
+
+    def opened(self, header: Header, tensors: list[Tensor]) -> Request:
+        """A request as it is without a seal. One that must be sealed, is; and what was in it is sound.
+
+        Raises:
+            WireError: it is not.
+        """
+        if header.verb in HOST_VERBS:
+            return self._for_another(header, tensors)
+        sender = {"tail_step": self._last, "head_backward": self._first}.get(header.verb, SERVER)
+        if sender not in self.others:
+            return header, tensors
+        graph = header.values.get("graph")
+        leg = "backward" if header.verb == "head_backward" else "forward" if graph else "evaluation"
+        found, inside = self._open(header, tensors, sender, self.name, leg)
+        judge = _Sound(sender, self._bounds[self.name], str(found.verb))
+        judge.all_finite(found, inside)
+        if header.verb == "head_backward" and self.layouts[self.name].tail_at_client is False:
+            judge.loss(found)
+        told = {name: value for name, value in header.values.items() if name in TOLD}
+        return found.but(verb=header.verb, turn=header.turn, values={**found.values, **told}), inside
+
+    def _for_another(self, header: Header, tensors: list[Tensor]) -> Request:
+        """A request to run blocks for another client."""
+        owner, number = header.values.get("owner"), header.values.get("stop")
+        stop = self._by.get((str(owner), int(number))) if isinstance(number, int) else None
+        if stop is None or (stop.top != (header.verb == "host_tail_step") and header.verb != "host_backward"):
+            raise WireError(f"'{header.verb}' for '{owner}' was asked for, which is no work of '{self.name}'.")
+        if sorted(header.values) != sorted(ASKED):
+            raise WireError(f"'{header.verb}' does not say how the step is to be made, and that alone.")
+        forward = header.verb != "host_backward"
+        sender = (stop.before if forward else stop.after) or stop.owner
+        leg = "backward" if not forward else "forward" if header.values["graph"] else "evaluation"
+        found, inside = self._open(header, tensors, sender, stop.owner, leg)
+        judge = _Sound(sender, self._bounds[stop.owner], leg)
+        judge.all_finite(found, inside)
+        if forward:
+            judge.shown(found, inside, labels=not self.layouts[stop.owner].tail_at_client)
+        else:
+            judge.gradient(found, inside)
+        values = {name: value for name, value in found.values.items() if name not in ASKED}
+        return found.but(verb=header.verb, turn=header.turn, values={**values, **header.values}), inside
+
+    def _open(self, header: Header, tensors: list[Tensor], sender: str, owner: str, leg: str) -> Request:
+        if not is_sealed(header):
+            raise WireError(
+                f"'{header.verb}' brings what '{sender}' must have sealed, and it is not. Both ends need the same "
+                "version of cutlayer; if they have it, the server misbehaves."
+            )
+        about = About(sender, self.name, owner, leg, header.step, header.micro)
+        return self.seals.open(tensors[0], about, self._limits)
+
+    def answer(self, header: Header, tensors: Sequence[Tensor]) -> Request:
+        """Do work for another client."""
+        return self.hosting.answer(header, tensors)
+
+    def sealed(self, asked: Header, header: Header, tensors: Sequence[Tensor]) -> Request:
+        """An answer as it leaves: sealed, where it is for another client.
+
+        Raises:
+            OutputError: the numbers of what was sealed and opened cannot be written; nothing may leave.
+            WireError: it is too large.
+        """
+        out, shown = self._outside(header, asked.turn), list(tensors)
+        if header.receiver in self.others:
+            training = bool(asked.values.get("graph"))
+            backward = asked.verb in ("tail_step", "host_tail_step", "host_backward")
+            leg = "backward" if backward else "forward" if training else "evaluation"
+            about = About(self.name, header.receiver, header.client, leg, header.step, header.micro)
+            shown = [self.seals.seal(header, tensors, about)]
+        if header.receiver in self.others or asked.sender in self.others:
+            self.seals.save()
+        return out, shown
+
+    def _outside(self, header: Header, turn: int) -> Header:
+        """An answer's header as the server sees it."""
+        if header.receiver not in self.others:
+            return header.but(client=self.name, turn=turn)
+        return header.but(verb="", client=self.name, turn=turn, values={}, names=(SEALED,))
+
+    def length(self, header: Header, tensors: Sequence[Tensor]) -> int:
+        """The bytes of an answer as it leaves."""
+        length = frame_length(header, [t.shape for t in tensors], [t.dtype for t in tensors])
+        if header.receiver not in self.others:
+            return length
+        return frame_length(self._outside(header, 0), [(length + SEAL_BYTES,)], [torch.uint8])
+
+
+class _Sound(BatchChecks):
+    """Judges what another client sealed, before anything is computed with it. Each check raises WireError."""
+
+    def __init__(self, sender: str, bounds: Bounds, what: str) -> None:
+        super().__init__(sender, bounds)
+        self._verb = what
+
+    def all_finite(self, header: Header, tensors: Sequence[Tensor]) -> None:
+        """No number is infinite, or none."""
+        for name, value in header.values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self._diverged(f"{name} {value}")
+        for name, tensor in zip(header.names, tensors, strict=True):
+            if not finite(tensor):
+                self._diverged(f"'{name}' with values that are not finite")
+
+    def shown(self, header: Header, tensors: Sequence[Tensor], *, labels: bool) -> None:
+        """A batch on its way up, with the labels in the two-part split."""
+        found, values = dict(zip(header.names, tensors, strict=True)), header.values
+        counts = ["weight", "tokens", "label_tokens"] if labels else []
+        needed = ["hidden", *(["labels"] if labels else [])]
+        self._only(
+            values, found, ["last", "needs_gradient", *counts], needed, ["mask", "positions"],
+            values_spare=["step_tokens"],
+        )  # fmt: skip
+        for name in ("last", "needs_gradient"):
+            self._flag(values, name)
+        rows, length = self._batch(found, found["hidden"])
+        if labels:
+            self._counts(values, rows, length, found["labels"])
+
+    def gradient(self, header: Header, tensors: Sequence[Tensor]) -> None:
+        """A gradient on its way down, or word that there is none."""
+        found = dict(zip(header.names, tensors, strict=True))
+        needed = ["hidden"] if header.kind == "gradient" else []
+        self._only(header.values, found, (), needed, values_spare=["last", "loss", "step_tokens", *TOLD])
+        if found:
+            self._batch(found, found["hidden"])
+        if "loss" in header.values:
+            self.loss(header)
+
+    def loss(self, header: Header) -> None:
+        """The loss of a step, from who computes it."""
+        self._number({"loss": header.value("loss")}, "loss", -MOST, MOST)
+
+    def _diverged(self, came: str) -> NoReturn:
+        raise WireError(
+            f"Client '{self.name}' sealed {came} for this one ({self._verb}). The training has diverged (lower "
+            "optimizer.lr, or set max_grad_norm), or that client misbehaves."
+        )
+
+    def _fail(self, came: str, wanted: str) -> NoReturn:
+        raise WireError(
+            f"Client '{self.name}' sealed {came} for this one ({self._verb}); expected: {wanted}. All clients need the "
+            "same version of cutlayer; if they have it, that client misbehaves."
+        )
