@@ -477,7 +477,7 @@ def test_pytorchs_optimizers_pass_by_any_case(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", sorted({"planner", "mixing", "overlap", "objective", "defense", "codec", "monitor", "attack"} - {*DRIVEN})
+    "family", sorted({"planner", "mixing", "overlap", "objective", "defense", "codec", "monitor"} - {*DRIVEN})
 )
 def test_a_method_that_nothing_would_use_is_refused(family: str, tmp_path: Path) -> None:
     """It can be loaded, but who names a defense must not believe that it is on."""
