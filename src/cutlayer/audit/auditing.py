@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from cutlayer import registry
-from cutlayer.audit.messages import Exchange, Key, exchanges
+from cutlayer.audit.messages import STEPS, Exchange, Key, exchanges
 from cutlayer.audit.public import PublicModel, load_public
-from cutlayer.audit.recording import EFFORTS, Budget, Recording, limited, record, recorded
+from cutlayer.audit.recording import EFFORTS, Budget, Recording, limited, only_positions, record, recorded
 from cutlayer.audit.scores import Guesses, Score, Truth, score
 from cutlayer.audit.verdict import verdict
 from cutlayer.audit.view import View
@@ -35,6 +35,7 @@ from cutlayer.models.loading import device_named
 from cutlayer.report.progress import Reporter, reporter
 from cutlayer.threat import Threat
 
+CONTROL_POSITIONS = 64
 CONTROLS = {"standard": 2, "full": 4, "quick": 1}  # rows that controls are played on: they cost as much as the attack
 
 
@@ -167,7 +168,10 @@ def _played(
         guesses = attack.finish(replace(empty, exchanges=read))
         seconds = time.monotonic() - began
         scored = _scored(guesses, read, found, threat)
-        few = replace(empty, exchanges=limited(read, control_rows))
+        short = limited(read, control_rows)
+        if threat.causal and threat.reads == STEPS[:1]:  # what fails at the beginning of a text fails behind it
+            short = [only_positions(one, CONTROL_POSITIONS) for one in short]
+        few = replace(empty, exchanges=short)
         other = _recovery(attack, few.with_other_weights(), found) if "weights" in threat.knows else None
         yield {
             "attack": name, "defense": _defense(found), "moment": moment, "target": threat.target,
@@ -192,8 +196,8 @@ def _scored(guesses: Guesses, read: Sequence[Exchange], found: Recording, threat
     truths: dict[Key, Truth] = {}
     for one in read:
         whole = found.truth(one.key, threat.target)
-        count = len(next(iter(next(iter(one.tensors.values())).values())))
-        truths[one.key] = Truth(whole.tokens[:count], whole.counts[:count])
+        rows, length = next(found["hidden"].shape[:2] for found in one.tensors.values() if "hidden" in found)
+        truths[one.key] = Truth(whole.tokens[:rows, :length], whole.counts[:rows, :length])
     return score(guesses, truths, found.tokenizer.decode)
 
 

@@ -131,6 +131,16 @@ def only_rows(one: Exchange, count: int) -> Exchange:
     return replace(one, tensors=cut)
 
 
+def only_positions(one: Exchange, count: int) -> Exchange:
+    """The first positions of a micro-batch's activations: of a causal head a batch of shorter texts."""
+    cut = {
+        step: {name: tensor[:, :count] for name, tensor in found.items()}
+        for step, found in one.tensors.items()
+        if step == STEPS[0]
+    }
+    return replace(one, tensors=cut)
+
+
 def record(config: RunConfig, out: Path, effort: Effort, progress: Reporter) -> Recording:
     """Make a run like this one, as long as the effort says, with its wire recorded.
 
