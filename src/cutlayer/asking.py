@@ -122,9 +122,10 @@ def check_told(header: Header, policy: Policy) -> None:
         PolicyRefused: by the rule that has the bound.
     """
     for name, value in header.values.items():
-        bounds = getattr(policy.told, name) if name in Told.model_fields else None
+        rule = "head_weight" if name == "trunk_weight" else name  # of what this client trains for others, the same
+        bounds = getattr(policy.told, rule) if rule in Told.model_fields else None
         if bounds is not None and not bounds.allow(float(value)):
-            raise PolicyRefused(f"told.{name}", f"{named(header)} tells {name} {value}; allowed: {bounds}.")
+            raise PolicyRefused(f"told.{rule}", f"{named(header)} tells {name} {value}; allowed: {bounds}.")
     if header.verb in ("set_up", "move") and "head_blocks" in header.values:
         blocks = header.values["head_blocks"]
         if float(blocks) < policy.head_blocks:

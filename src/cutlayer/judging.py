@@ -37,6 +37,7 @@ MOST = float(torch.finfo(torch.float32).max)  # of a loss, so that sums of them 
 PROBE = 2  # the size of each dimension where an optimizer's state is learnt
 
 ANY = "*"  # of several that may be
+RELAYED = ("host_forward", "host_backward")  # what another client made of a batch, for who is next
 # By verb, in which step its reply is sent, and of which kind it is.
 REPLIES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("set_up", "histogram"), ("partition", "ack")),
@@ -124,6 +125,8 @@ class Judge(BatchChecks):
         ):  # fmt: skip
             if here != wanted and wanted != ANY:
                 self._fail(f"the {what} '{here}'", f"'{wanted}'")
+        if asked.verb in RELAYED and reply.receiver not in ("", SERVER) and not sealed:
+            self._fail("an open frame for another client", "a sealed one")
         for name, value in reply.values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 self._diverged(f"{name} {value}")

@@ -69,6 +69,11 @@ class Peers:
         self.hosting = Hosting(self.name, slot, self.stops, base, seed=self.config.seed)
         self._bounds = {name: bounds_of(self.config, base, name) for name in self.config.client_names}
 
+    def abort(self) -> None:
+        """Forget what is under way of others' batches."""
+        for owner in self.others:
+            self.hosting.party.abort(owner)
+
     def opened(self, header: Header, tensors: list[Tensor]) -> Request:
         """A request as it is without a seal. One that must be sealed, is; and what was in it is sound.
 

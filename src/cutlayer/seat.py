@@ -328,6 +328,8 @@ class Seat:
     def _abort(self, header: Header) -> None:
         """Forget what is under way."""
         self.party.abort()
+        if self.peers:
+            self.peers.abort()
         self.guard.aborted()
 
     def _finish(self, header: Header) -> None:

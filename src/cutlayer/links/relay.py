@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cutlayer.contracts import SERVER, How, Parcel
+from cutlayer.errors import WireError
 from cutlayer.links.local import send
 from cutlayer.links.network import NetworkLink
 from cutlayer.parties.trunk import Place, Trunk, told_how
@@ -52,7 +53,8 @@ class Relay:
 
     async def _ask(self, verb: str, parcel: Parcel, how: How, *, to: str) -> Parcel:
         header, tensors = parcel.open()
-        assert is_sealed(header)
+        if not is_sealed(header):
+            raise WireError(f"An open frame of client '{header.client}' is not passed on to '{self.party.name}'.")
         values = {
             **told_how(how), "trunk_update": how.trunk_update, "trunk_weight": how.trunk_weight, "owner": self.owner,
             "stop": self.number,

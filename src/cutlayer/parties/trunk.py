@@ -135,7 +135,13 @@ class TrunkParty:
             raise WireError(
                 f"'{self.name}' has no open graph of client '{key[0]}', step {key[1]}, micro-batch {key[2]}."
             )
-        owner = self.slots[place.slot]
+        owner, given = self.slots[place.slot], tensors.get("hidden")
+        if held.hidden.requires_grad and (given is None or given.shape != held.hidden.shape):
+            came = "nothing" if given is None else f"a gradient of {list(given.shape)}"
+            raise WireError(
+                f"'{self.name}' was given {came} for what went out as {list(held.hidden.shape)}, of client '{key[0]}', "
+                f"step {key[1]}, micro-batch {key[2]}."
+            )
         with at("trunk_backward"):
             if held.hidden.requires_grad:
                 with place.segment.entered(owner.params):
