@@ -109,7 +109,7 @@ def test_a_length_of_the_run_is_taken_where_groups_may_change_it(tmp_path: Path)
     other.handle(ask("begin", 1, round=0, updates=10), [])
     with pytest.raises(CutlayerError, match="PolicyRefused"):
         other.handle(ask("retime", 2, ahead=2), [])
-    assert "another length of the run, which nothing in it changes" in noted.words[-1]
+    assert "it has no selection that arranges who trains with whom" in noted.words[-1]
 
 
 def test_noise_of_a_sketch_is_from_the_client_s_own_secret(tmp_path: Path) -> None:
@@ -293,3 +293,25 @@ def test_requests_that_make_no_sense_are_refused_in_words(tmp_path: Path) -> Non
     with pytest.raises(CutlayerError):
         own.handle(ask("head_forward", 8, graph=False).but(step=2), [])
     assert "batch 2 was asked for; there are 0" in noted.words[-1]
+
+
+def test_a_batch_that_is_trained_on_is_never_taken_for_one_of_an_evaluation(tmp_path: Path) -> None:
+    """Of one number both may be; the guard lets no request begin the one while the other is open."""
+    gradients = []
+    for folder, between in (("alone", False), ("beside", True)):
+        own, noted = ready(tmp_path / folder)
+        party = own.party
+        party.evaluation = [lambda party=party: party.batches.step(2)[0]]
+        hidden = shows(own, 3)
+        if between:
+            with pytest.raises(CutlayerError, match="PolicyRefused"):
+                own.handle(ask("head_forward", 4, graph=False), [])
+            assert "is still open as one of training" in noted.words[-1]
+            shown = party.handle(ask("head_forward", 4, graph=False), [])[1][0]  # as if no guard were there
+            assert shown.shape != hidden.shape
+        tail = ask("tail_step", 5, graph=True, head_weight=1.0, update=True).but(names=("hidden",))
+        gradients.append(party.handle(tail, [hidden.detach()])[1][0])
+        if between:
+            reply, _ = party.handle(tail.but(values={"graph": False}), [shown])
+            assert "correct" in reply.values
+    assert torch.equal(*gradients)

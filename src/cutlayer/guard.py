@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cutlayer.asking import HOUSEKEEPING, check_like, check_tensors, check_told, check_values, named
 from cutlayer.contracts import SERVER
+from cutlayer.entitled import Entitled
 from cutlayer.errors import OutputError, PolicyRefused
 from cutlayer.leaving import ANSWERS, BEGINNINGS, HOST_VERBS, Held, held_by, is_training, kinds_of, length_of
 from cutlayer.links.net.messages import Type, pack_number
@@ -54,6 +55,7 @@ class Guard:
         log: of what leaves.
         counts: of what left, by this and earlier processes.
         client: the client's name.
+        entitled: what the run, as it was offered, asks of the client.
         held: what its party holds now (``held_by``); it changes when cuts and ranks do.
         planned: the most optimizer steps that the run, as it was offered, gives the client.
         others: the clients that it shows something, which is sealed for them.
@@ -61,11 +63,11 @@ class Guard:
     """
 
     def __init__(
-        self, policy: Policy, log: Log, counts: Counts, *, client: str, held: Callable[[], Held], planned: int,
-        others: Collection[str] = (), bytes_of: Callable[[Header, Sequence[Tensor]], int] = length_of,
+        self, policy: Policy, log: Log, counts: Counts, *, client: str, entitled: Entitled, held: Callable[[], Held],
+        planned: int, others: Collection[str] = (), bytes_of: Callable[[Header, Sequence[Tensor]], int] = length_of,
     ) -> None:  # fmt: skip
         self.policy, self.log, self.counts, self.client, self.held = policy, log, counts, client, held
-        self.planned, self.others, self.bytes_of = planned, others, bytes_of
+        self.entitled, self.planned, self.others, self.bytes_of = entitled, planned, others, bytes_of
         self._greeted = False
         self._lock = threading.RLock()  # a connection is opened again while a request is answered
         self.begin()
@@ -105,6 +107,7 @@ class Guard:
         held = self.held()
         check_values(header)
         check_told(header, self.policy)
+        self.entitled.check(header)
         self._check_tensors(header, tensors, held)
         if header.verb in BEGINNINGS:
             self._may_begin(header, held)
@@ -160,6 +163,7 @@ class Guard:
         if header.client not in ("", self.client):
             self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
         check_values(header)
+        self.entitled.check(header)
 
     def acknowledged(self, asked: Header, header: Header) -> None:
         """Count and write down the acknowledgement of such a request, which holds nothing but that it was done.
@@ -246,6 +250,9 @@ class Guard:
     def _may_begin(self, header: Header, held: Held) -> None:
         """Steps 2 and 3 of a micro-batch or an evaluation batch."""
         training, place, most = is_training(header), (header.step, header.micro), self.policy.most
+        if (*place, not training) in self._open:
+            other = "an evaluation" if training else "training"
+            self._refuse("order", f"{named(header)} is still open as one of {other}.")
         if not training:
             if not self.policy.may_leave.evaluation:
                 self._refuse("may_leave.evaluation", "the server asks for evaluation data.")

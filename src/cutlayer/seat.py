@@ -18,13 +18,13 @@ from torch import Tensor
 from cutlayer import checkpoint
 from cutlayer.agreed import AgreedSecret
 from cutlayer.apart import check_routes, hosts, known_classes, needs_secret
-from cutlayer.arrangement import Arranger
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, Layout
 from cutlayer.engine import identity
+from cutlayer.entitled import entitled
 from cutlayer.errors import CheckpointError, CutlayerError, KeysError, OutputError, PolicyRefused, WireError
 from cutlayer.files import write_text
 from cutlayer.guard import Guard
@@ -97,6 +97,7 @@ class Seat:
         self._base_round, self._checkpoints, self._holds = 0, list[int](), 0  # what of its past it may be set back to
         self.guard = Guard(
             policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
+            entitled=entitled(config, self.layout, hosts=self.peers is not None and bool(self.peers.stops)),
             held=lambda: held_by(self.party),
             planned=planned_steps(config, dict.fromkeys(config.client_names, self.sizes))[name],
             others=self.peers.others if self.peers else (), bytes_of=self.peers.length if self.peers else length_of,
@@ -311,13 +312,7 @@ class Seat:
         }  # fmt: skip
 
     def _retime(self, header: Header) -> None:
-        """Let the learning rate end where an arrangement of who trains with whom does.
-
-        Raises:
-            PolicyRefused: the run has no selection that arranges.
-        """
-        if not isinstance(self.config.build("selection"), Arranger):
-            raise PolicyRefused("told", "the server tells another length of the run, which nothing in it changes.")
+        """Let the learning rate end where an arrangement of who trains with whom does."""
         self._last_for(self.party.slot.version + int(header.value("ahead")))
 
     def _last_for(self, updates: int) -> None:
