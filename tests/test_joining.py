@@ -315,3 +315,48 @@ def test_a_batch_that_is_trained_on_is_never_taken_for_one_of_an_evaluation(tmp_
             reply, _ = party.handle(tail.but(values={"graph": False}), [shown])
             assert "correct" in reply.values
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("peft", ["lora", "full"])
+def test_a_run_is_done_when_its_part_was_written_and_not_before(peft: str, tmp_path: Path) -> None:
+    """A folder of that name that something else made says nothing; another begin says that it goes on."""
+    kind = {"peft": "full"} if peft == "full" else {}
+    own, noted = seat(tmp_path, **kind)
+    place = own.out / {"lora": "adapter", "full": "model"}[peft]
+    place.mkdir()
+    assert own.done is None
+    own.handle(ask("begin", 1, round=0, updates=3), [])
+    assert own.done is None
+    own.handle(ask("finish", 2), [])
+    assert own.done == place
+    assert "the run is done" in noted.words[-1]
+    assert any(place.glob("*.safetensors"))
+    assert own.left is None
+    other, _ = seat(tmp_path, seed=7, **kind)  # of another run, with the same folder
+    assert other.done is None
+    own.handle(ask("begin", 3, round=0, updates=3), [])
+    assert own.done is None
+    (own.out / "finished.json").write_text("{")
+    assert own.done is None
+
+
+def test_who_refused_has_left_the_run_and_has_its_part_as_of_then(tmp_path: Path) -> None:
+    own, noted = ready(tmp_path)
+    own.handle(ask("hold", 3, round=0), [])
+    own.handle(ask("keep", 4, round=1), [])
+    own.guard.policy = load_policy({"may_leave": {"activations": False}})
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        shows(own, 5, step=1)
+    own.handle(ask("begin", 6, round=1, updates=3), [])
+    own.handle(ask("finish", 7), [])
+    assert own.done is None
+    assert not any("the run is done" in words for words in noted.words)
+    said = str(own.left)
+    assert "left the run in round 1" in said
+    assert "may_leave.activations" in said
+    assert f"Its own part as it was after 1 rounds is in {own.out / 'adapter'}" in said
+    own.guard.policy = load_policy({})
+    own.handle(ask("begin", 8, round=1, updates=3), [])
+    own.handle(ask("set_up", 9, head_blocks=1, tail_blocks=1, steps=3), [])
+    own.handle(ask("finish", 10), [])
+    assert (own.left, own.done) == (None, own.out / "adapter"), "a server that was started again took it back"

@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, Layout
+from cutlayer.ending import Left, finished, not_finished, note_finished
 from cutlayer.engine import identity
 from cutlayer.entitled import entitled
 from cutlayer.errors import CheckpointError, CutlayerError, KeysError, OutputError, PolicyRefused, WireError
@@ -93,6 +94,8 @@ class Seat:
         if config.planner is None:  # else the server says the cut, once all clients are known
             self.party = self._party(0)
         self._begun = False  # a server has said which round it goes on from
+        self._round = 0  # that is under way, or that is to begin
+        self.left: Left | None = None  # the first refusal since the set-up: the run goes on without this client
         self._updates = 0  # that its part has in the run
         self._base_round, self._checkpoints, self._holds = 0, list[int](), 0  # what of its past it may be set back to
         self.guard = Guard(
@@ -202,6 +205,8 @@ class Seat:
             return self._handled(header, tensors)
         except CutlayerError as error:
             self.progress.note(f"'{header.verb}' was refused: {error}")
+            if self.left is None and self._begun:
+                self.left = Left(self._round, str(error))
             raise CutlayerError(self.guard.words(error, header)) from error
 
     def resent(self, turn: int, length: int) -> None:
@@ -227,7 +232,10 @@ class Seat:
             return done, []
         if self.peers is not None:
             header, tensors = self.peers.opened(header, tensors)
-        return self._answer(self.party, header, tensors)
+        answer = self._answer(self.party, header, tensors)
+        if header.verb == "set_up":  # a server that was started again, or mended, goes on with it
+            self.left = None
+        return answer
 
     def _answered(self, party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
         """The party's answer, to whoever is next on the route."""
@@ -242,10 +250,12 @@ class Seat:
         return reply, shown
 
     @property
-    def result(self) -> Path:
-        """Where this client's part of the adapter (of the model, where all weights are trained) comes to be."""
-        whole = self.base.peft_model is None if self.base is not None else (self.out / "model").is_dir()
-        return self.out / ("model" if whole else "adapter")
+    def done(self) -> Path | None:
+        """Where this client's part of the adapter (of the model, where all weights are trained) is, once that is done.
+
+        None: the run has not come to its end with this client.
+        """
+        return finished(self.out, self._identity())
 
     @property
     def _kept(self) -> Path:
@@ -257,6 +267,10 @@ class Seat:
     def _begin(self, header: Header) -> None:
         """Be as after a round, or anew."""
         number, updates = int(header.value("round")), int(header.value("updates"))
+        self._round = number
+        if self.left is not None:  # for its part as it then was
+            self.left = replace(self.left, rounds=number)
+        not_finished(self.out)
         self.party, self._updates = self._party(updates, self._cuts(header)), updates
         self.guard.begin()
         self._base_round, self._checkpoints, self._holds = number, [], 0
@@ -285,11 +299,12 @@ class Seat:
         """Write the part of a checkpoint that is this client's."""
         number = int(header.value("round"))
         self._checkpoints.append(number)
+        self._round = number
         self._write(number)
 
     def _hold(self, header: Header) -> None:
         """Write down how this client is at the begin of a round, which it is set back to if it is lost in it."""
-        number = int(header.value("round"))
+        number = self._round = int(header.value("round"))
         self._write(number)
         self._holds = number
 
@@ -329,9 +344,9 @@ class Seat:
 
     def _finish(self, header: Header) -> None:
         """Write this client's part of the adapter."""
-        final = self.result
-        draft = final.with_name(f".{final.name}.draft")
         assert self.base is not None
+        final = self.out / ("model" if self.base.peft_model is None else "adapter")
+        draft = final.with_name(f".{final.name}.draft")
         own = self.party.names("own")
         if not self.config.build("framework").merges:  # then nobody else has what it trained for others
             own = self.party.names("all")
@@ -342,11 +357,16 @@ class Seat:
             if final.is_dir():
                 shutil.rmtree(final)
             checkpoint.move(draft, final)
+            if self.left is None:
+                note_finished(self.out, final, self._identity())
         except OSError as error:
             with contextlib.suppress(OSError):
                 shutil.rmtree(draft)
             raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from error
-        self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
+        if self.left is None:
+            self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
+        else:
+            self.left = replace(self.left, part=final)
 
 
 def _secret(file: Path) -> bytes:
