@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from apart import Apart
 from cutlayer.agreed import AgreedSecret
 from cutlayer.apart import offer, served, taken
-from cutlayer.errors import CutlayerError
+from cutlayer.errors import ConfigError, CutlayerError
+from cutlayer.offered import fetched
 from cutlayer.policy import load_policy
 from cutlayer.seat import Seat
 from cutlayer.sketches import simulated_secrets
@@ -360,3 +362,37 @@ def test_who_refused_has_left_the_run_and_has_its_part_as_of_then(tmp_path: Path
     own.handle(ask("set_up", 9, head_blocks=1, tail_blocks=1, steps=3), [])
     own.handle(ask("finish", 10), [])
     assert (own.left, own.done) == (None, own.out / "adapter"), "a server that was started again took it back"
+
+
+class Greeted:
+    """A session that has read what a server offers."""
+
+    def __init__(self, welcome: dict[str, Any]) -> None:
+        self.welcome = welcome
+
+    async def close(self, words: str) -> None: ...
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_that_only_has_the_name_of_the_model_is_told_from_a_copy(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the server's model is a folder of its own, or a name on the Hub."""
+    tree = {**offer(served(Apart(tmp_path / "apart").file)), "model": "gpt2"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+
+    def call(**more: Any) -> Any:
+        async def opened(hello: Any, *_: Any) -> Any:
+            return Greeted({"run": tree, "own_model": own})
+
+        return asyncio.run(fetched(opened, "server:1", "ann", load_policy({}), progress=Noted(), **more))
+
+    with pytest.raises(ConfigError, match=r"--model is gpt2, a folder without a config\.json") as caught:
+        call(model="gpt2")
+    with pytest.raises(ConfigError) as caught:
+        call()
+    said = str(caught.value)
+    assert f"{tmp_path / 'gpt2'} is a folder of that name without a config.json" in said
+    assert ("join with --model served" in said) == own
+    assert ("rename that folder" in said) != own
