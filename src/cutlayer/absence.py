@@ -239,6 +239,11 @@ class Absence:
             await self._pause()
             await self.take_back()
 
+    async def hosts_of(self, names: Sequence[str]) -> None:
+        """Wait until those are there who run blocks for these clients."""
+        hosts = dict.fromkeys(host for name in names for host in self.run.presence.hosts(name))
+        await self._need(list(hosts), "runs blocks of the model that is evaluated")
+
     async def _need(self, names: Collection[str], why: str) -> None:
         """Wait until all of these are there; ``why`` says what the run cannot do without."""
         said = False
