@@ -187,6 +187,10 @@ CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any
         {"told": {"head_weight": {"at_most": 1}}}, lambda c: (c.forward(), c.tail(), c.backward(head_weight=2.0)),
         "told.head_weight", lambda c: c.whole(),
     ),
+    "a weight above of what is trained for others": (
+        {"told": {"head_weight": {"at_most": 1}}}, lambda c: c.asked("host_backward", values={"trunk_weight": 2.0}),
+        "told.head_weight", lambda c: c.asked("host_backward", values={"trunk_weight": 1.0}),
+    ),
     "a scale above": (
         {"told": {"scale": {"at_least": 0, "at_most": 1}}}, lambda c: c.asked("update", values={"scale": 1.5}),
         "told.scale", lambda c: c.asked("update", values={"scale": 0.5}),

@@ -17,12 +17,12 @@ from torch import Tensor
 from apart import Apart, Trap, steps
 from cutlayer.driver import Run
 from cutlayer.errors import WireError
-from cutlayer.judging import Bounds, Judge, bounds_of
+from cutlayer.judging import RELAYED, Bounds, Judge, bounds_of
 from cutlayer.links.local import LocalLink
 from cutlayer.models.slots import parameter_of
 from cutlayer.parties.client import ClientParty
 from cutlayer.schedule import Told
-from cutlayer.wire import Frame, Header, decode
+from cutlayer.wire import SEAL_BYTES, SEALED, Frame, Header, decode
 from spine import TWO, U, model, train
 from test_absence import MESSAGES, simulated
 from tiny import text_rows, write_rows
@@ -338,6 +338,27 @@ def test_importances() -> None:
     for wrong in right[1:], right.float(), right - 0.5, right + INF:
         with pytest.raises(WireError, match="answered 'importance'"):
             judge(asked, [], reply, [wrong])
+
+
+def passed_on(verb: str, change: Callable[[Header], Header] = lambda reply: reply) -> None:
+    """Judge what ann, who runs a block for bob, answers for him."""
+    said = heard("u-shape")
+    up = verb == "host_forward"
+    reply = Header(
+        "return_activations" if up else "return_gradients", "activations" if up else "gradient", "", "ann", "bob",
+        "ann", values={}, names=(SEALED,),
+    )  # fmt: skip
+    judge = Judge("ann", said.bounds, said.told, said.party)
+    box = torch.zeros(SEAL_BYTES + 9, dtype=torch.uint8)
+    judge(Header("head_forward", verb=verb, values={"graph": True}), [box], change(reply), [box])
+
+
+@pytest.mark.parametrize("verb", RELAYED)
+def test_what_is_for_another_client_is_sealed(verb: str) -> None:
+    """An open frame would be read here, and changed."""
+    passed_on(verb)
+    with pytest.raises(WireError, match=f"'{verb}' with an open frame for another client; expected: a sealed one"):
+        passed_on(verb, lambda reply: reply.but(names=("hidden",)))
 
 
 # ---------------------------------------------------------------- between processes

@@ -142,25 +142,40 @@ def hidden_of(rows: int = 3, length: int = 5, size: int = 16) -> Tensor:
     return torch.linspace(-1.0, 1.0, rows * length * size).reshape(rows, length, size)
 
 
-def test_who_runs_blocks_judges_what_it_is_sent_and_names_the_sender(tmp_path: Path) -> None:
-    allowed = {"may_leave": {"peers": True, "error_texts": True}}
-    own, _ = seat(tmp_path / "seat", allowed, agreed=SECRET, framework="pairingfl")
-    own.handle(ask("begin", 1, round=0, updates=3), [])
-    assert own.peers is not None
-    bob = Seals(SECRET, own.peers.seals._run, tmp_path / "bob.json")
-    size = int(own.base.model.config.hidden_size) if own.base else 0
-    about, turn = About("bob", "ann", "bob", "forward", 0, 0), 1
+class Host:
+    """ann's seat in a run in which she runs a block for bob, and bob's seals."""
 
-    def send_on(values: Mapping[str, Any], **tensors: Tensor) -> tuple[Header, list[Tensor]]:
-        nonlocal turn
-        turn += 1
+    def __init__(self, folder: Path) -> None:
+        allowed = {"may_leave": {"peers": True, "error_texts": True}}
+        self.seat, _ = seat(folder / "seat", allowed, agreed=SECRET, framework="pairingfl")
+        self.seat.handle(ask("begin", 1, round=0, updates=3), [])
+        assert self.seat.peers is not None
+        assert self.seat.base is not None
+        self.party = self.seat.peers.hosting.party
+        self.bob = Seals(SECRET, self.seat.peers.seals._run, folder / "bob.json")
+        self.size = int(self.seat.base.model.config.hidden_size)
+        self.about, self.turn = About("bob", "ann", "bob", "forward", 0, 0), 0
+
+    def asked(self, values: Mapping[str, Any], **tensors: Tensor) -> tuple[Header, list[Tensor]]:
+        """A request of the server, with what bob has sealed."""
+        self.turn += 1
         inside = Header(
             "send_activations", "activations", "", "bob", "ann", "bob", values=values, names=tuple(tensors)
         )  # fmt: skip
-        sealed = bob.seal(inside, list(tensors.values()), about)
-        return own.handle(ask("host_forward", turn, **HOST).but(names=(SEALED,)), [sealed])
+        sealed = self.bob.seal(inside, list(tensors.values()), self.about)
+        return ask("host_forward", self.turn, **HOST).but(names=(SEALED,)), [sealed]
 
-    good = {"last": True, "needs_gradient": True}
+    def send_on(self, values: Mapping[str, Any], **tensors: Tensor) -> tuple[Header, list[Tensor]]:
+        """What ann answers to such a request."""
+        return self.seat.handle(*self.asked(values, **tensors))
+
+
+GOOD = {"last": True, "needs_gradient": True}
+
+
+def test_who_runs_blocks_judges_what_it_is_sent_and_names_the_sender(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    own, bob, about, size, send_on = host.seat, host.bob, host.about, host.size, host.send_on
     for wrong, said in (
         ({"hidden": hidden_of(size=size).fill_(torch.nan)}, "'bob' sealed 'hidden' with values that are not finite"),
         ({"hidden": hidden_of(rows=4, size=size)}, "'bob' sealed 'hidden' as .4, 5"),
@@ -170,10 +185,10 @@ def test_who_runs_blocks_judges_what_it_is_sent_and_names_the_sender(tmp_path: P
         ({}, "no tensor 'hidden'"),
     ):
         with pytest.raises(CutlayerError, match=said):
-            send_on(good, **wrong)
+            send_on(GOOD, **wrong)
     with pytest.raises(CutlayerError, match="needs_gradient 3"):
-        send_on({**good, "needs_gradient": 3}, hidden=hidden_of(size=size))
-    told, (sealed,) = send_on(good, hidden=hidden_of(size=size))
+        send_on({**GOOD, "needs_gradient": 3}, hidden=hidden_of(size=size))
+    told, (sealed,) = send_on(GOOD, hidden=hidden_of(size=size))
     assert (told.receiver, told.values, told.names) == ("bob", {}, (SEALED,))
     opened, _ = bob.open(sealed, replace(about, sender="ann", receiver="bob"), LIMITS)
     assert opened.verb == "tail_step"
@@ -190,6 +205,14 @@ def test_who_runs_blocks_judges_what_it_is_sent_and_names_the_sender(tmp_path: P
     plain = ask("tail_step", 91, graph=True).but(names=("hidden",))
     with pytest.raises(CutlayerError, match="must have sealed, and it is not"):
         own.handle(plain, [hidden_of(size=size)])
+
+
+def test_what_is_under_way_for_others_is_forgotten_too(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.send_on(GOOD, hidden=hidden_of(size=host.size))
+    assert host.party.open_graphs == 1
+    host.seat.handle(ask("abort", 9), [])
+    assert host.party.open_graphs == 0
 
 
 class Sealed(Apart):
