@@ -83,7 +83,7 @@ class Trap:
 
     verb: str
     number: int
-    do: str  # kill, stop (until it is told to go on), wait for the file, or lie in the answer
+    do: str  # kill, stop (until it is told to go on), wait for the file, lie in the answer, or leave it open
     file: str = ""
 
     def springs(self, header: Header, count: int) -> bool:
@@ -123,6 +123,8 @@ def lay(traps: Sequence[Trap]) -> None:
             trap.spring()
         counts[header.verb] += 1
         told = original(self, header, tensors)
+        if any(trap.do == "open" for trap in sprung):  # what should be sealed
+            return told[0].but(names=("hidden",)), told[1]
         return falsified(*told) if any(trap.do == "lie" for trap in sprung) else told
 
     Seat._handled = handled  # type: ignore[method-assign]

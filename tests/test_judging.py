@@ -17,7 +17,7 @@ from torch import Tensor
 from apart import Apart, Trap, steps
 from cutlayer.driver import Run
 from cutlayer.errors import WireError
-from cutlayer.judging import RELAYED, Bounds, Judge, bounds_of
+from cutlayer.judging import Bounds, Judge, bounds_of
 from cutlayer.links.local import LocalLink
 from cutlayer.models.slots import parameter_of
 from cutlayer.parties.client import ClientParty
@@ -340,25 +340,39 @@ def test_importances() -> None:
             judge(asked, [], reply, [wrong])
 
 
-def passed_on(verb: str, change: Callable[[Header], Header] = lambda reply: reply) -> None:
-    """Judge what ann, who runs a block for bob, answers for him."""
-    said = heard("u-shape")
-    up = verb == "host_forward"
-    reply = Header(
-        "return_activations" if up else "return_gradients", "activations" if up else "gradient", "", "ann", "bob",
-        "ann", values={}, names=(SEALED,),
-    )  # fmt: skip
-    judge = Judge("ann", said.bounds, said.told, said.party)
-    box = torch.zeros(SEAL_BYTES + 9, dtype=torch.uint8)
-    judge(Header("head_forward", verb=verb, values={"graph": True}), [box], change(reply), [box])
+PASSED_ON = {  # by verb, in which step its answer goes on to another client, and of which kind it is
+    "head_forward": ("send_activations", "activations"), "tail_step": ("send_gradients", "gradient"),
+    "host_forward": ("return_activations", "activations"), "host_backward": ("return_gradients", "gradient"),
+    "host_tail_step": ("return_gradients", "gradient"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", RELAYED)
+@pytest.mark.parametrize("verb", PASSED_ON)
 def test_what_is_for_another_client_is_sealed(verb: str) -> None:
     """An open frame would be read here, and changed."""
-    passed_on(verb)
-    with pytest.raises(WireError, match=f"'{verb}' with an open frame for another client; expected: a sealed one"):
-        passed_on(verb, lambda reply: reply.but(names=("hidden",)))
+    said = heard("u-shape")
+    judge = Judge("ann", said.bounds, said.told, said.party, others=["bob"])
+    asked = Header("partition", verb=verb, values={"graph": True}, names=(SEALED,))
+    box = torch.zeros(SEAL_BYTES + 9, dtype=torch.uint8)
+    reply = Header(*PASSED_ON[verb], "", "ann", "bob", "ann", names=(SEALED,))
+    judge(asked, [box], reply, [box])
+    for wrong, shown in ((reply, box[:SEAL_BYTES]), (reply, box.int()), (reply.but(values={"last": True}), box)):
+        with pytest.raises(WireError, match=f"answered '{verb}' with"):
+            judge(asked, [box], wrong, [shown])
+    hidden = torch.zeros(1, 4, said.bounds.hidden)
+    for values in ({}, {"last": True, "needs_gradient": True}, {"last": True}):
+        with pytest.raises(WireError, match=f"'{verb}' with an open frame for another client; expected: a sealed one"):
+            judge(asked, [hidden], reply.but(values=values, names=("hidden",)), [hidden])
+
+
+@pytest.mark.parametrize("verb", ["head_forward", "tail_step"])
+def test_what_is_for_the_server_is_not_sealed(verb: str) -> None:
+    said = heard("u-shape")
+    judge = Judge("ann", said.bounds, said.told, said.party, others=["bob"])
+    asked = Header("partition", verb=verb, values={"graph": True}, names=(SEALED,))
+    box = torch.zeros(SEAL_BYTES + 9, dtype=torch.uint8)
+    with pytest.raises(WireError, match=f"answered '{verb}' with"):
+        judge(asked, [box], Header(*PASSED_ON[verb], "", "ann", "server", "ann", names=(SEALED,)), [box])
 
 
 # ---------------------------------------------------------------- between processes

@@ -21,6 +21,7 @@ from cutlayer.sealing import About, Seals
 from cutlayer.serving import serve
 from cutlayer.wire import SEAL_BYTES, SEALED, Header, Limits, Meter, decode, frame_length, read_frames
 from test_joining import ask, seat
+from striking import Trap
 from tiny import text_rows
 
 U = {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 1}
@@ -331,6 +332,21 @@ def test_a_ring_waits_for_who_is_away(tmp_path: Path) -> None:
     clients["bob"] = run.come("bob")
     run.ended({**clients, "server": server})
     identical(run, tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["head_forward", "tail_step", "host_forward", "host_backward"])
+def test_who_leaves_open_what_is_for_another_is_told_so(verb: str, tmp_path: Path) -> None:
+    """The run ends where its server would have seen what is not for it."""
+    run = Sealed(tmp_path / "apart", 2, framework="ringsfl", rounds=4)
+    server = run.serve("--absent", "end")
+    options = ("--secret", str(run.root / "agreed"), "--policy", str(run.root / "policy.yaml"))
+    bob = run.join("bob", *options, traps=[Trap(verb, 2, "open")])
+    clients = [run.come("ann"), bob]
+    run.until("server", f"Client 'bob' answered '{verb}' with an open frame for another client; expected: a sealed one")
+    for process in (server, *clients):
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
