@@ -20,8 +20,8 @@ from cutlayer.parties.client import secret_of
 from cutlayer.sealing import About, Seals
 from cutlayer.serving import serve
 from cutlayer.wire import SEAL_BYTES, SEALED, Header, Limits, Meter, decode, frame_length, read_frames
-from test_joining import ask, seat
 from striking import Trap
+from test_joining import ask, seat
 from tiny import text_rows
 
 U = {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 1}
