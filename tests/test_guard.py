@@ -63,7 +63,8 @@ class Client:
             VERB_STEPS.get(verb, "partition"), verb=verb, sender="server", receiver="ann", client="ann", step=step,
             micro=micro, turn=self.turn, values=HOW if values is None else values, names=tuple(tensors),
         )  # fmt: skip
-        assert not self.guard.request(header, list(tensors.values()))
+        assert not self.guard.known(header)
+        self.guard.request(header, list(tensors.values()))
         return header
 
     def gives(self, asked: Header, values: Any = None, **tensors: torch.Tensor) -> None:
@@ -301,6 +302,13 @@ CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any
         None, lambda c: (c.forward(), c.tail(), c.backward(loss="x")), "told",
         lambda c: (c.forward(), c.tail(), c.backward(loss=1.0)),
     ),
+    "a flag that is none": (
+        None, lambda c: c.asked("head_forward", values={**HOW, "graph": 1}), "told", lambda c: c.forward(),
+    ),
+    "a word for a flag": (
+        None, lambda c: c.asked("set_state", values={"version": -1, "reset": "no"}), "told",
+        lambda c: c.asked("set_state", values={"version": -1, "reset": False}),
+    ),
     "half a block": (
         None, lambda c: c.asked("move", values={"head_blocks": 0.5}), "told",
         lambda c: c.asked("move", values={"head_blocks": 1}),
@@ -377,7 +385,7 @@ def test_every_verb_of_a_client_is_known_to_the_guard() -> None:
 def test_another_clients_request_is_refused(tmp_path: Path) -> None:
     guard = Client(tmp_path).guard
     with pytest.raises(PolicyRefused, match="verbs refuses: a request for client 'bob' came to 'ann'"):
-        guard.request(Header("head_forward", verb="head_forward", client="bob", turn=1, values=HOW), [])
+        guard.known(Header("head_forward", verb="head_forward", client="bob", turn=1, values=HOW))
 
 
 # ---------------------------------------------------------------- sent again, aborted, killed
@@ -636,7 +644,8 @@ def test_a_server_that_asks_anything_gets_an_answer_or_a_refusal(
             values={name: draw.choice(values) for name in draw.sample(names, draw.randrange(5))}, names=tuple(chosen),
         )  # fmt: skip
         try:
-            if not client.guard.request(header, [tensors[name] for name in chosen]):
+            if not client.guard.known(header):
+                client.guard.request(header, [tensors[name] for name in chosen])
                 client.guard.reply(header, Header("partition", "ack", turn=header.turn), [])
                 passed += 1
         except PolicyRefused:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -116,9 +118,15 @@ def test_a_frame_opens_once_and_in_its_order_also_after_a_restart(tmp_path: Path
             with pytest.raises(WireError, match="was passed on again, or after a later one"):
                 who.open(old, WAY, LIMITS)
     seals(tmp_path, "bob").open(third, WAY, LIMITS)
-    (tmp_path / "bob.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="numbers of sealed frames"):
-        seals(tmp_path, "bob")
+    for damaged in (
+        "{}",
+        '{"sent": Infinity, "seen": {}}',
+        '{"sent": 1, "seen": {"x": -1}}',
+        f'{{"sent": {2**64}, "seen": {{}}}}',
+    ):
+        (tmp_path / "bob.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match="numbers of sealed frames"):
+            seals(tmp_path, "bob")
 
 
 def test_what_is_inside_must_be_what_it_is_sealed_for(tmp_path: Path) -> None:
@@ -214,6 +222,57 @@ def test_what_is_under_way_for_others_is_forgotten_too(tmp_path: Path) -> None:
     assert host.party.open_graphs == 1
     host.seat.handle(ask("abort", 9), [])
     assert host.party.open_graphs == 0
+
+
+def test_a_sealed_request_that_is_sent_again_gets_the_same_answer(tmp_path: Path) -> None:
+    """It is not opened again, which a seal does not allow, and no new release."""
+    host = Host(tmp_path)
+    asked = host.asked(GOOD, hidden=hidden_of(size=host.size))
+    first, (sealed,) = host.seat.handle(*asked)
+    counts = host.seat.guard.counts
+    left, kinds = counts.bytes, dict(counts.kinds)
+    second, (again,) = host.seat.handle(*asked)
+    assert second == first
+    assert torch.equal(sealed, again)
+    assert counts.bytes > left
+    assert counts.kinds.keys() == kinds.keys()
+    logged = (tmp_path / "seat" / "ann" / "sent.jsonl").read_text().splitlines()
+    assert [json.loads(line)["again"] for line in logged[-2:]] == [False, True]
+    assert host.party.open_graphs == 1
+
+
+@pytest.mark.parametrize(
+    ("outside", "said"),
+    [
+        ({"client": "bob"}, "a request for client 'bob' came to 'ann'"),
+        ({"verb": "open_the_door"}, "nothing that a client may be asked for"),
+        ({"step": 4, "turn": 1}, "has the turn 1, which another request had"),
+        ({"values": {**HOST, "graph": 1}}, "tells graph 1; it must be true or false"),
+        ({"values": {**HOST, "trunk_update": "no"}}, "tells trunk_update 'no'; it must be true or false"),
+        ({"values": {**HOST, "trunk_weight": -1.0}}, "tells trunk_weight -1.0; allowed"),
+        ({"values": {**HOST, "stop": -1}}, "tells stop -1; it must be between"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_server_says_is_judged_before_a_seal_is_opened(
+    outside: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path)
+    host.send_on(GOOD, hidden=hidden_of(size=host.size))
+    header, sealed = host.asked(GOOD, hidden=hidden_of(size=host.size))
+    opened: list[About] = []
+    original = Seals.open
+
+    def opens(self: Seals, box: Tensor, about: About, limits: Limits) -> Any:
+        opened.append(about)
+        return original(self, box, about, limits)
+
+    monkeypatch.setattr(Seals, "open", opens)
+    with pytest.raises(CutlayerError, match=re.escape(said)):
+        host.seat.handle(header.but(**outside), sealed)
+    assert not opened
+    host.seat.handle(header, sealed)  # it was not used up
+    assert len(opened) == 1
 
 
 class Sealed(Apart):
