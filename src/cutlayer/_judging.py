@@ -17,7 +17,7 @@ from cutlayer.wire import Value
 
 
 class Checks:
-    """Each check raises WireError, with what came and what was expected.
+    """Each check raises WireError, with what came and what was expected. ``_heard`` is the hook for the words.
 
     Args:
         name: the client's.
@@ -68,16 +68,29 @@ class Checks:
         if bool(wrong.any()):
             self._fail(f"'{name}' with {int(found[name][wrong][0])} in it", f"numbers from {least} to {end - 1}")
 
+    def _all_finite(self, values: Mapping[str, Value], found: Mapping[str, Tensor]) -> None:
+        """No number is infinite, or none."""
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self._diverged(f"{name} {value}")
+        for name, tensor in found.items():
+            if not finite(tensor):
+                self._diverged(f"'{name}' with values that are not finite")
+
+    def _heard(self, came: str) -> str:
+        """What came, from whom, and when."""
+        return f"Client '{self.name}' answered '{self._verb}' with {came}"
+
     def _diverged(self, came: str) -> NoReturn:
         raise WireError(
-            f"Client '{self.name}' answered '{self._verb}' with {came}; expected: finite ones. Its training has "
-            "diverged (lower optimizer.lr, or set max_grad_norm), or the client misbehaves."
+            f"{self._heard(came)}; expected: finite ones. Its training has diverged (lower optimizer.lr, or set "
+            "max_grad_norm), or the client misbehaves."
         )
 
     def _fail(self, came: str, wanted: str) -> NoReturn:
         raise WireError(
-            f"Client '{self.name}' answered '{self._verb}' with {came}; expected: {wanted}. Both ends need the same "
-            "version of cutlayer; if they have it, the client misbehaves."
+            f"{self._heard(came)}; expected: {wanted}. Both ends need the same version of cutlayer; if they have it, "
+            "the client misbehaves."
         )
 
 

@@ -7,7 +7,6 @@ harms, a loss that was not computed) cannot be seen here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cutlayer._judging import BatchChecks, Bounds, finite, named
+from cutlayer._judging import BatchChecks, Bounds, named
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.build import task_of
 from cutlayer.config import RunConfig
@@ -127,12 +126,7 @@ class Judge(BatchChecks):
                 self._fail(f"the {what} '{here}'", f"'{wanted}'")
         if passed_on and not is_sealed(reply):
             self._fail("an open frame for another client", "a sealed one")
-        for name, value in reply.values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                self._diverged(f"{name} {value}")
-        for name, tensor in found.items():
-            if not finite(tensor):
-                self._diverged(f"'{name}' with values that are not finite")
+        self._all_finite(reply.values, found)
         judged: Callable[[_Answer], None] | None = getattr(self, f"_on_{asked.verb}", None)
         if passed_on:
             self._sealed(reply, found)

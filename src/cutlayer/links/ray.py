@@ -149,6 +149,15 @@ async def arrived(reference: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(_SUBMITTED, reference.future)
 
 
+def in_words(work: Callable[[], None]) -> Failed | None:
+    """Do what may fail by what a user can mend: that it has, in words, or None."""
+    try:
+        work()
+    except CutlayerError as error:
+        return Failed(type(error).__name__, str(error))
+    return None
+
+
 def replied(request: Bytes, to: str | None, handle: Callable[[Header, list[Tensor]], Answer]) -> Bytes | Failed:
     """The other end: the reply to a frame, made by ``handle``, for the party ``to``; None: for whom the reply says."""
     try:
