@@ -569,8 +569,14 @@ def test_the_words_of_an_error_stay_unless_they_may_leave(tmp_path: Path) -> Non
 
 def test_a_refusal_is_told_even_where_nothing_more_can_be_counted(tmp_path: Path) -> None:
     """Its kind, and not where the file is that cannot be written."""
-    guard = Client(tmp_path, {"may_leave": {"error_texts": True}, "most": {"bytes": 1}}).guard
-    assert guard.words(ValueError("a"), Header("partition")) == "ValueError: a"  # beyond what may leave, but told
+    told = len(pack_number(Type.ERROR, 0, "ValueError: " + "a" * 99))
+    guard = Client(tmp_path, {"may_leave": {"error_texts": True}, "most": {"bytes": 2 * told - 1}}).guard
+    assert guard.words(ValueError("a" * 99), Header("partition")) == "ValueError: " + "a" * 99
+    assert guard.words(ValueError("a" * 99), Header("partition")) == "ValueError"  # the rest would be too much
+    assert guard.counts.kinds["error_texts"] == [1, 0]
+    assert guard.counts.bytes == told + len(pack_number(Type.ERROR, 0, "ValueError")) < 2 * told - 1
+    guard.policy = load_policy({"most": {"bytes": 1}})
+    assert guard.words(ValueError("a"), Header("partition")) == "ValueError"  # beyond what may leave, but told
     (tmp_path / "sent.jsonl").unlink()
     (tmp_path / "sent.jsonl").mkdir()
     assert guard.words(OutputError("sent.jsonl is full"), Header("partition")) == "OutputError"

@@ -81,6 +81,7 @@ class Heard:
     told: Told
     party: ClientParty
     all: list[Said]
+    run: Run
 
     def judged(self, verb: str, change: Callable[[Said], Said] = lambda said: said, *, graph: bool = True) -> None:
         """Judge all up to the first answer to this verb, and that one changed."""
@@ -127,7 +128,7 @@ def heard(kind: str) -> Heard:
         **{key: party.sizes[key] for key in ("examples", "label_tokens")},
         steps_per_epoch=party.batches.steps_per_epoch, evaluation_batches=len(party.evaluation),
     )  # fmt: skip
-    return Heard(bounds_of(run.config, run.parts.base, "ann"), told, party, found)
+    return Heard(bounds_of(run.config, run.parts.base, "ann"), told, party, found, run)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -338,6 +339,19 @@ def test_importances() -> None:
     for wrong in right[1:], right.float(), right - 0.5, right + INF:
         with pytest.raises(WireError, match="answered 'importance'"):
             judge(asked, [], reply, [wrong])
+
+
+def test_blocks_may_have_residuals_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of Mamba do in a run in bfloat16; what their embeddings give is not."""
+    said = heard("bfloat16")
+    monkeypatch.setattr(said.run.parts.base.model.config, "residual_in_fp32", True, raising=False)
+    bounds = bounds_of(said.run.config, said.run.parts.base, "ann")
+    assert bounds.dtypes == (torch.bfloat16, torch.float32)
+    wider_bounds = replace(said, bounds=bounds)
+    for dtype in bounds.dtypes:
+        wider_bounds.judged("head_forward", lambda one, to=dtype: one.but("hidden", one.first()[1].to(to)))
+    with pytest.raises(WireError, match=r"expected: \[rows, length, \d+\] torch.bfloat16 or torch.float32"):
+        wider_bounds.judged("head_forward", lambda one: one.but("hidden", one.first()[1].half()))
 
 
 PASSED_ON = {  # by verb, in which step its answer goes on to another client, and of which kind it is

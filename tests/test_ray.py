@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch.nn import Parameter
 
 import cutlayer
 from apart import Apart, steps
@@ -20,7 +24,9 @@ from cutlayer import cluster
 from cutlayer.contracts import IGNORE, Example
 from cutlayer.crew import packed, unpacked
 from cutlayer.errors import ConfigError, CutlayerError, Gone
-from cutlayer.wire import read_frames
+from cutlayer.links.ray import ActorLink, in_one_piece
+from cutlayer.models.slots import Slot
+from cutlayer.wire import Header, Meter, encode, read_frames
 from rays import Killer, made, same
 from spine import TWO, U, adapter, equal, model, resumed
 from tiny import write_rows
@@ -133,6 +139,24 @@ def test_a_run_goes_on_with_either_engine(tmp_path: Path, here: None) -> None:
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     (two.out / "run.yaml").write_text(head + yaml.safe_dump({**tree, "engine": "local"}))
     assert equal(before, adapter(resumed(two.out).out))
+
+
+def test_a_mirror_forgets_the_moments_that_its_client_has_forgotten() -> None:
+    """As after a reset of the optimizer, before its next step."""
+    slot = Slot("ann", {"w": Parameter(torch.ones(3))}, lambda params: torch.optim.AdamW(params, lr=0.1))
+    slot.add({"w": torch.ones(3)}, key=("ann", 0, 0))
+    slot.update()
+    assert "optimizer/w/exp_avg" in slot.get(optimizer=True)
+    told = Header("partition", "state", "", "ann", "server", "ann", values={"version": 5, "saved": 7}, names=("w",))
+    came: Future[Any] = Future()
+    came.set_result(in_one_piece(encode(told, [torch.full((3,), 2.0)])))
+    mirror: Any = SimpleNamespace(name="ann", slot=slot, watch=SimpleNamespace(saved=0))
+    reference = SimpleNamespace(future=lambda: came)
+    queues: Any = None
+    link = ActorLink(mirror, lambda *_: reference, lambda error: error, meter=Meter(), queues=queues)
+    asyncio.run(link.keep(1))
+    assert slot.get(optimizer=True).keys() == {"w"}
+    assert (slot.params["w"].tolist(), slot.version, mirror.watch.saved) == ([2.0] * 3, 5, 7)
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ class Bounds:
         hidden: the model's hidden size.
         labels: how many labels there are: the vocabulary, or a classifier's classes.
         causal: whether each token has a label; else each row has.
-        dtype: of hidden states.
+        dtypes: that hidden states may have.
         sketch: what it tells of its data, where the run's selection asks.
     """
 
@@ -115,7 +115,7 @@ class Bounds:
     hidden: int
     labels: int
     causal: bool
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     sketch: Sketch | None = None
 
 
@@ -134,8 +134,9 @@ class BatchChecks(Checks):
     def _batch(self, found: Mapping[str, Tensor], hidden: Tensor, *, most: int = 0) -> tuple[int, int]:
         """Rows and length of a batch that is shown, with all that stands beside its hidden states."""
         most = most or self.bounds.rows
-        if hidden.dim() != 3 or hidden.dtype != self.bounds.dtype:
-            self._fail(f"'hidden' as {named(hidden)}", f"[rows, length, {self.bounds.hidden}] {self.bounds.dtype}")
+        if hidden.dim() != 3 or hidden.dtype not in self.bounds.dtypes:
+            types = " or ".join(map(str, self.bounds.dtypes))
+            self._fail(f"'hidden' as {named(hidden)}", f"[rows, length, {self.bounds.hidden}] {types}")
         rows, length, size = hidden.shape
         if not (0 < rows <= most and 0 < length <= self.bounds.length and size == self.bounds.hidden):
             shape = f"at most [{most}, {self.bounds.length}, {self.bounds.hidden}]"

@@ -214,15 +214,21 @@ class Guard:
             self._leave(asked, header, [], length, {}, again=True)
 
     def words(self, error: BaseException, asked: Header) -> str:
-        """What the server may be told of an error: its words, or only its kind. They are counted, and never refused."""
-        may = self.policy.may_leave.error_texts
-        said = f"{type(error).__name__}: {error}" if may else f"{type(error).__name__} (its words stay with the client)"
+        """What the server may be told of an error: its words, or only its kind, which is never refused. It is counted.
+
+        Where the words would be more than may leave in all, only the name of its kind does.
+        """
+        may, kind, most = self.policy.may_leave.error_texts, type(error).__name__, self.policy.most.bytes
+        said = f"{kind}: {error}" if may else f"{kind} (its words stay with the client)"
         with self._lock:
-            header, length = Header("partition", receiver=SERVER), len(pack_number(Type.ERROR, asked.turn, said))
+            length = len(pack_number(Type.ERROR, asked.turn, said))
+            if most is not None and self.counts.bytes + length > most:
+                may, said, length = False, kind, len(pack_number(Type.ERROR, asked.turn, kind))
+            header = Header("partition", receiver=SERVER)
             try:
                 self._leave(asked, header, [], length, {"error_texts": 0} if may else {}, again=False)
             except OutputError:  # it may be what the error is about; the server waits for an answer in any case
-                return type(error).__name__
+                return kind
         return said
 
     def told(self) -> str:

@@ -55,11 +55,14 @@ REPLIES: Mapping[str, tuple[str, str]] = {
 def bounds_of(config: RunConfig, base: Base, name: str) -> Bounds:
     """The bounds of a client's batches in a run."""
     causal, model = task_of(config) == "causal", base.model.config
+    dtypes = [DTYPES[config.precision]]
+    if getattr(model, "residual_in_fp32", False):  # the blocks of Mamba and its kin; what embeddings give is not
+        dtypes.append(torch.float32)
     return Bounds(
         rows=config.batch_size, length=max(config.data.max_length, config.data_of(name).max_length),
         micros=config.gradient_accumulation, hidden=model.hidden_size,
-        labels=model.vocab_size if causal else model.num_labels, causal=causal, dtype=DTYPES[config.precision],
-        sketch=getattr(config.build("selection"), "asks", None),
+        labels=model.vocab_size if causal else model.num_labels, causal=causal,
+        dtypes=tuple(dict.fromkeys(dtypes)), sketch=getattr(config.build("selection"), "asks", None),
     )  # fmt: skip
 
 
@@ -221,7 +224,7 @@ class Judge(BatchChecks):
         self._only(it.values, it.found, says, ["hidden", "labels", *points], ["mask", "positions"])
         rows, length = self._batch(it.found, it.found["hidden"])
         for name in points:
-            self._like(it.found, name, it.found["hidden"].shape, self.bounds.dtype)
+            self._like(it.found, name, it.found["hidden"].shape, it.found["hidden"].dtype)
         self._began(it.asked, it.values, rows, length, training=True)
         self._counts(it.values, rows, length, it.found["labels"])
 

@@ -114,6 +114,7 @@ class ActorLink:
         """Let the mirror be as the client is, for a checkpoint."""
         header, tensors = await self._carried(self._told("keep", {}), SERVER)
         slot = self.mirror.slot
+        slot.reset_optimizer()  # where the client's was reset and has made no step since, there is nothing to put
         slot.put(dict(zip(header.names, tensors, strict=True)), version=int(header.value("version")))
         self.mirror.watch.saved = int(header.value("saved"))
 
