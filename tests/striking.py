@@ -83,7 +83,7 @@ class Trap:
 
     verb: str
     number: int
-    do: str  # kill, stop (until it is told to go on), wait for the file, lie in the answer, or leave it open
+    do: str  # kill, stop (until it is told to go on), wait for the file; in the answer: lie, swell, or leave it open
     file: str = ""
 
     def springs(self, header: Header, count: int) -> bool:
@@ -125,6 +125,8 @@ def lay(traps: Sequence[Trap]) -> None:
         told = original(self, header, tensors)
         if any(trap.do == "open" for trap in sprung):  # what should be sealed
             return told[0].but(names=("hidden",)), told[1]
+        if any(trap.do == "swell" for trap in sprung):  # to what is finite, and overflows in the first sum
+            return told[0], [tensor.clamp(min=3e38) if tensor.is_floating_point() else tensor for tensor in told[1]]
         return falsified(*told) if any(trap.do == "lie" for trap in sprung) else told
 
     Seat._handled = handled  # type: ignore[method-assign]

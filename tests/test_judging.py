@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from apart import Apart, Trap, steps
 from cutlayer.driver import Run
-from cutlayer.errors import WireError
+from cutlayer.errors import CutlayerError, NonFinite, WireError
 from cutlayer.judging import Bounds, Judge, bounds_of
 from cutlayer.links.local import LocalLink
+from cutlayer.links.network import NetworkLink
 from cutlayer.models.slots import parameter_of
 from cutlayer.parties.client import ClientParty
+from cutlayer.presence import Lost
 from cutlayer.schedule import Told
-from cutlayer.wire import SEAL_BYTES, SEALED, Frame, Header, decode
+from cutlayer.wire import SEAL_BYTES, SEALED, Frame, Header, Meter, decode
 from spine import TWO, U, model, train
 from test_absence import MESSAGES, simulated
 from tiny import text_rows, write_rows
@@ -389,6 +392,26 @@ def test_what_is_for_the_server_is_not_sealed(verb: str) -> None:
         judge(asked, [box], Header(*PASSED_ON[verb], "", "ann", "server", "ann", names=(SEALED,)), [box])
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_cannot_be_computed_with_is_as_if_it_were_refused(goes_on: bool) -> None:
+    """The run goes on without the client, which is asked nothing more; or it ends with what was wrong."""
+    why: list[str] = []
+
+    def decides(error: CutlayerError) -> bool:
+        why.append(f"{type(error).__name__}: {error}")
+        return goes_on
+
+    async def carry(frame: Frame) -> Any:
+        raise AssertionError("it is asked")
+
+    link = NetworkLink("ann", carry, meter=Meter(), goes_on=decides)
+    with pytest.raises(Lost if goes_on else NonFinite):
+        link.refuse(NonFinite("The loss is nan."))
+    assert why == ["WireError: What client 'ann' sent cannot be computed with: The loss is nan."]
+    with pytest.raises(Lost if goes_on else AssertionError):
+        asyncio.run(link.tell("abort"))
+
+
 # ---------------------------------------------------------------- between processes
 
 
@@ -407,3 +430,32 @@ def test_a_client_that_misbehaves_is_lost_alone(verb: str, tmp_path: Path, monke
     assert run.same(tmp_path / "one", names=["bob"])
     assert [s[:4] for s in steps(run.root / "server")] == [s[:4] for s in steps(tmp_path / "one")]
     assert "NaN" not in (run.root / "server" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("framework", "kind", "verb", "clip"),
+    [
+        ("sfl-v2", "u-shape", "tail_step", None),
+        ("sfl-v2", "two-part", "head_forward", 1.0),
+        ("sfl-v1", "u-shape", "tail_step", 1.0),
+    ],
+)
+def test_what_overflows_at_the_server_costs_nobody_else(
+    framework: str, kind: str, verb: str, clip: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that are finite pass the judge; what they make of the trunk's gradient or the loss does not."""
+    family = str(model("gpt2", num_hidden_layers=4))
+    run = Apart(
+        tmp_path / "apart", framework=framework, partition=U if kind == "u-shape" else TWO, rounds=4, model=family,
+        max_grad_norm=clip,
+    )  # fmt: skip
+    server = run.serve("--patience", "2")
+    clients = {"ann": run.join("ann", traps=[Trap(verb, 2, "swell")]), "bob": run.join("bob")}
+    run.ended({"server": server, **clients})
+    found = run.summary()["network"]["ann"]
+    assert (found["lost"], found["away"]) == ([2], [3])
+    assert "What client 'ann' sent cannot be computed with" in found["gone"]
+    simulated(run, tmp_path / "one", monkeypatch, MESSAGES[kind].index(verb))
+    assert run.same(tmp_path / "one", names=["bob"])
+    assert [s[:4] for s in steps(run.root / "server")] == [s[:4] for s in steps(tmp_path / "one")]
