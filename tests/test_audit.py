@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from cutlayer.audit.spans import spans_of
 from cutlayer.audit.view import View, view_of
 from cutlayer.cli.main import app
 from cutlayer.contracts import Batch
-from cutlayer.errors import ConfigError, DataError, MethodError, WireError
+from cutlayer.errors import ConfigError, DataError, MethodError, OutputError, WireError
+from cutlayer.methods.attack.causal_search import CausalSearch
 from cutlayer.registry import create, names
+from cutlayer.report.progress import Reporter
 from cutlayer.schedule import batches_of
 from cutlayer.threat import Threat
 from spine import PARTITIONS, TWO, U, model
 
+ROOT = Path(__file__).parents[1]
 READS_ALL = Threat(reads=STEPS, knows=("architecture",), target="inputs")
 
 
@@ -54,12 +58,13 @@ def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
     page = (out / "index.html").read_text()
     assert page.count("<svg") == 1
     assert first["causal-search"]["examples"][0]["true"][:20] in page
-    keys = {line.split("`")[1] for line in _table(Path("docs/audit.md").read_text())}
-    assert {key for row in rows for key in row} <= keys | {"target", "moment", "positions", "notes", "seconds"}
+    assert {key for row in rows for key in row} == _told((ROOT / "docs/audit.md").read_text())
 
 
-def _table(page: str) -> list[str]:
-    return [line for line in page[page.index("## audit.json") :].splitlines() if line.startswith("| `")]
+def _told(page: str) -> set[str]:
+    """The keys of ``audit.json`` that a page tells of."""
+    lines = page[page.index("## audit.json") :].splitlines()
+    return {key for line in lines if line.startswith("| `") for key in re.findall("`(.+?)`", line.split("|")[1])}
 
 
 def test_an_audit_changes_no_number_of_the_run(tmp_path: Path) -> None:
@@ -216,3 +221,75 @@ def test_frames_that_were_recorded_earlier(tmp_path: Path) -> None:
     assert done.rows[0]["utility"] == {}
     attack = create("attack", "causal-search", {})
     assert scored(found, attack, view(found, attack)).token_recovery == 1.0
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    """An audit writes over its own folder: one that holds a user's ``run/`` or ``frames/`` is refused, untouched."""
+    run = tree(model(), tmp_path, partition=U)
+    theirs = tmp_path / "theirs"
+    (theirs / "run").mkdir(parents=True)
+    (theirs / "run/notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"is not empty, and holds no audit\. Give another --out"):
+        audit(run, out=theirs, attacks=["label-solve"], budget="quick", progress=False)
+    assert (theirs / "run/notes.txt").read_text() == "mine"
+    with pytest.raises(OutputError, match="is a file"):
+        audit(run, out=theirs / "run/notes.txt", attacks=["label-solve"], progress=False)
+    own = tmp_path / "own"
+    for _ in range(2):  # an audit's own folder is written over
+        assert audit(run, out=own, attacks=["label-solve"], budget="quick", progress=False).rows
+
+
+def test_a_planner_is_refused(tmp_path: Path) -> None:
+    run = tree(model(), tmp_path, partition=TWO, planner="splitft-adaptive-cut")
+    with pytest.raises(
+        MethodError, match="planner 'splitft-adaptive-cut' sets the cuts, which the audit does not follow yet"
+    ):
+        audit(run, out=tmp_path / "audit", progress=False)
+    assert not (tmp_path / "audit").exists()
+
+
+def test_what_edges_read_is_not_the_servers(tmp_path: Path) -> None:
+    """With edges between, no client shows the main server anything at the client's own cut."""
+    run = tree(model(), tmp_path, partition=TWO, clients=2, framework={"name": "hsfl", "edges": 2})
+    with pytest.raises(DataError, match="go to other parties"):
+        audit(run, out=tmp_path / "audit", budget="quick", progress=False)
+
+
+def test_labels_that_are_sent_need_no_attack(tmp_path: Path) -> None:
+    done = audit(tree(model(), tmp_path, partition=TWO), out=tmp_path / "audit", budget="quick", progress=False)
+    assert set(done.refused) == {"label-solve"}
+    assert any("needs no attack on the labels" in line and "send them as they are" in line for line in done.verdict)
+
+
+class _Fitted(CausalSearch):
+    """An attack that keeps what ``prepare`` learned."""
+
+    def prepare(self, view: View) -> None:
+        self.weights = view.public.embedding
+
+    def finish(self, view: View) -> Guesses:
+        assert torch.equal(self.weights, view.public.embedding), "prepared for other weights"
+        return super().finish(view)
+
+
+def test_controls_do_not_spoil_what_an_attack_has_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control with other weights prepares a copy, so that the last moment is attacked with the public ones."""
+    monkeypatch.setattr("cutlayer.audit.auditing._chosen", lambda attacks: [_Fitted()])
+    done = audit(tree(model(), tmp_path, partition=U), out=tmp_path / "audit", budget="quick", progress=False)
+    assert [row["moment"] for row in done.rows] == ["first step", "last step"]
+    assert all(row["token_recovery"] == 1.0 for row in done.rows[:1])
+
+
+def test_text_that_no_attack_uses_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Notes(Reporter):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    run = tree(model(), tmp_path, partition=U)
+    audit(
+        run, out=tmp_path / "audit", aux=run["data"]["train"], attacks=["label-solve"], budget="quick",
+        progress=Notes(),
+    )  # fmt: skip
+    assert any("--aux changes nothing" in text for text in said)

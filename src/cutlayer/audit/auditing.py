@@ -7,6 +7,7 @@ and with another model's weights in place of the public ones.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from cutlayer import registry
 from cutlayer.audit.messages import STEPS, Exchange, Key, exchanges
 from cutlayer.audit.public import PublicModel, load_public
-from cutlayer.audit.recording import EFFORTS, Budget, Recording, limited, only_positions, record, recorded
+from cutlayer.audit.recording import EFFORTS, Budget, Recording, check_folder, limited, only_positions, record, recorded
 from cutlayer.audit.scores import Guesses, Score, Truth, score
 from cutlayer.audit.verdict import verdict
 from cutlayer.audit.view import View
@@ -80,6 +81,12 @@ def audit(
     base = Path(source).parent if isinstance(source, str | Path) and Path(source).is_file() else None
     config = resolved(load_config(source, overrides), base)
     chosen = _chosen(attacks)
+    if config.planner is not None:
+        raise MethodError(
+            f"planner '{config.planner.name}' sets the cuts, which the audit does not follow yet. Take planner: none, "
+            "and give the cut to look at by partition.head_blocks."
+        )
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     found = recorded(config, Path(frames)) if frames is not None else record(config, folder, effort, shown)
     layout = found.layouts[found.config.client_names[0]]
@@ -97,6 +104,8 @@ def audit(
     if not playing:
         reasons = "; ".join(f"'{name}': {why}" for name, why in refused.items())
         raise MethodError(f"No attack can be played on this run. {reasons}.")
+    if aux is not None and not any("auxiliary" in attack.threat.knows for _, attack in playing):
+        shown.note("none of the attacks uses text of the attacker's own, so --aux changes nothing")
     public = load_public(
         found.config.model, task=found.task, precision=found.config.precision, device=device_named(found.config.device)
     )
@@ -106,7 +115,7 @@ def audit(
         rows += list(_played(name, attack, found, public, auxiliary, effort.rows, CONTROLS[budget]))
         best = max(row["token_recovery"] for row in rows if row["attack"] == name)
         shown.note(f"attack '{name}': {best:.1%} of the {attack.threat.target} at best")
-    said = verdict(found.config, rows)
+    said = verdict(found.config, rows, labels_sent=not layout.tail_at_client)
     write_text(folder / "audit.json", json.dumps(rows, indent=1))
     from cutlayer.report.audit_page import page
 
@@ -188,8 +197,9 @@ def _played(
 
 def _recovery(attack: Attack, view: View, found: Recording) -> float:
     """The token recovery of an attack on a control."""
-    attack.prepare(replace(view, exchanges=[]))
-    return _scored(attack.finish(view), view.exchanges, found, attack.threat).token_recovery
+    fresh = copy.deepcopy(attack)  # what the attack itself has prepared stays as it is
+    fresh.prepare(replace(view, exchanges=[]))
+    return _scored(fresh.finish(view), view.exchanges, found, attack.threat).token_recovery
 
 
 def _scored(guesses: Guesses, read: Sequence[Exchange], found: Recording, threat: Threat) -> Score:

@@ -81,19 +81,20 @@ def exchanges(
     Args:
         frames: as ``wire.read_frames`` gives them.
         reads: names of steps; messages of others are left out.
-        party: only frames that it sent or received.
+        party: only frames between it and the client whose batch they are of. What it gets from another party on the
+            way is not what the client showed.
     """
     training: dict[tuple[str, int], bool] = {}  # by client and turn, as the request says
     open_: dict[Key, tuple[dict[str, Mapping[str, Tensor]], dict[str, Mapping[str, Value]]]] = {}
     for _, header, tensors in frames:
-        if party not in (header.sender, header.receiver):
+        if {header.sender, header.receiver} != {party, header.client}:
             continue
         if header.verb:
             training[header.client, header.turn] = bool(header.values.get("graph", header.verb == "probe"))
         if header.step_name not in STEPS or not training.get((header.client, header.turn), False) or not tensors:
             continue
         key = (header.client, header.step, header.micro)
-        if header.step_name == STEPS[0] and header.sender == header.client and key in open_:
+        if header.step_name == STEPS[0] and key in open_:
             yield Exchange(*key, *open_.pop(key))  # the same batch again, in another epoch or after a loss
         if header.step_name in reads:
             found, values = open_.setdefault(key, ({}, {}))

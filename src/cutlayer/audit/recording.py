@@ -20,9 +20,10 @@ from cutlayer.build import Data, layouts_of, prepare_data, task_of, tokenizer_of
 from cutlayer.config import RunConfig, load_config
 from cutlayer.config_write import tree_of
 from cutlayer.contracts import Layout
-from cutlayer.errors import DataError
+from cutlayer.errors import DataError, OutputError
 from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import load_config as load_model_config
+from cutlayer.outputs import holds_a_run
 from cutlayer.report.progress import Reporter
 from cutlayer.schedule import batches_of
 from cutlayer.wire import Header, read_frames
@@ -96,7 +97,11 @@ class Recording:
             if self.layouts.get(one.client) == first and "hidden" in one.tensors[STEPS[0]]
         ]
         if not keys:
-            raise DataError(f"The frames in {self.frames} hold no training step of {', '.join(self.layouts)}.")
+            raise DataError(
+                f"In the frames in {self.frames} no client shows the server itself a training step. They are of "
+                "another run, or the clients' messages go to other parties (edges, other clients), whom the audit "
+                "does not play yet."
+            )
         last = max(key[1] for key in keys)
         found = {"first step": [key for key in keys if key[1] == min(k[1] for k in keys)]}
         if last:
@@ -141,6 +146,19 @@ def only_positions(one: Exchange, count: int) -> Exchange:
     return replace(one, tensors=cut)
 
 
+def check_folder(out: Path) -> None:
+    """Refuse a folder with anything but an earlier audit, since an audit writes over what it finds.
+
+    Raises:
+        OutputError: there is.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} exists and is a file. Give another --out.")
+    ours = (out / "audit.json").is_file() or holds_a_run(out / "run")
+    if out.is_dir() and not ours and any(out.iterdir()):
+        raise OutputError(f"{out} exists, is not empty, and holds no audit. Give another --out.")
+
+
 def record(config: RunConfig, out: Path, effort: Effort, progress: Reporter) -> Recording:
     """Make a run like this one, as long as the effort says, with its wire recorded.
 
@@ -149,6 +167,8 @@ def record(config: RunConfig, out: Path, effort: Effort, progress: Reporter) -> 
         out: gets ``frames/`` and ``run/``; what is there of an earlier audit is written over.
         effort: how much to record.
         progress: is told of every step.
+
+    The caller has seen that the folder is an audit's own (``check_folder``).
     """
     from cutlayer.run import train
 

@@ -11,10 +11,19 @@ READS, MUCH, SOME = 0.9, 0.5, 0.05  # of the tokens, over what a constant guess 
 WHAT = {"inputs": "your text", "labels": "the labels (of a language model: the text again, a token on)"}
 
 
-def verdict(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for what was attacked, and what follows."""
+def verdict(config: RunConfig, rows: Sequence[Mapping[str, Any]], *, labels_sent: bool) -> list[str]:
+    """A sentence for what was attacked, and what follows.
+
+    Args:
+        config: the run.
+        rows: of ``audit.json``.
+        labels_sent: whether the clients send the labels to the server (the two-part split).
+    """
     said = []
     for target, what in WHAT.items():
+        if target == "labels" and labels_sent:
+            said.append(f"The server needs no attack on {what}: in this partition the clients send them as they are.")
+            continue
         of = [row for row in rows if row["target"] == target]
         if not of:
             said.append(f"Nothing was measured on {what}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from cutlayer.errors import MethodError
 from cutlayer.seeds import derive
 from cutlayer.threat import Threat
 from cutlayer.wire import Header
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,7 @@ class View:
         Raises:
             MethodError: the threat does not claim to know it.
         """
-        if self._public is None:
-            raise MethodError("An attack asked for the base model's weights, which its threat does not name.")
-        return self._public
+        return _named(self._public, "the base model's weights")
 
     @property
     def auxiliary(self) -> Sequence[Tensor]:
@@ -58,9 +58,7 @@ class View:
         Raises:
             MethodError: the threat does not claim to have any.
         """
-        if self._auxiliary is None:
-            raise MethodError("An attack asked for text of the attacker's own, which its threat does not name.")
-        return self._auxiliary
+        return _named(self._auxiliary, "text of the attacker's own")
 
     @property
     def cut(self) -> int:
@@ -119,3 +117,9 @@ def view_of(
         public if "weights" in threat.knows else None,
         auxiliary if "auxiliary" in threat.knows else None,
     )  # fmt: skip
+
+
+def _named(thing: T | None, what: str) -> T:
+    if thing is None:
+        raise MethodError(f"An attack asked for {what}, which its threat does not name.")
+    return thing
