@@ -36,8 +36,9 @@ from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import Part, device_named, load_model
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
-from cutlayer.parties.client import VERB_STEPS, ClientParty
-from cutlayer.parties.client import answer as answer_step
+from cutlayer.parties.client import ClientParty
+from cutlayer.parties.verbs import VERB_STEPS
+from cutlayer.parties.verbs import answer as answer_step
 from cutlayer.peers import Peers
 from cutlayer.planning import at_cut
 from cutlayer.plans import keep_back
