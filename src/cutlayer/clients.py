@@ -143,7 +143,8 @@ def _specials(model: str) -> tuple[int, ...]:
 def privacy(run: Run) -> dict[str, list[dict[str, Any]]]:
     """What the defenses of each client of a simulation have spent so far.
 
-    Steps that are made again after a crash are the same messages with the same noise, so that they count once.
+    Steps that are made again after a crash are the same messages with the same noise, so that they count once. Each
+    client is counted as if it made every evaluation.
     """
     found = {}
     for name, party in run.parts.clients.items():

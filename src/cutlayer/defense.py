@@ -7,7 +7,7 @@ rows, T positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -123,6 +123,20 @@ class Privacy:
     def told(self) -> dict[str, Any]:
         """As ``summary.json`` has it."""
         return asdict(self)
+
+
+def spent_in_words(told: Mapping[str, Any]) -> str:
+    """What a defense has spent, as ``Privacy.told`` has it with its name, in a sentence."""
+    name = f"defense '{told['defense']}'"
+    if "mechanism" not in told:
+        return f"{name}: nothing is counted"
+    if told["epsilon"] is None:
+        return f"{name}: {told['mechanism']}; no epsilon is claimed, since {told['why']}"
+    return (
+        f"{name}: {told['mechanism']}; epsilon {told['epsilon']:.3g} (delta {told['delta']:.0e}) for "
+        f"{told['neighbours']}, after at most {told['releases']} releases of a record. "
+        f"Not covered: {told['not_covered']}"
+    )
 
 
 class Defense(Protocol):
