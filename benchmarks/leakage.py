@@ -120,14 +120,28 @@ def write(out: Path) -> None:
     results = ROOT / "docs" / "results"
     numbers = json.dumps({"plain": plain, "defended": defended}, indent=1)
     (results / "leakage.json").write_text(numbers + "\n", encoding="utf-8")
+    (ROOT / "src" / "cutlayer" / "audit" / "known.json").write_text(known(plain), encoding="utf-8")
     (results / "leakage.md").write_text(page(plain, defended), encoding="utf-8")
+
+
+def known(plain: list[dict[str, Any]]) -> str:
+    """A line for each model, cut, tail and attack, as ``cutlayer.audit.known`` reads it."""
+    found: dict[tuple[str, int, int, str], dict[str, float]] = {}
+    for row in plain:
+        key = row["model"], row["cut"], row["tail"], row["attack"]
+        found.setdefault(key, {})[row["moment"].split()[0]] = round(row["token_recovery"], 4)
+    lines = [
+        json.dumps({"model": model, "cut": cut, "tail": tail, "attack": attack, **shares})
+        for (model, cut, tail, attack), shares in sorted(found.items())
+    ]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
 PLAIN = """# What the server can read
 
-Command: `python benchmarks/leakage.py --models MODELS --data DATA`. WikiText-2, one client, LoRA of rank 8, AdamW at 2e-3, 40 steps
-of 8 sequences of up to 64 tokens; attacked at the first and at the last step, on eight sequences. Share of the private tokens
-that came back; in brackets after 40 steps. `constant`: always guessing the most frequent token.
+Command: `python benchmarks/leakage.py --models MODELS --data DATA`. WikiText-2, one client, LoRA of rank 8, AdamW at
+2e-3, 40 steps of 8 sequences of up to 64 tokens; attacked at the first and at the last step, on eight sequences. Share
+of the private tokens that came back; in brackets after 40 steps. `constant`: always guessing the most frequent token.
 
 ## Without a defense
 

@@ -182,7 +182,7 @@ def record(config: RunConfig, out: Path, effort: Effort, progress: Reporter) -> 
     if effort.steps is not None:
         tree |= {"rounds": None, "epochs": None, "steps": effort.steps, "checkpoint_every": effort.steps}
     made = load_config({key: value for key, value in tree.items() if value is not None})
-    result = train(made, out=run, progress=progress)
+    result = train(made, out=run, progress=progress, warn=False)
     return Recording(made, frames, result.summary)
 
 
