@@ -11,6 +11,7 @@ import torch
 
 import cutlayer
 from apart import Apart, steps
+from cutlayer.config import load_config
 from cutlayer.defense import Sends
 from cutlayer.errors import CheckpointError, ConfigError, MethodError, OutputError
 from cutlayer.parties.client import secret_of
@@ -21,6 +22,7 @@ from spine import PARTITIONS, TWO, U, adapter, equal, losses, resumed
 
 NOTHING = {"name": "dp-forward", "noise": 0, "clip": None}
 NOISE = {"name": "dp-forward", "noise": 0.5}
+PROBES = {"exchange": "mu-splitfed", "framework": "sfl-v1", "gradient_accumulation": 1}
 HEAD = """from dataclasses import dataclass, field
 import torch
 from cutlayer.contracts import Defense
@@ -272,3 +274,17 @@ def test_a_message_counts_once_and_before_it_leaves(tmp_path: Path) -> None:
     made.path = tmp_path / "gone/released.jsonl"
     with pytest.raises(OutputError, match="Nothing was sent"):
         made.add("send_activations", True, [1], one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (PROBES, "exchange 'mu-splitfed' shows each batch at several points"),
+        ({"framework": {"name": "multisfl", "replay": True}, "clients": 2}, "has idle clients show features"),
+    ],
+)
+def test_what_a_defense_does_not_see_is_refused_with_it(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path, ["dp-forward"], partition=TWO, **changes)
+    with pytest.raises(ConfigError, match=words):
+        load_config(run)
+    load_config({**run, "defense": []})
