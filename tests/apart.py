@@ -87,6 +87,19 @@ class Command:
         os.kill(self.process.pid, signal.SIGCONT)
 
 
+class Noted:
+    """A reporter that keeps what was told."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def start(self, total_steps: int) -> None: ...
+    def update(self, record: Any) -> None: ...
+    def stop(self) -> None: ...
+    def note(self, text: str) -> None:
+        self.words.append(text)
+
+
 class Apart:
     """A run's files, and its processes.
 

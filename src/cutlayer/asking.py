@@ -20,12 +20,17 @@ from cutlayer.wire import Header
 HOUSEKEEPING = ("begin", "hold", "keep", "retime", "abort", "finish")  # keeps two processes together; no part of a step
 MOST = 2**48  # of any whole number; sums of the steps of endless runs are below
 
-# Values by name, whichever verb has them: whole numbers with the least that they may be, and other numbers.
+# Values by name, whichever verb has them: whole numbers with the least that they may be, other numbers, and
+# what is true or false.
 WHOLE: Mapping[str, int] = {
     "round": 0, "updates": 0, "ahead": 0, "most": 0, "steps": 0, "head_blocks": 0, "tail_blocks": -1, "version": -1,
     "directions": 0, "number": 0, "bits": 1, "used": 0, "stage": 0, "stop": 0,
 }  # fmt: skip
 NUMBERS = ("loss", "head_weight", "trunk_weight", "scale", "mu", "strength")
+FLAGS = (
+    "graph", "update", "trunk_update", "last", "needs_gradient", "cache", "tell_step_tokens", "copy", "optimizer",
+    "reset", "again",
+)  # fmt: skip
 PARTS = ("own", "hosted", "all")
 NEEDS: Mapping[str, tuple[str, ...]] = {  # values without which a verb of housekeeping means nothing
     "begin": ("round", "updates"), "hold": ("round",), "keep": ("round",), "retime": ("ahead",),
@@ -57,6 +62,8 @@ def check_values(header: Header) -> None:
                 _refuse(header, f"tells {name} {value}; it must be between {least} and {MOST}.")
         elif name in NUMBERS and isinstance(value, str):
             _refuse(header, f"tells {name} '{value}', which is no number.")
+        elif name in FLAGS and type(value) is not bool:
+            _refuse(header, f"tells {name} {value!r}; it must be true or false.")
         elif name == "part" and value not in PARTS:
             _refuse(header, f"asks for the part {value!r}; there are: {', '.join(PARTS)}.")
     for name in NEEDS.get(header.verb, ()):

@@ -7,7 +7,6 @@ harms, a loss that was not computed) cannot be seen here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cutlayer._judging import BatchChecks, Bounds, finite, named
+from cutlayer._judging import BatchChecks, Bounds, named
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.build import task_of
 from cutlayer.config import RunConfig
@@ -28,7 +27,6 @@ from cutlayer.parties.holder import Holder
 from cutlayer.ranks import pairs
 from cutlayer.schedule import ENDLESS, Told
 from cutlayer.sealing import is_sealed
-from cutlayer.values import SERVER
 from cutlayer.wire import SEAL_BYTES, SEALED, Header, Value
 
 __all__ = ["Bounds", "Judge", "bounds_of"]
@@ -37,7 +35,6 @@ MOST = float(torch.finfo(torch.float32).max)  # of a loss, so that sums of them 
 PROBE = 2  # the size of each dimension where an optimizer's state is learnt
 
 ANY = "*"  # of several that may be
-RELAYED = ("host_forward", "host_backward")  # what another client made of a batch, for who is next
 # By verb, in which step its reply is sent, and of which kind it is.
 REPLIES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("set_up", "histogram"), ("partition", "ack")),
@@ -58,11 +55,14 @@ REPLIES: Mapping[str, tuple[str, str]] = {
 def bounds_of(config: RunConfig, base: Base, name: str) -> Bounds:
     """The bounds of a client's batches in a run."""
     causal, model = task_of(config) == "causal", base.model.config
+    dtypes = [DTYPES[config.precision]]
+    if getattr(model, "residual_in_fp32", False):  # the blocks of Mamba and its kin; what embeddings give is not
+        dtypes.append(torch.float32)
     return Bounds(
         rows=config.batch_size, length=max(config.data.max_length, config.data_of(name).max_length),
         micros=config.gradient_accumulation, hidden=model.hidden_size,
-        labels=model.vocab_size if causal else model.num_labels, causal=causal, dtype=DTYPES[config.precision],
-        sketch=getattr(config.build("selection"), "asks", None),
+        labels=model.vocab_size if causal else model.num_labels, causal=causal,
+        dtypes=tuple(dict.fromkeys(dtypes)), sketch=getattr(config.build("selection"), "asks", None),
     )  # fmt: skip
 
 
@@ -94,13 +94,15 @@ class Judge(BatchChecks):
         told: what it said of its data when it came.
         shadow: has the names and shapes of its tensors.
         remembers: whether the server has what it showed of a sample, where it caches that.
+        others: the run's other clients; what is for one of them must be sealed, and who opens it judges it.
     """
 
     def __init__(
-        self, name: str, bounds: Bounds, told: Told, shadow: Holder, remembers: Callable[[int], bool] = lambda _: True
-    ) -> None:
+        self, name: str, bounds: Bounds, told: Told, shadow: Holder, remembers: Callable[[int], bool] = lambda _: True,
+        others: Collection[str] = (),
+    ) -> None:  # fmt: skip
         super().__init__(name, bounds)
-        self.told, self.shadow, self.remembers = told, shadow, remembers
+        self.told, self.shadow, self.remembers, self.others = told, shadow, remembers, frozenset(others)
         self._open: dict[tuple[int, int], _Batch] = {}  # of training, by step and micro-batch
         self._tells_step_tokens = self._caches = False
         self._moments: dict[tuple[int, torch.dtype], dict[str, tuple[int, ...]]] = {}
@@ -113,7 +115,7 @@ class Judge(BatchChecks):
         """
         self._verb, found = asked.verb, dict(zip(reply.names, tensors, strict=True))
         step_name, kind = REPLIES.get(asked.verb, (reply.step_name, reply.kind))
-        sealed = reply.receiver not in ("", SERVER) and is_sealed(reply)
+        passed_on = reply.receiver in self.others
         if asked.verb in ("tail_step", "host_tail_step") and not asked.values.get("graph"):
             step_name, kind = "tail_step", "ack"
         elif asked.verb == "features" and not found:
@@ -125,16 +127,11 @@ class Judge(BatchChecks):
         ):  # fmt: skip
             if here != wanted and wanted != ANY:
                 self._fail(f"the {what} '{here}'", f"'{wanted}'")
-        if asked.verb in RELAYED and reply.receiver not in ("", SERVER) and not sealed:
+        if passed_on and not is_sealed(reply):
             self._fail("an open frame for another client", "a sealed one")
-        for name, value in reply.values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                self._diverged(f"{name} {value}")
-        for name, tensor in found.items():
-            if not finite(tensor):
-                self._diverged(f"'{name}' with values that are not finite")
+        self._all_finite(reply.values, found)
         judged: Callable[[_Answer], None] | None = getattr(self, f"_on_{asked.verb}", None)
-        if sealed:
+        if passed_on:
             self._sealed(reply, found)
         elif judged is not None:
             judged(_Answer(asked, dict(zip(asked.names, given, strict=True)), reply.values, found))
@@ -227,7 +224,7 @@ class Judge(BatchChecks):
         self._only(it.values, it.found, says, ["hidden", "labels", *points], ["mask", "positions"])
         rows, length = self._batch(it.found, it.found["hidden"])
         for name in points:
-            self._like(it.found, name, it.found["hidden"].shape, self.bounds.dtype)
+            self._like(it.found, name, it.found["hidden"].shape, it.found["hidden"].dtype)
         self._began(it.asked, it.values, rows, length, training=True)
         self._counts(it.values, rows, length, it.found["labels"])
 

@@ -7,15 +7,13 @@ says in such a request is where the batch is on its route, and how the step is t
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from cutlayer._judging import BatchChecks, Bounds, finite
+from cutlayer._judging import BatchChecks, Bounds
 from cutlayer.agreed import AgreedSecret
 from cutlayer.assembly import neighbours
 from cutlayer.config import RunConfig
@@ -170,12 +168,7 @@ class _Sound(BatchChecks):
 
     def all_finite(self, header: Header, tensors: Sequence[Tensor]) -> None:
         """No number is infinite, or none."""
-        for name, value in header.values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                self._diverged(f"{name} {value}")
-        for name, tensor in zip(header.names, tensors, strict=True):
-            if not finite(tensor):
-                self._diverged(f"'{name}' with values that are not finite")
+        self._all_finite(header.values, dict(zip(header.names, tensors, strict=True)))
 
     def shown(self, header: Header, tensors: Sequence[Tensor], *, labels: bool) -> None:
         """A batch on its way up, with the labels in the two-part split."""
@@ -206,14 +199,5 @@ class _Sound(BatchChecks):
         """The loss of a step, from who computes it."""
         self._number({"loss": header.value("loss")}, "loss", -MOST, MOST)
 
-    def _diverged(self, came: str) -> NoReturn:
-        raise WireError(
-            f"Client '{self.name}' sealed {came} for this one ({self._verb}). The training has diverged (lower "
-            "optimizer.lr, or set max_grad_norm), or that client misbehaves."
-        )
-
-    def _fail(self, came: str, wanted: str) -> NoReturn:
-        raise WireError(
-            f"Client '{self.name}' sealed {came} for this one ({self._verb}); expected: {wanted}. All clients need the "
-            "same version of cutlayer; if they have it, that client misbehaves."
-        )
+    def _heard(self, came: str) -> str:
+        return f"Client '{self.name}' sealed {came} for this one ({self._verb})"

@@ -105,7 +105,10 @@ class Seat:
             planned=planned_steps(config, dict.fromkeys(config.client_names, self.sizes))[name],
             others=self.peers.others if self.peers else (), bytes_of=self.peers.length if self.peers else length_of,
         )  # fmt: skip
-        self._answer = guarded(self._answered, self.guard, self.peers.sealed if self.peers else None)
+        self._answer = guarded(
+            self._answered, self.guard, self.peers.opened if self.peers else None,
+            self.peers.sealed if self.peers else None,
+        )  # fmt: skip
 
     def _needed(self, why: str | None, agreed: AgreedSecret | None) -> AgreedSecret | None:
         """The secret of the run's clients, where the run needs it.
@@ -230,8 +233,6 @@ class Seat:
             done = Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn)
             self.guard.acknowledged(header, done)
             return done, []
-        if self.peers is not None:
-            header, tensors = self.peers.opened(header, tensors)
         return self._answer(self.party, header, tensors)
 
     def _answered(self, party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:

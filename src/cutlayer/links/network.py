@@ -7,6 +7,7 @@ What steps and merges need is counted as it is in a simulation. What only keeps 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -85,6 +86,19 @@ class NetworkLink:
         """
         frame = encode(self._next(header), tensors)
         return Parcel(*await self._carried(frame, tensors, to))
+
+    def refuse(self, error: CutlayerError) -> NoReturn:
+        """What the client has sent passed the judge, and yet it cannot be computed with.
+
+        Raises:
+            Lost: the run goes on without the client.
+            CutlayerError: this one; the run does not.
+        """
+        said = WireError(f"What client '{self.name}' sent cannot be computed with: {error}")
+        if self._lost or not self.goes_on(said):
+            raise error
+        self._lost = True
+        raise Lost(self.name) from error
 
     def abort(self) -> None:
         """Let the client forget what is under way, before the next request."""
