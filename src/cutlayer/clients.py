@@ -86,7 +86,10 @@ def defending_of(
         return Ground(
             _layout(head, tail), task, config.data.max_length, head_trained=bool(head.names) and not frozen,
             tail_trained=tail is not None and bool(tail.names), embedding=embedding, look=_looking(head),
-            pull=None if tail is None else _pulling(tail, config.seed), specials=specials, seed=config.seed,
+            pull=None if tail is None else _pulling(tail, config.seed),
+            guess=None if tail is None else _guessing(head, tail),
+            classes=0 if base.anatomy.causal else int(base.model.config.num_labels),
+            specials=specials, seed=config.seed,
         )  # fmt: skip
 
     made = [registry.create("defense", spec.name, spec.options) for spec in config.defense]
@@ -133,6 +136,18 @@ def _pulling(tail: Segment, seed: int) -> Callable[[Tensor], Tensor]:
         return found
 
     return pull
+
+
+def _guessing(head: Segment, tail: Segment) -> Callable[[Tensor], Tensor]:
+    """The public head and tail as a model of their own."""
+    look = _looking(head)
+
+    def guess(input_ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = tail.forward(tail.base.initial, hidden=look(input_ids)).logits
+        return logits.float()
+
+    return guess
 
 
 @lru_cache(maxsize=8)

@@ -38,6 +38,9 @@ class Ground:
         look: gives the hidden states [B,T,H] of tokens [B,T] as the public head makes them.
         pull: gives the gradient [B,T,H] of the summed loss at hidden states [B,T,H], by the public tail and random
             labels; None where the client has no tail.
+        guess: gives logits [B,T,V] of tokens [B,T] by the public head and tail with nothing between them: a poor
+            language model, but one that the client has and everybody knows; None where the client has no tail.
+        classes: of a classifier.
         specials: tokens with a task of their own (end of text and the like).
         seed: the run's, for draws that may be known.
     """
@@ -50,6 +53,8 @@ class Ground:
     embedding: Callable[[], Tensor]
     look: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor], Tensor] | None
+    guess: Callable[[Tensor], Tensor] | None
+    classes: int
     specials: Sequence[int]
     seed: int
 
