@@ -31,10 +31,10 @@ class LabelDpRr(Defense):
     """Train with labels that were flipped at random, once for all: each is kept with a probability that epsilon sets.
 
     A classifier's label is kept with e^epsilon / (e^epsilon + K - 1), or becomes any other of the K classes. Of a
-    language model the label of a position is drawn within the ``k`` tokens that a public prior finds likeliest after the
-    true prefix, with k chosen by that prior (RR with prior); one that is none of them becomes any of them. Ours: the
-    prior is the public head and tail with nothing between them, as the client has no whole model. The prefix is itself
-    the labels before, and leaves in step 3: this protects a label given all others.
+    language model the label of a position is drawn within the ``k`` tokens that a public prior finds likeliest after
+    the true prefix, with k chosen by that prior (RR with prior); one that is none of them becomes any of them. Ours:
+    the prior is the public head and tail with nothing between them, as the client has no whole model. The prefix is
+    itself the labels before, and leaves in step 3: this protects a label given all others.
     """
 
     protects: ClassVar[tuple[Target, ...]] = ("labels",)
