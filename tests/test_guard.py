@@ -18,7 +18,7 @@ import torch
 from cutlayer.errors import CheckpointError, OutputError, PolicyRefused
 from cutlayer.guard import Guard, Held
 from cutlayer.guarded import guarded
-from cutlayer.leaving import ANSWERS, HOST_VERBS
+from cutlayer.leaving import ANSWERS, HOST_VERBS, TRUNK_VERBS
 from cutlayer.links.net.messages import Type, pack_number
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.verbs import VERB_STEPS
@@ -377,8 +377,8 @@ def test_the_two_part_split_has_no_tail(tmp_path: Path) -> None:
 
 def test_every_verb_of_a_client_is_known_to_the_guard() -> None:
     verbs = {name.removeprefix("on_") for name in dir(ClientParty) if name.startswith("on_")}
-    assert verbs | set(HOST_VERBS) == set(VERB_STEPS)
-    assert set(ANSWERS) == verbs | {"abort", *HOST_VERBS}
+    assert verbs | {*HOST_VERBS, *TRUNK_VERBS} == set(VERB_STEPS)
+    assert set(ANSWERS) == verbs | {"abort", *HOST_VERBS, *TRUNK_VERBS}
     kinds = {kind for pair in ANSWERS.values() for table in pair for kind in table.values()} - {"", "own"}
     assert kinds | {"head_adapter", "tail_adapter", "hosted", "error_texts"} == set(MayLeave.model_fields) == set(WORDS)
 

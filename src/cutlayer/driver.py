@@ -280,6 +280,8 @@ class Run(Updating):
             names = self.evaluators()
             if not self.parts.clients[names[0]].evaluation:
                 return None
+            if self.absence is not None:
+                await self.absence.hosts_of(names)
             await self.make_ready(names)
             time, booked = self.clock.state(), self._queues.booked()
             try:

@@ -31,7 +31,7 @@ __all__ = ["Guard", "Held", "held_by"]
 
 KEPT_TURNS = 64  # of which it is known what they asked for
 UNDER_WAY = 64  # micro-batches at a time, at most
-BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage", "sketch")
+BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage", "sketch", "host_get", "host_put")
 SHAPED = {"set_state": "owned", "features": "owned"}  # requests whose tensors are of the slot
 
 
@@ -168,6 +168,8 @@ class Guard:
             self._refuse("verbs", f"'{header.verb}' is nothing that a client may be asked for.")
         self._check_client(header)
         check_values(header)
+        if header.verb == "lead" and any(shown.training for shown in self._open.values()):
+            self._refuse("order", "'lead' came in the middle of a training step.")
 
     def acknowledged(self, asked: Header, header: Header) -> None:
         """Count and write down the acknowledgement of such a request, which holds nothing but that it was done.
@@ -313,10 +315,13 @@ class Guard:
 
     def _kinds(self, asked: Header, header: Header, tensors: Sequence[Tensor]) -> dict[str, int]:
         kinds = kinds_of(asked, header, tensors, self.held())
+        if header.receiver == self.client:  # it stays
+            return {}
         if header.receiver in self.others:
             kinds.setdefault("peers", sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-        if asked.sender in self.others and asked.verb == "head_backward" and "loss" in header.values:
-            kinds.setdefault("losses", 0)  # of the two-part split too: another client computed it, not the server
+        computed = asked.sender == self.client or asked.sender in self.others
+        if computed and asked.verb == "head_backward" and "loss" in header.values:
+            kinds.setdefault("losses", 0)  # of the two-part split too: a client computed it, not the server
         return kinds
 
     def _length(self, header: Header, tensors: Sequence[Tensor]) -> int:
@@ -380,6 +385,8 @@ class Guard:
         again: bool,
     ) -> None:
         counts = self.counts
+        if header.receiver == self.client:  # of what stays here the server is only told that it is there
+            header, tensors = header.but(values={}, names=()), []
         counts.bytes += length
         counts.frames += 1
         for kind, size in kinds.items():

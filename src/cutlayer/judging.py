@@ -21,7 +21,7 @@ from cutlayer.config import RunConfig
 from cutlayer.models.importance import UNKNOWN
 from cutlayer.models.loading import DTYPES
 from cutlayer.models.segment import Base
-from cutlayer.models.slots import NUMBER, parameter_of
+from cutlayer.models.slots import NUMBER, Slot, parameter_of
 from cutlayer.parties.helping import PREFIX
 from cutlayer.parties.holder import Holder
 from cutlayer.ranks import pairs
@@ -46,6 +46,9 @@ REPLIES: Mapping[str, tuple[str, str]] = {
     "host_tail_step": ("return_gradients", ANY),
     "host_forward": (ANY, "activations"),
     **dict.fromkeys(("head_backward", "probed", "grad_norm", "update"), ("head_backward", "ack")),
+    **dict.fromkeys(("host_update", "host_norm"), ("trunk_backward", "ack")),
+    "host_get": ("aggregate", "state"),
+    "host_put": ("aggregate", "ack"),
     **dict.fromkeys(("move", "importance"), ("partition", "state")),
     **dict.fromkeys(("begin_stage", "set_state"), ("aggregate", "ack")),
     **dict.fromkeys(("end_stage", "get_state"), ("aggregate", "state")),
@@ -116,6 +119,7 @@ class Judge(BatchChecks):
         self._verb, found = asked.verb, dict(zip(reply.names, tensors, strict=True))
         step_name, kind = REPLIES.get(asked.verb, (reply.step_name, reply.kind))
         passed_on = reply.receiver in self.others
+        stays = reply.receiver == self.name  # its own blocks come next, so that nothing leaves it
         if asked.verb in ("tail_step", "host_tail_step") and not asked.values.get("graph"):
             step_name, kind = "tail_step", "ack"
         elif asked.verb == "features" and not found:
@@ -131,7 +135,9 @@ class Judge(BatchChecks):
             self._fail("an open frame for another client", "a sealed one")
         self._all_finite(reply.values, found)
         judged: Callable[[_Answer], None] | None = getattr(self, f"_on_{asked.verb}", None)
-        if passed_on:
+        if stays:
+            self._only(reply.values, found)
+        elif passed_on:
             self._sealed(reply, found)
         elif judged is not None:
             judged(_Answer(asked, dict(zip(asked.names, given, strict=True)), reply.values, found))
@@ -150,6 +156,27 @@ class Judge(BatchChecks):
         self._number(it.values, "loss", -MOST, MOST)
         self._counts(it.values, self.bounds.rows, self.bounds.length, None)
         self._whole(it.values, "correct", int(it.values["label_tokens"]))
+
+    # ------------------------------------------------------------ a trunk that it trains for its group
+
+    def _on_host_get(self, it: _Answer) -> None:
+        self._only(it.values, (), ["version"])
+        self._whole(it.values, "version", ENDLESS)
+        trunk = self._trunk
+        self._state(it.found, trunk.params.keys(), optimizer=bool(it.asked.value("optimizer")), slot=trunk)
+
+    def _on_host_update(self, it: _Answer) -> None:
+        self._only(it.values, it.found, ["version"])
+        self._whole(it.values, "version", ENDLESS)
+
+    def _on_host_norm(self, it: _Answer) -> None:
+        self._only(it.values, it.found, ["squared_norm"])
+        self._number(it.values, "squared_norm", 0.0, MOST * MOST * len(self._trunk.params))
+
+    @property
+    def _trunk(self) -> Slot:
+        assert self.shadow.trunk is not None  # as it was asked for
+        return self.shadow.trunk
 
     # ------------------------------------------------------------ set-up
 
@@ -264,7 +291,7 @@ class Judge(BatchChecks):
         rows, length = (batch.rows, batch.length) if batch else (self.bounds.rows, self.bounds.length)
         self._counts(it.values, rows, length, None)
         self._number(it.values, "loss", -MOST, MOST)
-        told = self.shadow.tail is None and not is_sealed(it.asked)
+        told = self.shadow.tail is None and "loss" in it.asked.values  # else another client computed it, or itself
         if told and it.values["loss"] != it.asked.value("loss"):
             self._fail(f"the loss {it.values['loss']}", f"that which it was told, {it.asked.value('loss')}")
 
@@ -322,9 +349,11 @@ class Judge(BatchChecks):
         if bool(((it.found["importance"] < 0) & (it.found["importance"] != UNKNOWN)).any()):
             self._fail("an importance below 0", f"numbers from 0, or {UNKNOWN:g}")
 
-    def _state(self, found: Mapping[str, Tensor], names: Collection[str], *, optimizer: bool) -> None:
-        """The slot's tensors of these names, each as it is here; with all of their optimizer's state, or none of it."""
-        held = {name: tensor for name, tensor in self.shadow.slot.get().items() if name in names}
+    def _state(
+        self, found: Mapping[str, Tensor], names: Collection[str], *, optimizer: bool, slot: Slot | None = None
+    ) -> None:
+        """A slot's tensors of these names, each as it is here; with all of their optimizer's state, or none of it."""
+        held = {name: tensor for name, tensor in (slot or self.shadow.slot).get().items() if name in names}
         beside = [name for name in found if name not in held]
         self._only({}, found, (), held, beside if optimizer else ())
         for name, tensor in held.items():

@@ -1,7 +1,7 @@
 """The link to a client in another process: the same frames as in one process, over its session.
 
 What steps and merges need is counted as it is in a simulation. What only keeps the two processes together (``begin``,
-``hold``, ``keep``, ``retime``, ``abort``, ``finish``) is no part of split learning, and is counted apart.
+``hold``, ``keep``, ``retime``, ``lead``, ``abort``, ``finish``) is no part of split learning, and is counted apart.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.contracts import SERVER, Parcel
 from cutlayer.errors import CutlayerError, WireError
+from cutlayer.leading import Lead
 from cutlayer.links.local import STEP_VERBS, send
 from cutlayer.parties.holder import Holder
 from cutlayer.parties.verbs import VERB_STEPS
@@ -56,6 +57,7 @@ class NetworkLink:
         self.apart_bytes = 0  # of requests that are counted apart
         self._lost = False
         self._aborted = False
+        self._led: Lead | None = None
 
     async def call(self, header: Header, tensors: Sequence[Tensor] = (), *, to: str = SERVER) -> Parcel:
         """Send a request and give the reply, which is for the party ``to``.
@@ -107,6 +109,7 @@ class NetworkLink:
     async def begin(self, rounds: int, updates: int) -> None:
         """Let the client be as it was after round ``rounds`` (0: anew); its part will have ``updates`` updates."""
         self._aborted = self._lost = False
+        self._led = None
         cuts: dict[str, Value] = {}
         if self.shadow is not None and self.most is not None:
             cuts = {"head_blocks": len(self.shadow.head.blocks), "most": self.most}
@@ -130,6 +133,12 @@ class NetworkLink:
     async def retime(self, ahead: int) -> None:
         """Let the client's learning rate end after so many more updates of its part."""
         await self.tell("retime", {"ahead": ahead})
+
+    async def lead(self, lead: Lead) -> None:
+        """Tell the client its place among the others, unless it was told the same already."""
+        if lead != self._led:
+            await self.tell("lead", lead.values())
+            self._led = lead
 
     async def finish(self) -> None:
         """Let the client write its result."""

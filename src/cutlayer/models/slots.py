@@ -123,6 +123,11 @@ class Slot:
         grads = self._pending.pop(key)
         self._fold(grads, key=before)
 
+    @property
+    def waiting(self) -> set[str]:
+        """Whose gradients wait."""
+        return {client for client, _, _ in self._pending}
+
     def drop(self, client: str) -> None:
         """Forget what a client that left has contributed since the last update."""
         for key in [k for k in self._pending if k[0] == client]:
