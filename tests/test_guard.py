@@ -20,7 +20,8 @@ from cutlayer.guard import Guard, Held
 from cutlayer.guarded import guarded
 from cutlayer.leaving import ANSWERS, HOST_VERBS, TRUNK_VERBS
 from cutlayer.links.net.messages import Type, pack_number
-from cutlayer.parties.client import VERB_STEPS, ClientParty
+from cutlayer.parties.client import ClientParty
+from cutlayer.parties.verbs import VERB_STEPS
 from cutlayer.policy import MayLeave, Policy, load_policy
 from cutlayer.released import WORDS, Counts, Log
 from cutlayer.wire import Header, encode

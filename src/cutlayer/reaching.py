@@ -17,7 +17,7 @@ from cutlayer.links.local import Link
 from cutlayer.links.network import NetworkLink
 from cutlayer.losing import Losing
 from cutlayer.models.slots import Slot
-from cutlayer.parties.client import VERB_STEPS
+from cutlayer.parties.verbs import VERB_STEPS
 from cutlayer.wire import Header, Value
 
 

@@ -6,6 +6,7 @@ Whatever it is asked for passes the guard, before anything is computed and again
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
+from cutlayer.defense import spent_in_words
 from cutlayer.engine import identity
 from cutlayer.errors import CheckpointError, CutlayerError, KeysError, OutputError, PolicyRefused, WireError
 from cutlayer.files import write_text
@@ -36,8 +38,10 @@ from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import Part, device_named, load_model
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
-from cutlayer.parties.client import VERB_STEPS, ClientParty
-from cutlayer.parties.client import answer as answer_step
+from cutlayer.parties.client import ClientParty
+from cutlayer.parties.releases import Releases
+from cutlayer.parties.verbs import VERB_STEPS
+from cutlayer.parties.verbs import answer as answer_step
 from cutlayer.peers import peers_of
 from cutlayer.planning import at_cut
 from cutlayer.plans import keep_back
@@ -144,6 +148,8 @@ class Seat:
             self.config, self.base, self.data, self.kept, self.name, updates=updates, secret=self.secret,
             agreed=self.agreed, cuts=cuts,
         )  # fmt: skip
+        if party.defending is not None:
+            party.defending.releases = Releases(self.out / "released.jsonl")
         if self.peers:
             self.peers.begin(self.base, party.slot)
         return party
@@ -288,6 +294,19 @@ class Seat:
         if self.peers is not None and (trunk := self.peers.hosting.held()) is not None:
             states[TRUNK], told["trunk"] = dict(trunk.state), trunk.noted()
         checkpoint.save(self._kept, number, states, told, spared=spared)
+        self._privacy()
+
+    def _privacy(self) -> list[dict[str, Any]]:
+        """Write what the defenses have spent; the same is given."""
+        defending = self.party.defending
+        if defending is None or defending.releases is None:
+            return []
+        told = defending.told(defending.releases.sends())
+        try:
+            write_text(self.out / "privacy.json", json.dumps(told, indent=1))
+        except OSError as error:
+            raise OutputError(f"{self.out / 'privacy.json'} cannot be written: {error.strerror}.") from error
+        return told
 
     def _noted(self) -> dict[str, Any]:
         """What of this client's state is no tensor."""
@@ -356,6 +375,8 @@ class Seat:
             with contextlib.suppress(OSError):
                 shutil.rmtree(draft)
             raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from error
+        for told in self._privacy():
+            self.progress.note(spent_in_words(told))
         self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
 
 

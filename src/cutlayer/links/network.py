@@ -16,8 +16,8 @@ from cutlayer.contracts import SERVER, Parcel
 from cutlayer.errors import CutlayerError, WireError
 from cutlayer.leading import Lead
 from cutlayer.links.local import STEP_VERBS, send
-from cutlayer.parties.client import VERB_STEPS
 from cutlayer.parties.holder import Holder
+from cutlayer.parties.verbs import VERB_STEPS
 from cutlayer.presence import Lost
 from cutlayer.step import at
 from cutlayer.wire import Frame, Header, Meter, Value, encode

@@ -19,9 +19,9 @@ from torch import Tensor
 from cutlayer.contracts import SERVER, Parcel
 from cutlayer.errors import CutlayerError, NonFinite, WireError
 from cutlayer.links.local import BEGINNINGS, ENDS, STEP_VERBS, Pace, Queues, send
-from cutlayer.parties.client import VERB_STEPS
 from cutlayer.parties.holder import Answer
 from cutlayer.parties.shadow import Shadow
+from cutlayer.parties.verbs import VERB_STEPS
 from cutlayer.step import at
 from cutlayer.wire import Frame, Header, Meter, Value, decode, encode
 
