@@ -16,7 +16,7 @@ from cutlayer.config import RunConfig, load_config
 from cutlayer.driver import Run
 from cutlayer.entitled import ASKED_BY, Entitled, entitled
 from cutlayer.errors import PolicyRefused
-from cutlayer.leaving import ANSWERS, HOST_VERBS
+from cutlayer.leaving import ANSWERS, HOST_VERBS, TRUNK_VERBS
 from cutlayer.links import local
 from cutlayer.wire import Header
 from spine import TWO, U, caught, model, often, train  # noqa: F401
@@ -102,7 +102,7 @@ def test_a_run_asks_for_no_more_than_its_clients_expect(
     data = {"eval": str(write_rows(tmp_path / "eval.jsonl", text_rows(3)))}
     train(model(num_hidden_layers=8), tmp_path / "out", FOUR, **{"data": data, "rounds": 2, **RUNS[case]})
     may = of(caught[-1], "ann")
-    hosted = {*HOST_VERBS, "retime"}  # within one process nobody is asked for these
+    hosted = {*HOST_VERBS, *TRUNK_VERBS, "retime"}  # within one process nobody is asked for these
     assert {verb for verb, (use, _) in ASKED_BY.items() if use(may)} - hosted - asked <= {
         "get_state",
         "set_state",
@@ -217,11 +217,12 @@ def test_what_a_run_has_no_use_for_is_refused(case: str) -> None:
     judge(having, request)
 
 
-@pytest.mark.parametrize("verb", HOST_VERBS)
+@pytest.mark.parametrize("verb", [*HOST_VERBS, *TRUNK_VERBS])
 def test_only_who_runs_blocks_for_others_is_asked_to(verb: str) -> None:
     with pytest.raises(PolicyRefused, match="nothing that this run asks for"):
         judge({"framework": "clicooper"}, asks(verb))
-    judge({"framework": "clicooper"}, asks(verb), hosts=True)
+    clips = {"max_grad_norm": 1.0} if verb == "host_norm" else {}
+    judge({"framework": "clicooper", **clips}, asks(verb), hosts=True)
     state = asks("get_state", **STATE | {"part": "all"})
     with pytest.raises(PolicyRefused, match="asks for the part 'all'"):
         judge(SFL, state)

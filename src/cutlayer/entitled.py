@@ -36,7 +36,7 @@ class Entitled:
         clips: gradients are clipped by a norm that the server computes.
         caches: the server remembers what samples were shown as.
         counts_steps: the label tokens of a step are told before its end.
-        hosts: it runs blocks for other clients.
+        hosts: it runs blocks for other clients, or may come to.
         asks: other verbs that the framework asks for.
     """
 
@@ -114,6 +114,7 @@ ASKED_BY: Mapping[str, tuple[Use, str]] = {
         lambda run: run.clips or "update" in run.asks,
         "max_grad_norm, and no framework that updates the clients' parts by themselves",
     ),
+    "host_norm": (lambda run: run.hosts and run.clips, "max_grad_norm with a client for whom this one trains blocks"),
     "move": (lambda run: run.moves or run.allots, "planner that moves cuts, and no peft that gives out ranks"),
     "importance": (lambda run: run.allots, "peft that gives out ranks"),
     "begin_stage": (lambda run: "begin_stage" in run.asks, "framework that marks stages"),
@@ -121,7 +122,7 @@ ASKED_BY: Mapping[str, tuple[Use, str]] = {
     "get_state": (lambda run: run.exchanges, "merge of the clients' parts, and hands none on"),
     "set_state": (lambda run: run.exchanges, "merge of the clients' parts, and hands none on"),
     **dict.fromkeys(
-        ("host_forward", "host_backward", "host_tail_step"),
+        ("host_forward", "host_backward", "host_tail_step", "host_get", "host_put", "host_update"),
         (lambda run: run.hosts, "client for whom this one runs blocks"),
     ),
 }  # fmt: skip
@@ -133,7 +134,7 @@ def entitled(config: RunConfig, layout: Layout, *, hosts: bool) -> Entitled:
     Args:
         config: the run, as it was offered.
         layout: the client's, before a planner says more.
-        hosts: whether it runs blocks for other clients.
+        hosts: whether it runs blocks for other clients, or may come to.
     """
     framework, exchange, peft = config.build("framework"), config.build("exchange"), config.build("peft")
     planner, mixing, clients = config.build("planner"), config.build("mixing"), config.client_names

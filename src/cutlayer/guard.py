@@ -1,14 +1,13 @@
 """The client's guard: holds what it is asked, and what it answers, to its owner's policy.
 
-It stands between the link and the party: ``request`` before a verb is handled, ``reply`` before the answer becomes
-bytes. Both raise ``PolicyRefused`` with the rule's name. Whatever it does not know is refused: a verb, a tensor, a
-value. A training micro-batch goes head_forward, tail_step (U-shape), head_backward, in ascending order; one that was
-shown may be shown again only after an abort or in a new session, and it counts again.
+It stands between the link and the party: ``known`` and ``request`` before a verb is handled, ``reply`` before the
+answer becomes bytes. They raise ``PolicyRefused`` with the rule's name. Whatever it does not know is refused: a verb, a
+tensor, a value. A training micro-batch goes head_forward, tail_step (U-shape), head_backward, in ascending order; one
+that was shown may be shown again only after an abort or in a new session, and it counts again.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cutlayer.asking import HOUSEKEEPING, check_like, check_tensors, check_told, check_values, named
+from cutlayer.asking import HOUSEKEEPING, check_like, check_owned, check_tensors, check_told, check_values, named
 from cutlayer.contracts import SERVER
 from cutlayer.entitled import Entitled
 from cutlayer.errors import OutputError, PolicyRefused
 from cutlayer.leaving import ANSWERS, BEGINNINGS, HOST_VERBS, Held, held_by, is_training, kinds_of, length_of
 from cutlayer.links.net.messages import Type, pack_number
-from cutlayer.models.slots import parameter_of
 from cutlayer.policy import Policy
 from cutlayer.released import Counts, Log
 from cutlayer.wire import Header
@@ -32,8 +30,8 @@ __all__ = ["Guard", "Held", "held_by"]
 
 KEPT_TURNS = 64  # of which it is known what they asked for
 UNDER_WAY = 64  # micro-batches at a time, at most
-BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage", "sketch")
-SHAPED = {"set_state": "owned", "features": "owned"}  # requests whose tensors are of the slot
+BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage", "sketch", "host_get", "host_put")
+SHAPED = ("set_state", "features")  # requests whose tensors are of the slot
 
 
 @dataclass
@@ -85,8 +83,8 @@ class Guard:
         self._last = (-1, -1)
         self._step = -1
 
-    def request(self, header: Header, tensors: Sequence[Tensor]) -> bool:
-        """Judge a request before it is handled.
+    def known(self, header: Header) -> bool:
+        """Judge a request's header as it came, before anything that was sealed in it is opened.
 
         Returns:
             whether it was sent before and answered, so that the answer is to be given ``again``, not made anew.
@@ -96,26 +94,37 @@ class Guard:
         """
         if header.verb not in ANSWERS:
             self._refuse("verbs", f"'{header.verb}' is nothing that a client may be asked for.")
-        hosts = header.verb in HOST_VERBS and header.client in self.others
-        if header.client not in ("", self.client) and not hosts:
-            self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
+        self._check_client(header)
         asked = (header.verb, header.step, header.micro)
         if header.turn and header.turn <= self._newest:
             if self._turns.get(header.turn) == asked:
                 return True
             self._refuse("order", f"{named(header)} has the turn {header.turn}, which another request had.")
+        check_values(header)
+        check_told(header, self.policy)
+        return False
+
+    def request(self, header: Header, tensors: Sequence[Tensor]) -> None:
+        """Judge a new request, without its seal if it had one, before it is handled.
+
+        Raises:
+            PolicyRefused: with the rule.
+        """
+        if header.verb not in HOST_VERBS or header.client not in self.others:
+            self._check_client(header)
         held = self.held()
         check_values(header)
         check_told(header, self.policy)
         self.entitled.check(header)
-        self._check_tensors(header, tensors, held)
+        check_tensors(header, tensors, held.head)
+        if header.verb in SHAPED:
+            check_owned(header, tensors, held.tensors)
         if header.verb in BEGINNINGS:
             self._may_begin(header, held)
         elif header.verb in ("tail_step", "head_backward", "probed"):
             self._may_go_on(header, tensors, held)
         elif header.verb in BETWEEN and any(shown.training for shown in self._open.values()):
             self._refuse("order", f"'{header.verb}' came in the middle of a training step.")
-        return False
 
     def reply(self, asked: Header, header: Header, tensors: Sequence[Tensor]) -> None:
         """Judge an answer before it becomes bytes; count it and write it down.
@@ -160,10 +169,11 @@ class Guard:
         """
         if header.verb not in HOUSEKEEPING:
             self._refuse("verbs", f"'{header.verb}' is nothing that a client may be asked for.")
-        if header.client not in ("", self.client):
-            self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
+        self._check_client(header)
         check_values(header)
         self.entitled.check(header)
+        if header.verb == "lead" and any(shown.training for shown in self._open.values()):
+            self._refuse("order", "'lead' came in the middle of a training step.")
 
     def acknowledged(self, asked: Header, header: Header) -> None:
         """Count and write down the acknowledgement of such a request, which holds nothing but that it was done.
@@ -210,15 +220,21 @@ class Guard:
             self._leave(asked, header, [], length, {}, again=True)
 
     def words(self, error: BaseException, asked: Header) -> str:
-        """What the server may be told of an error: its words, or only its kind. They are counted, and never refused."""
-        may = self.policy.may_leave.error_texts
-        said = f"{type(error).__name__}: {error}" if may else f"{type(error).__name__} (its words stay with the client)"
+        """What the server may be told of an error: its words, or only its kind, which is never refused. It is counted.
+
+        Where the words would be more than may leave in all, only the name of its kind does.
+        """
+        may, kind, most = self.policy.may_leave.error_texts, type(error).__name__, self.policy.most.bytes
+        said = f"{kind}: {error}" if may else f"{kind} (its words stay with the client)"
         with self._lock:
-            header, length = Header("partition", receiver=SERVER), len(pack_number(Type.ERROR, asked.turn, said))
+            length = len(pack_number(Type.ERROR, asked.turn, said))
+            if most is not None and self.counts.bytes + length > most:
+                may, said, length = False, kind, len(pack_number(Type.ERROR, asked.turn, kind))
+            header = Header("partition", receiver=SERVER)
             try:
                 self._leave(asked, header, [], length, {"error_texts": 0} if may else {}, again=False)
             except OutputError:  # it may be what the error is about; the server waits for an answer in any case
-                return type(error).__name__
+                return kind
         return said
 
     def told(self) -> str:
@@ -227,25 +243,9 @@ class Guard:
 
     # ------------------------------------------------------------ requests
 
-    def _check_tensors(self, header: Header, tensors: Sequence[Tensor], held: Held) -> None:
-        check_tensors(header, tensors, held.head)
-        if header.verb not in SHAPED:
-            return
-        for name, tensor in zip(header.names, tensors, strict=True):
-            own = held.tensors.get(parameter_of(name))
-            if own is None:
-                self._refuse("owned", f"{named(header)} brings '{name}', which is not of this client's part.")
-            shape, dtype = own
-            if name != parameter_of(name):  # the optimizer's state of it, which may be one number, or a row
-                fits = tensor.is_floating_point() and tensor.numel() <= math.prod(shape)
-            else:
-                fits = tuple(tensor.shape) == shape and tensor.dtype == dtype
-            if not fits:
-                self._refuse(
-                    "owned",
-                    f"{named(header)} brings '{name}' as {list(tensor.shape)} {tensor.dtype}; this client has "
-                    f"{list(shape)} {dtype}.",
-                )
+    def _check_client(self, header: Header) -> None:
+        if header.client not in ("", self.client):
+            self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
 
     def _may_begin(self, header: Header, held: Held) -> None:
         """Steps 2 and 3 of a micro-batch or an evaluation batch."""
@@ -302,10 +302,13 @@ class Guard:
 
     def _kinds(self, asked: Header, header: Header, tensors: Sequence[Tensor]) -> dict[str, int]:
         kinds = kinds_of(asked, header, tensors, self.held())
+        if header.receiver == self.client:  # it stays
+            return {}
         if header.receiver in self.others:
             kinds.setdefault("peers", sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-        if asked.sender in self.others and asked.verb == "head_backward" and "loss" in header.values:
-            kinds.setdefault("losses", 0)  # of the two-part split too: another client computed it, not the server
+        computed = asked.sender == self.client or asked.sender in self.others
+        if computed and asked.verb == "head_backward" and "loss" in header.values:
+            kinds.setdefault("losses", 0)  # of the two-part split too: a client computed it, not the server
         return kinds
 
     def _length(self, header: Header, tensors: Sequence[Tensor]) -> int:
@@ -369,6 +372,8 @@ class Guard:
         again: bool,
     ) -> None:
         counts = self.counts
+        if header.receiver == self.client:  # of what stays here the server is only told that it is there
+            header, tensors = header.but(values={}, names=()), []
         counts.bytes += length
         counts.frames += 1
         for kind, size in kinds.items():
