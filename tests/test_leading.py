@@ -367,7 +367,7 @@ def about(verb: str, turn: int, **values: Any) -> Header:
 
 
 def test_what_is_trained_for_others_is_asked_for_and_given_within_bounds(tmp_path: Path) -> None:
-    own = led(tmp_path)
+    own = led(tmp_path, max_grad_norm=1.0)
     own.handle(ask("lead", 3, **HERE), [])
     told, found = own.handle(about("host_get", 4, optimizer=True), [])
     state: dict[str, Tensor] = dict(zip(told.names, found, strict=True))
