@@ -241,7 +241,9 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_planner_is_refused(tmp_path: Path) -> None:
     run = tree(model(), tmp_path, partition=TWO, planner="splitft-adaptive-cut")
-    with pytest.raises(MethodError, match="planner 'splitft-adaptive-cut' sets the cuts, which the audit does not follow yet"):
+    with pytest.raises(
+        MethodError, match="planner 'splitft-adaptive-cut' sets the cuts, which the audit does not follow yet"
+    ):
         audit(run, out=tmp_path / "audit", progress=False)
     assert not (tmp_path / "audit").exists()
 

@@ -27,7 +27,8 @@ from cutlayer.draining import PARTING, Drain, Drained
 from cutlayer.driver import Run
 from cutlayer.errors import AllLeft, Disconnected, Gone, MethodError, NonFinite, Refused
 from cutlayer.frames import limits_of
-from cutlayer.handing import WANTS, Handing
+from cutlayer.handing import WANTS as MODEL
+from cutlayer.handing import Handing
 from cutlayer.identity import fingerprint
 from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.remote import Remote
@@ -44,6 +45,7 @@ from cutlayer.schedule import Told
 from cutlayer.watching import State, Watch
 from cutlayer.wire import Limits
 
+RUN = "run"  # in a hello's ``wants``
 FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
 MOST_EXAMPLES = 2**40  # that a client may claim to have
 
@@ -189,13 +191,15 @@ class ServedRun:
             Refused: it may not.
             Disconnected: not now.
         """
-        name = hello["client"]
+        name, wants = hello["client"], hello.get("wants")
+        if wants not in (None, RUN, MODEL):
+            raise Refused(f"A client may want '{RUN}' or '{MODEL}', and nothing else.", reason="protocol")
         if self.state == "failed":
             raise (Refused if self._hopeless else Disconnected)(self._failure)
-        if hello.get("wants") == "run":
+        if wants == RUN:
             return {"run": self.offered, "name": self.name, "own_model": Path(self.config.model).is_dir()}
-        if hello.get("wants") == WANTS:
-            return {"client": name}
+        if wants == MODEL:
+            return {"client": name, "name": self.name}
         model = hello.get("model")
         if model != self.files and not await self.handing.is_same(name, model):
             raise Refused(
@@ -233,10 +237,10 @@ class ServedRun:
 
     async def session(self, session: Session) -> None:
         """Serve a session that was admitted."""
-        if session.hello.get("wants") == "run":
+        if session.hello.get("wants") == RUN:
             await session.ended.wait()
             return
-        if session.hello.get("wants") == WANTS:
+        if session.hello.get("wants") == MODEL:
             await self.handing.serve(session)
             return
         name = session.hello["client"]
