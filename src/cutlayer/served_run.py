@@ -8,6 +8,7 @@ does not come back in time, ``absence.py`` speaks.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -47,6 +48,9 @@ from cutlayer.wire import Limits
 
 RUN = "run"  # in a hello's ``wants``
 FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
+MOST_AGAIN = (
+    5  # times that all go back with a client while no round is written down; then a run that ends with one does
+)
 MOST_EXAMPLES = 2**40  # that a client may claim to have
 
 
@@ -162,7 +166,10 @@ class ServedRun:
 
     async def _driven(self) -> Result:
         """Drive the run; again from the last common round when a client has come back without what it held."""
+        again, newest = Counter[str](), 0
         while True:
+            if (last := max(checkpoint.rounds(self.out / "checkpoints"), default=0)) > newest:
+                again, newest = Counter[str](), last  # a round was finished
             self.watch.state = "waiting"
             here = await self._drain.unless(self._all_here())
             self.watch.state = "training"
@@ -174,8 +181,10 @@ class ServedRun:
                 return await asyncio.shield(attempt)
             except Gone as gone:
                 remote = self.remotes[gone.client]
-                if remote.session is None and not remote.stale and self.clients.absence is None:
-                    raise
+                if self.clients.absence is None:
+                    again[gone.client] += 1
+                    if (remote.session is None and not remote.stale) or again[gone.client] > MOST_AGAIN:
+                        raise
                 self.progress.note(f"{gone} All go back to the last round that everybody holds.")
             except asyncio.CancelledError:  # the attempt ends with the next thing that it asks a client
                 await self.stop("The server was stopped.")
