@@ -236,7 +236,7 @@ class Listener:
                 if key not in self.sessions and len(self.sessions) >= most:
                     raise Disconnected(f"The server has its {most} sessions. Try again in a while.")
                 async with asyncio.timeout(self.hello_timeout):
-                    await pipe.write(pack_greeting(Type.WELCOME, {**welcome, "versions": versions()}))
+                    await pipe.write(_welcome(peer, welcome))
         except TimeoutError as error:
             raise Disconnected(f"No hello came within {self.hello_timeout:g} seconds.") from error
         session = Session(
@@ -330,6 +330,19 @@ def _hello(data: bytes) -> dict[str, Any]:
     if any(not isinstance(hello.get(key, ""), str) for key in ("run", "wants")):
         raise Refused("A hello names a run, and what it wants, by text.", reason="protocol")
     return hello
+
+
+def _welcome(peer: Peer, welcome: dict[str, Any]) -> bytes:
+    """The answer to a hello.
+
+    Raises:
+        Disconnected: it cannot be sent, which is no fault of the client's.
+    """
+    try:
+        return pack_greeting(Type.WELCOME, {**welcome, "versions": versions()})
+    except WireError as error:
+        LOG.error("Admitting '%s' failed: %s", peer.name, error, extra={"client": peer.name})
+        raise Disconnected("The server could not take this client; its log says why.") from error
 
 
 async def _replace(before: Session, hello: dict[str, Any]) -> None:
