@@ -43,6 +43,7 @@ from cutlayer.outputs import OURS, alone
 from cutlayer.report.progress import Reporter
 from cutlayer.run import Result
 from cutlayer.schedule import Told
+from cutlayer.tally import Tally
 from cutlayer.watching import State, Watch
 from cutlayer.wire import Limits
 
@@ -91,6 +92,7 @@ class ServedRun:
         self._agreement = Agreement(needs_secret(config, number_of_blocks(model_config)))
         self.device = device_named(config.device)
         self.remotes = {client: Remote(client, patience=patience.seconds) for client in config.client_names}
+        self._tally = Tally(out, self.remotes, self.handing.bytes)
         self.progress = self.watch = Watch(name or label, progress, self.remotes)
         self.ready: dict[str, Ready] = {}
         absence = None
@@ -111,7 +113,12 @@ class ServedRun:
         self.out.mkdir(parents=True, exist_ok=True)
         with alone(self.out):
             checkpoint.write_text(self.out / "run.yaml", OURS + dump(self.config))
-            return await self._served()
+            counting = asyncio.ensure_future(self._tally.keep())
+            try:
+                return await self._served()
+            finally:
+                counting.cancel()
+                self._tally.write()
 
     async def _served(self) -> Result:
         try:
@@ -281,7 +288,7 @@ class ServedRun:
         attempt = Attempt(
             self.config, self.out, self._base, self.clients, here, network, self.watch, self._drain.asked
         )  # fmt: skip
-        return await attempt.drive(model_bytes=self.handing.bytes)
+        return await attempt.drive(counted=self._tally.told)
 
 
 def read_told(data: object, *, planned: bool = False) -> Told:
