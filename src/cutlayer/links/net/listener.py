@@ -162,15 +162,15 @@ class Listener:
             """A server says that by returning from this handler."""
 
         pipe = GrpcPipe(context.read, context.write, nothing, lambda: None)
+        peer = Peer()
         try:
             peer = self._peer(context)
+            if peer.serial is not None and self.revoked(peer.serial):
+                raise Refused("Your certificate has been revoked. Ask the operator for a new one.", reason="revoked")
         except Refused as error:
-            self._turn_away(Peer(), context, str(error), "other")
+            self._turn_away(peer, context, str(error), error.reason)
             return
-        if peer.serial is not None and self.revoked(peer.serial):
-            said = "Your certificate has been revoked. Ask the operator for a new one."
-            self._turn_away(peer, context, said, "revoked")
-        elif full := self.room.full(peer.name):
+        if full := self.room.full(peer.name):
             self._turn_away(peer, context, full, "later")
         else:
             with self.room.stream(peer.name):
