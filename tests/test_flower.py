@@ -18,8 +18,10 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 
 import cutlayer
 from apart import ROWS, Apart, steps
-from cutlayer.errors import ConfigError, Gone
+from cutlayer.errors import ConfigError, Disconnected, Gone
 from cutlayer.flower import client_app, train
+from cutlayer.links.net.connecting import connect
+from cutlayer.links.net.session import Session
 from flower_nodes import Nodes
 from spine import TWO, U, adapter
 
@@ -60,7 +62,12 @@ def test_flower_s_average_is_ours(partition: dict[str, Any], tmp_path: Path) -> 
     assert two.summary["rounds"] == 3
     assert two.summary["bytes"]["aggregate"] == 0, "step 11 is not on our wire"
     left = [json.loads(line) for line in (run.root / "ann" / "sent.jsonl").read_text().splitlines()]
-    assert [line["verb"] for line in left].count("get_state") == 3, "what Flower gets passes the guard, too"
+    verbs = [line["verb"] for line in left]
+    assert verbs.count("get_state") == 3, "what Flower gets passes the guard, too"
+    assert verbs.count("hello") == 3, "each round begins with a greeting, which tells the sizes of the data"
+    assert [line["leaves"] for line in left if line["verb"] == "hello"] == [["sizes"]] * 3
+    counted = json.loads((run.root / "ann" / "sent.json").read_text())
+    assert counted["bytes"] == sum(line["bytes"] for line in left), "most.bytes is held to all of it"
 
 
 def test_over_tls_with_keys(tmp_path: Path) -> None:
@@ -113,6 +120,46 @@ def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path) -> None:
     assert all("may_leave.head_adapter" in error for error in nodes.errors), nodes.errors
     assert result.summary["steps"] == {"ann": 0, "bob": 2}
     assert not (run.root / "ann" / "sent.jsonl").exists()
+
+
+def test_sizes_that_may_not_leave_do_not(tmp_path: Path) -> None:
+    """The greeting of a round tells how much data there is: the owner is asked before it leaves."""
+    run = Apart(tmp_path, framework="sfl-v2", rounds=1)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("may_leave: {sizes: false}\n")
+    nodes = nodes_of(run, ann={"policy": str(policy)})
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert [error.partition(":")[0] for error in nodes.errors] == ["PolicyRefused"]
+    assert result.summary["steps"] == {"ann": 0, "bob": 1}
+    assert not (run.root / "ann" / "sent.jsonl").exists()
+
+
+def test_what_leaves_again_is_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection breaks while a reply is on its way: the reply leaves twice, and so does a greeting."""
+    run, broken = Apart(tmp_path, framework="sfl-v2", rounds=1), list[str]()
+
+    async def connected(*arguments: Any, **options: Any) -> Session:
+        session = await connect(*arguments, **options)
+        sent = session.send
+
+        async def send(packed: Any) -> None:
+            if session.hello["client"] != "ann" or broken:
+                return await sent(packed)
+            broken.append("ann")
+            session.drop("The cable was cut.")
+            raise Disconnected("The cable was cut.")
+
+        session.send = send  # type: ignore[method-assign]
+        return session
+
+    monkeypatch.setattr("cutlayer.offered.connect", connected)
+    nodes = nodes_of(run)
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert (nodes.errors, broken) == ([], ["ann"])
+    assert result.summary["steps"] == {"ann": 1, "bob": 1}
+    left = [json.loads(line) for line in (run.root / "ann" / "sent.jsonl").read_text().splitlines()]
+    assert [line["again"] for line in left if line["verb"] == "hello"] == [False, True]
+    assert [line["turn"] for line in left if line["again"] and line["verb"] != "hello"] == [1]
 
 
 def test_nobody_comes(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cutlayer.flower.records import OURS, arrays_of, reply_of
 from cutlayer.frames import limits_of
 from cutlayer.keys import client_keys
 from cutlayer.links.net.answering import Again, answer
+from cutlayer.links.net.connecting import hello_of
 from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.session import Session
 from cutlayer.models.loading import load_config
@@ -93,9 +94,10 @@ async def _round(
     hello = {**offered.hello, **seat.told(), "round": number}
 
     async def open_again(extras: Mapping[str, Any]) -> Session:
-        return await open_session({**hello, **extras})
+        told = {**hello, **extras}
+        return await open_session(told, lambda: seat.guard.greets(told, len(hello_of(told))))
 
-    words = await answer(open_again, seat.handle, again=Again(give_up=600.0))
+    words = await answer(open_again, seat.handle, again=Again(give_up=600.0), resent=seat.resent)
     try:
         found = {key: float(value) for key, value in json.loads(words).items()}
     except (ValueError, AttributeError) as error:
