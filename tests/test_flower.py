@@ -109,7 +109,7 @@ def test_a_round_of_some(tmp_path: Path) -> None:
     assert sum(result.summary["steps"].values()) == 4
 
 
-def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its owner's policy forbids what Flower would get: nothing of it leaves, and the others go on."""
     run = Apart(tmp_path, framework="sfl-v2", rounds=2)
     policy = tmp_path / "policy.yaml"
@@ -117,21 +117,11 @@ def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path) -> None:
     nodes = nodes_of(run, ann={"policy": str(policy)})
     result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
     assert len(nodes.errors) == 2
-    assert all("may_leave.head_adapter" in error for error in nodes.errors), nodes.errors
+    assert set(nodes.errors) == {"Told: PolicyRefused (its words stay with the client)"}
+    assert caplog.text.count("The policy's rule may_leave.head_adapter refuses") == 2, "the owner reads it"
     assert result.summary["steps"] == {"ann": 0, "bob": 2}
-    assert not (run.root / "ann" / "sent.jsonl").exists()
-
-
-def test_sizes_that_may_not_leave_do_not(tmp_path: Path) -> None:
-    """The greeting of a round tells how much data there is: the owner is asked before it leaves."""
-    run = Apart(tmp_path, framework="sfl-v2", rounds=1)
-    policy = tmp_path / "policy.yaml"
-    policy.write_text("may_leave: {sizes: false}\n")
-    nodes = nodes_of(run, ann={"policy": str(policy)})
-    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
-    assert [error.partition(":")[0] for error in nodes.errors] == ["PolicyRefused"]
-    assert result.summary["steps"] == {"ann": 0, "bob": 1}
-    assert not (run.root / "ann" / "sent.jsonl").exists()
+    left = [json.loads(line) for line in (run.root / "ann" / "sent.jsonl").read_text().splitlines()]
+    assert [(line["verb"], line["leaves"], line["tensors"]) for line in left] == [("error", [], [])] * 2
 
 
 def test_what_leaves_again_is_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,12 +152,32 @@ def test_what_leaves_again_is_counted_again(tmp_path: Path, monkeypatch: pytest.
     assert [line["turn"] for line in left if line["again"] and line["verb"] != "hello"] == [1]
 
 
-def test_nobody_comes(tmp_path: Path) -> None:
+def test_nobody_comes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of why, the ServerApp reads the kind, and more only of a node whose policy allows it."""
     run = Apart(tmp_path, framework="sfl-v2", rounds=1)
-    nodes = nodes_of(run, ann={"name": "eve"}, bob={"data": str(tmp_path / "nowhere.jsonl")})
+    policy, nowhere = tmp_path / "policy.yaml", str(tmp_path / "nowhere.jsonl")
+    policy.write_text("may_leave: {error_texts: true}\n")
+    nodes = nodes_of(run, ann={"data": nowhere}, bob={"data": nowhere, "policy": str(policy)})
     with pytest.raises(Gone, match="nobody of those whom Flower drew has come"):
         federated(run, nodes, FedAvg(fraction_evaluate=0.0))
-    assert len(nodes.errors) == 2
+    hidden, told = sorted(nodes.errors, key=len)
+    assert hidden == "Told: DataError (its words stay with the client)"
+    assert nowhere in told
+    assert caplog.text.count(nowhere) >= 2, "both owners read it"
+    kinds = [json.loads((run.root / name / "sent.json").read_text())["kinds"] for name in ROWS]
+    assert kinds == [{}, {"error_texts": [1, 0]}]
+
+
+@pytest.mark.parametrize("lacks", ["data", "out"])
+def test_a_node_without_places_tells_nothing(lacks: str, tmp_path: Path) -> None:
+    """Before there is a policy, too, only the kind leaves."""
+    run = Apart(tmp_path, framework="sfl-v2", rounds=1)
+    nodes = nodes_of(run)
+    for config in nodes.configs.values():
+        del config[lacks]
+    with pytest.raises(Gone):
+        federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert nodes.errors == ["Told: ConfigError (its words stay with the client)"] * 2
 
 
 @pytest.mark.parametrize(

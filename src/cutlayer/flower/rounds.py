@@ -18,7 +18,7 @@ from cutlayer.errors import ConfigError
 from cutlayer.flower.records import OURS
 
 if TYPE_CHECKING:
-    from cutlayer.flower.server import Federation
+    from cutlayer.federation import Federation
 
 POLL = 1.0  # seconds between looks for replies
 
