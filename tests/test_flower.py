@@ -20,8 +20,10 @@ import cutlayer
 from apart import ROWS, Apart, steps
 from cutlayer.errors import ConfigError, Disconnected, Gone
 from cutlayer.flower import client_app, train
+from cutlayer.flower.records import reply_of
 from cutlayer.links.net.connecting import connect
 from cutlayer.links.net.session import Session
+from cutlayer.seat import Seat
 from flower_nodes import Nodes
 from spine import TWO, U, adapter
 
@@ -122,6 +124,45 @@ def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path, caplog: pytest.
     assert result.summary["steps"] == {"ann": 0, "bob": 2}
     left = [json.loads(line) for line in (run.root / "ann" / "sent.jsonl").read_text().splitlines()]
     assert [(line["verb"], line["leaves"], line["tensors"]) for line in left] == [("error", [], [])] * 2
+
+
+def test_a_client_that_misbehaves_is_lost_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it shows is judged, and Flower's strategy has one failure more; the others' round goes on."""
+    answered = Seat._answered
+
+    def wrong(self: Seat, *asked: Any) -> Any:
+        reply, shown = answered(self, *asked)
+        if self.name == "ann" and asked[1].verb == "head_forward":
+            shown = [tensor * float("nan") if tensor.is_floating_point() else tensor for tensor in shown]
+        return reply, shown
+
+    monkeypatch.setattr(Seat, "_answered", wrong)
+    run = Apart(tmp_path, framework="sfl-v2", rounds=2)
+    nodes = nodes_of(run)
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert nodes.errors == ["Told: NetworkError (its words stay with the client)"] * 2
+    assert result.summary["steps"] == {"ann": 0, "bob": 2}
+    assert result.summary["lost"] == {"ann": 2, "bob": 0}
+
+
+@pytest.mark.parametrize("what", ["part", "count"])
+def test_a_part_that_is_no_number_is_not_merged(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a node gives to Flower for step 11 is judged before the strategy has it."""
+
+    def wrong(key: str, state: Any, metrics: Any) -> Any:
+        if metrics["num-examples"] == len(ROWS["ann"]):
+            nothing = float("nan")
+            state = {name: tensor * nothing for name, tensor in state.items()} if what == "part" else state
+            metrics = {**metrics, "num-examples": nothing} if what == "count" else metrics
+        return reply_of(key, state, metrics)
+
+    monkeypatch.setattr("cutlayer.flower.client.reply_of", wrong)
+    run = Apart(tmp_path, framework="sfl-v2", rounds=1)
+    nodes = nodes_of(run)
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert nodes.errors == []
+    assert result.summary["steps"] == {"ann": 1, "bob": 1}
+    assert all(tensor.isfinite().all() for tensor in adapter(result.out).values())
 
 
 def test_what_leaves_again_is_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
