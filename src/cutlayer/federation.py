@@ -324,7 +324,7 @@ class Federation:
             told = self.told[name]
             self._judges[name] = Judge(
                 name, bounds_of(self.config, base, name), told, run.parts.clients[name],
-                partial(run.exchange.remembers, name),
+                partial(run.exchange.remembers, name), {*self.config.client_names} - {name},
             )  # fmt: skip
             run.sizes[name] = {"examples": float(told.examples), "label_tokens": float(told.label_tokens)}
 
