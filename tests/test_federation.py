@@ -101,13 +101,13 @@ def keys(tmp_path: Path) -> Path:
     return tmp_path / "keys"
 
 
-def spoilt(monkeypatch: pytest.MonkeyPatch, spoil: Spoil) -> None:
-    """Let ann's first answer to ``head_forward`` be another."""
+def spoilt(monkeypatch: pytest.MonkeyPatch, spoil: Spoil, verb: str = "head_forward") -> None:
+    """Let ann's first answer to ``verb`` be another."""
     answered, once = Seat._answered, threading.Lock()
 
     def wrong(self: Seat, party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
         reply, shown = answered(self, party, header, tensors)
-        if self.name == "ann" and header.verb == "head_forward" and once.acquire(blocking=False):
+        if self.name == "ann" and header.verb == verb and once.acquire(blocking=False):
             return spoil(header, reply, list(shown))
         return reply, shown
 
@@ -125,6 +125,7 @@ SPOILS: dict[str, tuple[Spoil, str]] = {
     ),
     "too large": (lambda _, reply, shown: (reply, [shown[0].new_zeros(1, 64, 2**16), *shown[1:]]), "are accepted"),
     "another's": (lambda _, reply, shown: (reply.but(step=7), shown), "with the step '7'"),
+    "beyond bounds": (lambda _, reply, shown: (reply, [shown[0] * 1e38]), "cannot be computed with"),
     "refused": (refusing, r"PolicyRefused (its words stay with the client)"),
 }
 
@@ -133,7 +134,7 @@ SPOILS: dict[str, tuple[Spoil, str]] = {
 def test_a_client_that_misbehaves_is_lost_alone(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The round goes on without it; in the next it begins again as it was, and nothing of the wrong stays."""
     spoil, said = SPOILS[case]
-    spoilt(monkeypatch, spoil)
+    spoilt(monkeypatch, spoil, "tail_step" if case == "beyond bounds" else "head_forward")
     with rounds(Apart(tmp_path, framework="sfl-v2", rounds=2)) as made:
         merged = made.make(made.trunk.initial())
         (error,) = made.errors.pop("ann")
