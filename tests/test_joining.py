@@ -249,7 +249,7 @@ def test_a_client_that_may_send_no_more_does_not_acknowledge(tmp_path: Path) -> 
     with pytest.raises(CutlayerError, match="PolicyRefused"):
         own.handle(ask("keep", 3, round=1), [])
     assert "most.bytes" in noted.words[-1]
-    with pytest.raises(CutlayerError, match="^PolicyRefused$"):
+    with pytest.raises(CutlayerError, match=r"^PolicyRefused$"):
         own.resent(2, 100)
     assert "the answer to request 2 does not leave again: The policy's rule most.bytes" in noted.words[-1]
 

@@ -98,6 +98,17 @@ def test_every_framework_is_the_same_in_actors(
 
 
 @pytest.mark.slow
+def test_defenses_in_actors(tmp_path: Path, here: None) -> None:
+    """The noise of a simulated client is the same wherever it is, and so is what was spent."""
+    run = Apart(tmp_path, defense=[{"name": "dp-forward", "noise": 0.5}, "clip-noise"], eval_every=1)
+    one = cutlayer.train(run.simulated, out=tmp_path / "one")
+    two = cutlayer.train({**run.simulated, "engine": TWO_IN_ONE}, out=tmp_path / "two")
+    same(one, two)
+    assert one.summary["privacy"] == two.summary["privacy"]
+    assert set(two.summary["privacy"]) == set(run.files)
+
+
+@pytest.mark.slow
 def test_other_runs(tmp_path: Path, here: None) -> None:
     """Moving cuts, classes, packing, unequal cuts, clients that come and go: one base for all in an actor."""
     run = Apart(tmp_path)
