@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import cutlayer
-from apart import ROWS, Apart, steps
+from apart import ROWS, Apart, keys_for, steps
 from cutlayer.apart import served
 from cutlayer.errors import ConfigError, DataError, OutputError, PolicyRefused, Refused
 from cutlayer.joining import join
@@ -23,6 +23,7 @@ KINDS = {"two-part": TWO, "u-shape": U}
 SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
 
 
+QUICK = ("sfl-v2", "sequential-sl", "psl")  # in the default suite, with both partitions
 CLASSIFIER = {"model": "bert", "data": {"format": "classification", "classes": ["sad", "glad"]}}
 CASES = [
     ("sfl-v1", {}), ("sequential-sl", {}), ("sfl-v2", {}), ("psl", {}), ("gsfl", {}), ("p-sl", {}), ("hsfl", {}),
@@ -35,13 +36,14 @@ CASES = [
 def both(
     run: Apart, out: Path, *joined_with: str, unequal: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """The run between processes and in one, which must be the same; their summaries.
+    """The run between processes, over TLS, and in one, which must be the same; their summaries.
 
     Where cuts or ranks are unequal, the adapter of the run is that of one client, and only states are compared.
     """
     alone = cutlayer.train(run.simulated, out=out, progress=False).summary
-    server = run.serve()
-    run.ended({"server": server, **{name: run.join(name, *joined_with) for name in run.files}})
+    keys = keys_for(*run.files)
+    server = run.serve(keys=keys)
+    run.ended({"server": server, **{name: run.join(name, *joined_with, keys=keys) for name in run.files}})
     summary = run.summary()
     assert steps(run.root / "server") == steps(out)
     for key in SAME:
@@ -56,8 +58,8 @@ def both(
 @pytest.mark.parametrize(
     ("framework", "changes", "partition"),
     often(
-        [(framework, changes, kind) for framework, changes in CASES for kind in ("two-part", "u-shape")],
-        ("sfl-v2", {}, "u-shape"), ("sequential-sl", {}, "two-part"), ("psl", {}, "two-part"),
+        [(framework, changes, kind) for framework, changes in CASES for kind in KINDS],
+        *[(framework, {}, kind) for framework in QUICK for kind in KINDS],
     ),
     ids=str,
 )  # fmt: skip
@@ -65,9 +67,11 @@ def test_the_network_changes_no_number(
     framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
 ) -> None:  # fmt: skip
     """The same losses by client and step, the same weights, the same bytes and frames."""
+    rounds = 2 if framework in QUICK and not changes else 3
     if "model" in changes:
         changes = {**changes, "model": str(model(changes["model"], num_hidden_layers=4))}
-    run = Apart(tmp_path / "apart", partition=KINDS[partition], eval_every=1, **{"framework": framework, **changes})
+    told = {"framework": framework, "rounds": rounds, **changes}
+    run = Apart(tmp_path / "apart", partition=KINDS[partition], eval_every=1, **told)
     summary, alone = both(run, tmp_path / "one")
     assert all("peak_memory_bytes" not in summary["parties"][name] for name in ROWS), "nobody has measured it here"
     peaks = [one["parties"]["server"]["peak_memory_bytes"] for one in (summary, alone)]
