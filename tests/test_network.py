@@ -206,6 +206,29 @@ def test_killed_parties_change_nothing(tmp_path: Path) -> None:
     assert steps(run.root / "server") == steps(tmp_path / "one")
 
 
+def test_early_stop_needs_evaluation_data_of_who_evaluates(tmp_path: Path) -> None:
+    """The run file need name no file of it; a run without is refused in words, and may be joined again with it."""
+    run = Apart(tmp_path / "apart", eval_every=1, early_stop={"patience": 9}, rounds=1, data={"eval": None})
+    brought = ("--eval", run.valid)
+    server = run.serve()
+    clients = {"ann": run.join("ann"), "bob": run.join("bob", *brought)}
+    assert server.wait() == 2, run.said("server")
+    said = "early_stop is given, but 'ann', whose model is now the run's, has brought no evaluation data"
+    assert said in run.said("server")
+    assert "Traceback" not in run.said("server")
+    assert [client.wait() for client in clients.values()] == [2, 2]
+    server = run.serve()
+    run.ended({**{name: run.join(name, *brought) for name in ROWS}, "server": server})
+    assert [one["round"] for one in run.summary()["eval"]["history"]] == [0, 1]
+
+
+def test_a_run_that_nobody_can_evaluate_says_so(tmp_path: Path) -> None:
+    run = Apart(tmp_path / "apart", eval_every=1, rounds=1, data={"eval": None})
+    run.ended({"server": run.serve(), **{name: run.join(name) for name in ROWS}})
+    assert run.said("server").count("nothing is evaluated: no client has brought evaluation data") == 1
+    assert "eval" not in run.summary()
+
+
 @pytest.mark.slow
 def test_what_a_server_remembers_of_samples_outlives_it(tmp_path: Path) -> None:
     """From the second epoch on clients send the numbers of what they have shown, to a server that was killed too."""

@@ -278,7 +278,7 @@ class Run(Updating):
         """
         while True:
             names = self.evaluators()
-            if not self.parts.clients[names[0]].evaluation:
+            if not any(self.parts.clients[name].evaluation for name in names):
                 return None
             await self.make_ready(names)
             time, booked = self.clock.state(), self._queues.booked()

@@ -25,7 +25,7 @@ from cutlayer.computing import Computing
 from cutlayer.config import RunConfig, dump
 from cutlayer.draining import PARTING, Drain, Drained
 from cutlayer.driver import Run
-from cutlayer.errors import AllLeft, Disconnected, Gone, MethodError, NonFinite, Refused
+from cutlayer.errors import AllLeft, DataError, Disconnected, Gone, MethodError, NonFinite, Refused
 from cutlayer.frames import limits_of
 from cutlayer.handing import WANTS, Handing
 from cutlayer.identity import fingerprint
@@ -146,7 +146,7 @@ class ServedRun:
     @property
     def _hopeless(self) -> bool:
         """Whether it failed so that trying again would not help."""
-        return isinstance(self._error, NonFinite | MethodError | AllLeft)
+        return isinstance(self._error, NonFinite | MethodError | DataError | AllLeft)
 
     @property
     def _failure(self) -> str:
