@@ -10,6 +10,7 @@ from typing import Any
 
 from cutlayer.agreed import AgreedSecret, load_secret
 from cutlayer.errors import NetworkError
+from cutlayer.files import make_folder
 from cutlayer.frames import limits_of
 from cutlayer.keys import client_keys
 from cutlayer.links.net.answering import Again, answer
@@ -89,6 +90,7 @@ async def _join(
     run: str | None, policy_file: str | Path | None, model: str | None, device: str,
     agreed: AgreedSecret | None, again: Again | None, progress: Reporter,
 ) -> Joined:  # fmt: skip
+    make_folder(out)
     keys = client_keys(folder) if folder is not None else None
     name = own_name(keys, name)
     policy = load_policy(policy_file) if policy_file is not None else Policy()
@@ -96,7 +98,6 @@ async def _join(
         opener(address, keys, policy, LIMITS), address, name, policy, progress=progress, run=run, model=model,
         device=device, again=again,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     with alone(out):
         config = await offered.with_model(out)
         seat = Seat(config, name, data, held_out, out, policy, progress, base_name=offered.config.model, agreed=agreed)

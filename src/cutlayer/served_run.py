@@ -26,6 +26,7 @@ from cutlayer.config import RunConfig, dump
 from cutlayer.draining import PARTING, Drain, Drained
 from cutlayer.driver import Run
 from cutlayer.errors import AllLeft, DataError, Disconnected, Gone, MethodError, NonFinite, Refused
+from cutlayer.files import make_folder
 from cutlayer.frames import limits_of
 from cutlayer.handing import WANTS, Handing
 from cutlayer.identity import fingerprint
@@ -76,6 +77,7 @@ class ServedRun:
         self, name: str, config: RunConfig, out: Path, *, patience: Patience, progress: Reporter, computing: Computing,
         models: SharedModels, drain: Drain | None = None, label: str = "",
     ) -> None:  # fmt: skip
+        make_folder(out)
         self.name, self.config, self.out = name, config, out
         self._drain = drain or Drain()
         self.files, self.handing = fingerprint(config.model), Handing(config)
@@ -102,7 +104,6 @@ class ServedRun:
 
     async def serve(self) -> Result:
         """Wait for all, drive, and part."""
-        self.out.mkdir(parents=True, exist_ok=True)
         with alone(self.out):
             checkpoint.write_text(self.out / "run.yaml", OURS + dump(self.config))
             return await self._served()

@@ -162,6 +162,11 @@ class Service:
             self.failures[run.name] = error
             if run.name:  # of the only run it is what the server ends with
                 run.progress.note(f"the run has ended: {error}")
+        except OSError as error:  # of the machine, such as a full disk: the command says what to do
+            self.failures[run.name] = error
+            LOG.debug("Run '%s' failed.", run.name, exc_info=True)
+            if run.name:
+                run.progress.note(f"the run has ended: {error}")
         except Exception as error:
             self.failures[run.name] = error
             LOG.exception("Run '%s' failed.", run.name)
