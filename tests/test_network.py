@@ -273,19 +273,33 @@ def test_a_client_that_stays_away_ends_the_run_where_that_is_wanted(tmp_path: Pa
 
 
 def test_a_policy_names_the_server(tmp_path: Path) -> None:
-    """A client whose owner pinned another server's certificate tells this one nothing; the right pin lets it in."""
+    """A client whose owner pinned another server's certificate tells this one nothing; the right pin lets it in.
+
+    The model is judged by its name in the run, not by where its files are; and files may have columns of other names.
+    """
     run = Apart(tmp_path / "apart", rounds=1)
     keys = keys_of(tmp_path / "keys")
     right = server_keys(keys / "server").fingerprint
     server = run.serve(keys=keys)
     pins = {name: tmp_path / f"{name}.yaml" for name in ("right", "wrong")}
-    pins["right"].write_text(f"server: '{right}'\n")
+    name = Path(run.tree["model"]).name  # as the run calls it; the client says where it is
+    pins["right"].write_text(f"server: '{right}'\nmodels: ['{name}']\n")
     pins["wrong"].write_text(f"server: '{right[:-2] + ('00' if right[-2:] != '00' else '01')}'\n")
     refused = run.join("ann", "--policy", str(pins["wrong"]), keys=keys)
     assert refused.wait() == 2
     assert "is expected. Ask the operator whether the certificate was renewed" in run.said("ann")
     assert "client 'ann' is here" not in run.said("server")
-    run.ended({**{name: run.join(name, "--policy", str(pins["right"]), keys=keys) for name in ROWS}, "server": server})
+    body = write_rows(tmp_path / "body.jsonl", [{"body": row["text"]} for row in ROWS["ann"]])
+    held_out = write_rows(tmp_path / "held-out.jsonl", [{"body": row["text"]} for row in text_rows(4, seed=9)])
+    other = {"ann": ("--data", str(body), "--eval", str(held_out)), "bob": ()}
+    lost = run.join("ann", "--policy", str(pins["right"]), *other["ann"], keys=keys)
+    assert lost.wait() == 2
+    assert "has no column 'text'" in run.said("ann")
+    assert "(cutlayer join: --columns text=<column>)" in run.said("ann")
+    other["ann"] += ("--columns", "text=body")
+    pinned = {name: run.join(name, "--policy", str(pins["right"]), *other[name], keys=keys) for name in ROWS}
+    run.ended({**pinned, "server": server})
+    assert run.same(cutlayer.train(run.simulated, out=tmp_path / "one", progress=False).out)
 
 
 def test_a_policy_is_kept(tmp_path: Path) -> None:
@@ -293,6 +307,7 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
     run = Apart(tmp_path / "apart", partition=TWO)
     policy = tmp_path / "policy.yaml"
     policy.write_text("may_leave: {labels: false}\n")
+    own = run.tree["model"]
     server = run.serve()
     try:
         with pytest.raises(PolicyRefused, match="labels"):
@@ -301,6 +316,26 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
                 model=run.tree["model"], policy=policy, progress=False,
             )  # fmt: skip
         assert not (run.root / "ann" / "sent.jsonl").exists()
+        rules = (
+            (
+                "models: [gpt5]",
+                rf"The policy's rule models refuses: the run's model is '{Path(own).name}'; allowed: gpt5",
+            ),
+            ("models: [gpt5]", rf"the files in {own} are your own \(--model\)"),
+            ("models: [gpt5]\nhead_blocks: 3", "The policy's rules models, head_blocks refuse: models: the run"),
+        )
+        for text, said in rules:
+            policy.write_text(f"{text}\n")
+            with pytest.raises(PolicyRefused, match=said):
+                join(
+                    f"localhost:{run.port}", data=run.files["ann"], out=run.root / "ann", name="ann", model=own,
+                    policy=policy, progress=False,
+                )  # fmt: skip
+        with pytest.raises(Refused, match="The run that it is in has no name here: leave out --run"):
+            join(
+                f"localhost:{run.port}", data=run.files["ann"], out=run.root / "ann", name="ann", run="other",
+                model=own, progress=False,
+            )  # fmt: skip
         with pytest.raises(Refused, match="No run here has a client 'eve'"):
             join(
                 f"localhost:{run.port}", data=run.files["ann"], out=run.root / "eve", name="eve",

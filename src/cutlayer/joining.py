@@ -48,6 +48,7 @@ def join(
     model: str | Path | None = None,
     device: str = "auto",
     secret: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
     again: Again | None = None,
     progress: bool | Reporter | None = None,
 ) -> Joined:
@@ -67,6 +68,7 @@ def join(
             server where that is a folder of the server's own.
         device: as in a run.
         secret: a file with what the clients agreed on among themselves (``agreed``), where the run needs it.
+        columns: what its files call the columns, by our name (``{"text": "body"}``), where the run says otherwise.
         again: when to try again after the connection was lost.
         progress: as of ``cutlayer.train``.
 
@@ -78,7 +80,7 @@ def join(
             _join(
                 address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, run, policy,
                 None if model is None else str(model), device, None if secret is None else load_secret(secret), again,
-                reporter(progress),
+                reporter(progress), columns,
             )
         )  # fmt: skip
     except KeyboardInterrupt as stop:
@@ -88,7 +90,7 @@ def join(
 async def _join(
     address: str, data: str, out: Path, held_out: str | None, folder: str | Path | None, name: str | None,
     run: str | None, policy_file: str | Path | None, model: str | None, device: str,
-    agreed: AgreedSecret | None, again: Again | None, progress: Reporter,
+    agreed: AgreedSecret | None, again: Again | None, progress: Reporter, columns: Mapping[str, str] | None,
 ) -> Joined:  # fmt: skip
     make_folder(out)
     keys = client_keys(folder) if folder is not None else None
@@ -100,7 +102,10 @@ async def _join(
     )  # fmt: skip
     with alone(out):
         config = await offered.with_model(out)
-        seat = Seat(config, name, data, held_out, out, policy, progress, base_name=offered.config.model, agreed=agreed)
+        seat = Seat(
+            config, name, data, held_out, out, policy, progress, base_name=offered.config.model, agreed=agreed,
+            columns=columns,
+        )  # fmt: skip
         open_session = opener(address, keys, policy, limits_of(config, load_model_config(config.model)))
         progress.note(f"joined the run at {address} as '{name}'; output folder: {out}")
 

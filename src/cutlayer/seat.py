@@ -66,11 +66,13 @@ class Seat:
         progress: is told what happens.
         base_name: what its adapter calls the model that it is of; None: where the model lies.
         agreed: the secret of the run's clients, if it has it.
+        columns: what its files call the columns, where that is not what the run says.
     """
 
     def __init__(
         self, config: RunConfig, name: str, data: str, held_out: str | None, out: Path, policy: Policy,
         progress: Reporter, base_name: str | None = None, agreed: AgreedSecret | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.base_name = base_name or config.model
         self.config, self.name, self.out, self.progress = config, name, out, progress
@@ -83,7 +85,7 @@ class Seat:
         self.first, self.last = neighbours(config, routes[name])
         self.peers = self._peers(layouts, routes, policy)
         self.data, self.kept = keep_back(
-            config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
+            config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out, columns=columns)
         )
         self.sizes = told_of(config, self.data, name, self.kept[name])
         self.secret = _secret(out / "secret")

@@ -206,7 +206,8 @@ class Service:
                 f"Client '{client}' is in several runs here: {names}. Say which (cutlayer join --run).", reason="client"
             )
         if asked and own:
-            raise Refused(f"No run {asked!r} here has a client '{client}'. It is in: {names}.", reason="client")
+            where = f"It is in: {names}." if own[0].name else "The run that it is in has no name here: leave out --run."
+            raise Refused(f"No run {asked!r} here has a client '{client}'. {where}", reason="client")
         raise Refused(
             f"No run here has a client {client!r}. The operator knows the names in the run file.", reason="client"
         )
