@@ -30,6 +30,7 @@ FAMILY_NEEDS = {
     "optimizer": {"joint"},
     "aggregator": {"ranks"},
     "attack": {"audit", "threat"},
+    "defense": {"accounting", "defense", "noise", "seeds", "threat"},
 }
 
 
@@ -103,7 +104,9 @@ def test_the_bottom_knows_nothing_above_it() -> None:
     assert ours(SOURCE / "values.py") == {"wire"}
     assert ours(SOURCE / "framework.py") == {"values"}
     assert ours(SOURCE / "threat.py") == {"values"}
-    assert ours(SOURCE / "contracts.py") == {"framework", "threat", "values"}
+    assert ours(SOURCE / "noise.py") == set()
+    assert ours(SOURCE / "defense.py") == {"noise", "threat", "values"}
+    assert ours(SOURCE / "contracts.py") == {"defense", "framework", "threat", "values"}
     assert ours(SOURCE / "step.py") == {"contracts", "wire"}
 
 

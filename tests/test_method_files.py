@@ -39,6 +39,7 @@ BODIES = {  # the least that a class of each family has
     "optimizer": "    def factor(self, participants, updates): ...\n",
     "mixing": "    def gather(self, run, clients): ...\n",
     "aggregator": MERGE,
+    "defense": "    protects = ()\n    def spent(self, ground, sends): ...\n",
     "attack": "    threat = None\n    def prepare(self, view): ...\n    def finish(self, view): ...\n",
 }
 

@@ -10,6 +10,7 @@ from functools import partial
 from cutlayer.agreed import AgreedSecret
 from cutlayer.allotting import begin, begin_alone
 from cutlayer.build import Data, check_fit, layouts_of
+from cutlayer.clients import client_party
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED, Example, Framework, Layout, Peft, Planner, Stop
 from cutlayer.errors import ConfigError, MethodError
@@ -28,7 +29,6 @@ from cutlayer.presence import Presence, Routes
 from cutlayer.schedule import (
     MOST_IDLE,
     Told,
-    batches_of,
     chunks,
     foreseen_steps,
     learning_rate,
@@ -37,7 +37,6 @@ from cutlayer.schedule import (
     told_of,
     updates_of,
 )  # fmt: skip
-from cutlayer.telling import teller_of
 
 
 @dataclass(frozen=True)
@@ -329,28 +328,6 @@ def own_names(
     if not frozen and highest is not None:
         own = list(dict.fromkeys([*own, *highest.names]))
     return own, frozen
-
-
-def client_party(
-    config: RunConfig, base: Base, data: Data, kept: Mapping[str, Sequence[Example]], name: str, *, head: Segment,
-    tail: Segment | None, slot: Slot, frozen: bool, secret: bytes | None = None, agreed: AgreedSecret | None = None,
-) -> ClientParty:  # fmt: skip
-    """A client with its data; ``kept`` are the examples that it validates with."""
-    told = told_of(config, data, name)
-    return ClientParty(
-        name,
-        head=head,
-        tail=tail,
-        slot=slot,
-        batches=batches_of(config, data, name),
-        evaluation=[partial(data.collate, part) for part in chunks(data.evaluation, config.batch_size)],
-        validation=[partial(data.collate, part) for part in chunks(kept.get(name, []), config.batch_size)],
-        sizes={"examples": told.examples, "label_tokens": told.label_tokens},
-        seed=config.seed,
-        teller=teller_of(config, base, data, name, secret=secret, agreed=agreed),
-        frozen={n: base.initial[n] for n in head.names} if frozen else None,
-        secret=secret,
-    )
 
 
 def own_trunks(parts: Parts) -> dict[str, frozenset[str]]:

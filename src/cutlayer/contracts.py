@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from cutlayer.defense import Defense
 from cutlayer.framework import Framework
 from cutlayer.threat import Threat
 from cutlayer.values import (
@@ -45,6 +46,7 @@ __all__ = [
     "Aggregator",
     "Attack",
     "Batch",
+    "Defense",
     "Division",
     "End",
     "Example",

@@ -16,19 +16,21 @@ import numpy as np
 from safetensors.numpy import load, save
 from torch import Tensor
 
-from cutlayer.assembly import client_party, own_names
+from cutlayer.assembly import own_names
 from cutlayer.build import Data, collating, layouts_of, load_base, open_model
+from cutlayer.clients import client_party
 from cutlayer.config import load_config
 from cutlayer.contracts import SERVER, Example, Layout
 from cutlayer.errors import CutlayerError
-from cutlayer.links.ray import HOUSEKEEPING, Bytes, Failed, replied
+from cutlayer.links.ray import HOUSEKEEPING, Bytes, Failed, in_words, replied
 from cutlayer.models.arena import Arena
 from cutlayer.models.loading import Part, device_named
 from cutlayer.models.placement import MAPS
 from cutlayer.models.segment import Base
 from cutlayer.models.slots import Slot, new_params
-from cutlayer.parties.client import ClientParty, answer
+from cutlayer.parties.client import ClientParty
 from cutlayer.parties.holder import Answer
+from cutlayer.parties.verbs import answer
 from cutlayer.planning import at_cut
 from cutlayer.schedule import learning_rate, make_optimizer
 from cutlayer.wire import Header
@@ -54,11 +56,7 @@ class Crew:
 
     def open(self) -> Failed | None:
         """Load the blocks of these clients, and no others."""
-        try:
-            self._open()
-        except CutlayerError as error:
-            return Failed(type(error).__name__, str(error))
-        return None
+        return in_words(self._open)
 
     def _open(self) -> None:
         task = self._task

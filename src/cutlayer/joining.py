@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.agreed import AgreedSecret, load_secret
+from cutlayer.audit.known import warnings
+from cutlayer.audit.own import own_run, write_own
+from cutlayer.config import RunConfig
 from cutlayer.errors import NetworkError
 from cutlayer.files import make_folder
 from cutlayer.frames import limits_of
@@ -17,6 +20,7 @@ from cutlayer.links.net.answering import Again, answer
 from cutlayer.links.net.connecting import hello_of
 from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.session import Session
+from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.offered import fetched, opener, own_name
 from cutlayer.outputs import alone
@@ -108,6 +112,7 @@ async def _join(
         )  # fmt: skip
         open_session = opener(address, keys, policy, limits_of(config, load_model_config(config.model)))
         progress.note(f"joined the run at {address} as '{name}'; output folder: {out}")
+        _warn(config, name, out, progress, model=offered.config.model, data=data, held_out=held_out, columns=columns)
 
         async def open_again(extras: Mapping[str, Any]) -> Session:
             # No turn follows from an earlier session to this one, but what was released stays counted.
@@ -118,3 +123,17 @@ async def _join(
         if not seat.result.is_dir():
             raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
         return Joined(out, seat.result, seat.guard.told())
+
+
+def _warn(
+    config: RunConfig, name: str, out: Path, progress: Reporter, *, model: str, data: str, held_out: str | None,
+    columns: Mapping[str, str] | None,
+) -> None:  # fmt: skip
+    """Say what is known that the server can read, and write the run that measures it."""
+    blocks = number_of_blocks(load_model_config(config.model))
+    if config.planner is not None:
+        return  # the cut is not known yet
+    run = own_run(config, blocks, name, model=model, data=data, held_out=held_out, columns=columns)
+    command = write_own(run, out)
+    for line in warnings(config, blocks, command=command, client=name):
+        progress.note(line)

@@ -36,6 +36,7 @@ PROTOCOLS = {
     "optimizer": "Rate",
     "aggregator": "Aggregator",
     "attack": "Attack",
+    "defense": "Defense",
 }
 
 

@@ -136,6 +136,9 @@ class Batches:
         self.client = client
         self.shuffle = shuffle
         self.collate = collate
+        self.change: Callable[[Example, int, int], Example] | None = (
+            None  # what makes of an example of an epoch its own
+        )
         self._order: tuple[int, Sequence[int]] | None = None  # an epoch, and its order
 
     @property
@@ -145,7 +148,12 @@ class Batches:
 
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of optimizer step ``number``, counted from 0."""
-        return [self.collate([self.examples[row] for row in rows]) for rows in self.rows(number)]
+        epoch = number // self.steps_per_epoch
+        return [self.collate([self._example(row, epoch) for row in rows]) for rows in self.rows(number)]
+
+    def _example(self, row: int, epoch: int) -> Example:
+        example = self.examples[row]
+        return example if self.change is None else self.change(example, row, epoch)
 
     def rows(self, number: int) -> list[list[int]]:
         """The rows of each micro-batch of optimizer step ``number``."""

@@ -21,8 +21,9 @@ from torch import Tensor
 from cutlayer.clock import Clock, Queue, RunClock
 from cutlayer.contracts import SERVER, How, Parcel, StepResult
 from cutlayer.costs import Profile, leg_seconds
-from cutlayer.parties.client import VERB_STEPS, ClientParty, answer
+from cutlayer.parties.client import ClientParty
 from cutlayer.parties.trunk import told_how
+from cutlayer.parties.verbs import VERB_STEPS, answer
 from cutlayer.step import at, current_tally
 from cutlayer.wire import Frame, Header, Meter, Value, decode, encode
 from cutlayer.zeroth import Probe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,13 @@ class TailResult:
 
 
 def run_tail(
-    segment: Segment, slot: Slot, work: TailWork, *, seed: Seed | None, slot_weight: float, watch: Watch
-) -> TailResult:
+    segment: Segment, slot: Slot, work: TailWork, *, seed: Seed | None, slot_weight: float, watch: Watch,
+    instead: Callable[[Tensor, Tensor], Tensor | None] | None = None,
+) -> TailResult:  # fmt: skip
     """Forward, loss and (unless ``seed`` is None, which is evaluation) backward.
 
-    The gradients of the tail's own parameters are added to ``slot``, times ``slot_weight``.
+    The gradients of the tail's own parameters are added to ``slot``, times ``slot_weight``. ``instead`` gives of logits
+    and labels the gradient of the summed loss at the logits that is to be backpropagated in place of its own, if any.
 
     Raises:
         NonFinite: the loss is NaN or infinite.
@@ -86,7 +89,11 @@ def run_tail(
         return TailResult(value, correct=hits(output.logits, work.labels) if work.masses is None else 0)
     with segment.entered(slot.params):
         if loss.requires_grad:  # else nothing is trained here, and nobody below wants a gradient
-            loss.backward()
+            other = None if instead is None else instead(output.logits.detach(), work.labels)
+            if other is None:
+                loss.backward()
+            else:
+                output.logits.backward(other.to(output.logits) * (work.weight / max(1, work.label_tokens)))
     slot.collect(segment.names, (work.client, work.step, work.micro), weight=slot_weight)
     return TailResult(value, hidden.grad, None if rows is None else rows.detach())
 

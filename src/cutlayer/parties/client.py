@@ -16,11 +16,11 @@ from cutlayer.errors import WireError
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot
 from cutlayer.parties._tail import TailWork, run_tail
+from cutlayer.parties.defending import Defending, Passing
 from cutlayer.parties.helping import chosen, histogram, wanted
 from cutlayer.parties.holder import Answer, Holder
 from cutlayer.seeds import derive, segment_seed
 from cutlayer.sketches import Teller
-from cutlayer.step import at
 from cutlayer.wire import Header, Value
 from cutlayer.zeroth import Probe, estimate, two_points
 
@@ -34,6 +34,7 @@ class _Open:
     weight: float
     last: bool
     loss: float = 0.0
+    penalty: Tensor | None = None  # on the graph of the head's output
 
 
 class ClientParty(Holder):
@@ -52,6 +53,7 @@ class ClientParty(Holder):
         teller: makes the sketch of its data that it agreed to tell; None: it tells none.
         frozen: the head's parameters where it is not trained; they are not the slot's.
         secret: of this client alone; None: one that follows from the run's seed, as of a simulated client.
+        defending: its defenses; None: it has none.
     """
 
     def __init__(
@@ -69,8 +71,12 @@ class ClientParty(Holder):
         teller: Teller | None = None,
         frozen: Mapping[str, Parameter] | None = None,
         secret: bytes | None = None,
+        defending: Defending | None = None,
     ) -> None:
         super().__init__(name, head=head, tail=tail, slot=slot, secret=secret or secret_of(seed, name))
+        self.defending = defending
+        if defending is not None:
+            defending.defended(batches)
         self.frozen_head = frozen is not None
         self.params = {**(frozen or {}), **slot.params}
         self.batches, self.evaluation, self.validation = batches, evaluation, validation
@@ -131,10 +137,14 @@ class ClientParty(Holder):
         if training and self._cached and header.step >= self.batches.steps_per_epoch:  # the server has them all
             self._open[header.step, header.micro] = _Open(batch, None, weight, last)
             return self._told_samples(header, batch, weight, last)
-        hidden = self._head(header, batch, training and not self.frozen_head)
+        hidden, penalty = self._head(header, batch, training and not self.frozen_head), None
+        if self.defending is not None:
+            passing = self._passing(header, training, batch, weight)
+            penalty = self.defending.penalty(hidden, passing) if hidden.requires_grad else None
+            hidden = self.defending.shown(hidden, passing)
         kept = hidden if training and hidden.requires_grad else None
         if training or self.tail is not None:
-            self._open[header.step, header.micro] = _Open(batch, kept, weight, last)
+            self._open[header.step, header.micro] = _Open(batch, kept, weight, last, penalty=penalty)
         shown = self._shown(batch, hidden, labels=self.tail is None)
         if training and self._cached:
             shown["samples"] = self._samples(header)
@@ -157,6 +167,10 @@ class ClientParty(Holder):
                 seed=seed,
             )
         return hidden
+
+    def _passing(self, header: Header, training: bool, batch: Batch, weight: float) -> Passing:
+        records = self.batches.rows(header.step)[header.micro] if training else [header.step]
+        return Passing(header.step, header.micro, training, batch, weight, records)
 
     def _samples(self, header: Header) -> Tensor:
         """The numbers [B] of a micro-batch's samples among the client's."""
@@ -218,8 +232,12 @@ class ClientParty(Holder):
         )  # fmt: skip
         seed = segment_seed(self.seed, "tail", self.name, header.step, header.micro) if training else None
         weight = float(header.value("head_weight")) if training else 1.0
+        passing = self._passing(header, training, batch, held.weight)
+        instead = self.defending.coefficients(passing) if self.defending is not None else None
         with torch.set_grad_enabled(training):
-            done = run_tail(self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch)
+            done = run_tail(
+                self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch, instead=instead
+            )
         held.loss = done.loss
         if done.gradient is None:
             del self._open[header.step, header.micro]
@@ -227,7 +245,10 @@ class ClientParty(Holder):
         values: dict[str, Value] = {"last": held.last}
         if self._tells_step_tokens:
             values["step_tokens"] = self._step_tokens(header.step)
-        return self._reply(header, "send_gradients", "gradient", values, {"hidden": done.gradient})
+        gradient = done.gradient
+        if self.defending is not None:
+            gradient = self.defending.shown_gradient(gradient, passing)
+        return self._reply(header, "send_gradients", "gradient", values, {"hidden": gradient})
 
     def on_head_backward(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 10: backward through the head, and the optimizer step of the client's part if it is the last."""
@@ -239,8 +260,11 @@ class ClientParty(Holder):
         if header.kind == "gradient":
             if held.hidden is None:
                 raise WireError(f"Client '{self.name}' got a gradient that it has no use for, at step {header.step}.")
+            roots, grads = [held.hidden], [tensors["hidden"].to(self.device)]
+            if held.penalty is not None:
+                roots, grads = [*roots, held.penalty], [*grads, torch.ones_like(held.penalty)]
             with self.head.entered(self.slot.params):
-                torch.autograd.backward(held.hidden, tensors["hidden"].to(self.device))
+                torch.autograd.backward(roots, grads)
             self.slot.collect(self.head.names, key, weight=float(header.value("head_weight")))
         self.slot.close(key)
         self.watch.next()
@@ -338,40 +362,9 @@ class ClientParty(Holder):
         return {"loss": held.loss, "tokens": batch.tokens, "label_tokens": batch.label_tokens, "last": held.last}
 
 
-VERB_STEPS = {
-    "set_up": "partition",
-    "sketch": "partition",
-    "histogram": "partition",
-    "head_forward": "head_forward",
-    "features": "head_forward",
-    "tail_step": "tail_step",
-    "head_backward": "head_backward",
-    "host_forward": "trunk_forward",
-    "host_backward": "trunk_backward",
-    "host_tail_step": "trunk_forward",
-    "probe": "head_forward",
-    "probed": "head_backward",
-    "grad_norm": "head_backward",
-    "update": "head_backward",
-    "move": "partition",
-    "importance": "partition",
-    "begin_stage": "aggregate",
-    "end_stage": "aggregate",
-    "get_state": "aggregate",
-    "set_state": "aggregate",
-}
-"""The step in which a verb's work is done."""
-
-
 def secret_of(seed: int, name: str) -> bytes:
     """The secret of a simulated client, which follows from the run's seed so that runs repeat; a real one draws it."""
     return str(derive(seed, "secret", name)).encode()
-
-
-def answer(party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
-    """``party.handle``, timed and named as its step."""
-    with at(VERB_STEPS.get(header.verb, header.step_name)):
-        return party.handle(header, tensors)
 
 
 def _to(tensor: Tensor | None, device: Any) -> Tensor | None:

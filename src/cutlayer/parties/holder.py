@@ -11,8 +11,9 @@ from torch.nn import Parameter
 
 from cutlayer.errors import WireError
 from cutlayer.models.importance import UNKNOWN
-from cutlayer.models.segment import Segment
+from cutlayer.models.segment import Base, Segment
 from cutlayer.models.slots import Slot, parameter_of
+from cutlayer.parties.defending import Defending
 from cutlayer.parties.marking import Marker
 from cutlayer.parties.memory import Watch
 from cutlayer.ranks import pairs, refit
@@ -34,7 +35,9 @@ class Holder:
 
     evaluation: Sequence[Any] = ()  # the evaluation batches that it has
     validation: Sequence[Any] = ()  # those that it keeps from training, numbered after these
+    defending: Defending | None = None  # its defenses
     most: int | None = None  # the most head blocks that it can have; None: any number
+    trunk: Slot | None = None  # of a client elsewhere: stands for what it trains for its group beside its own part
 
     def __init__(self, name: str, *, head: Segment, tail: Segment | None, slot: Slot, secret: bytes) -> None:
         self.name, self.head, self.tail, self.slot = name, head, tail, slot
@@ -42,6 +45,12 @@ class Holder:
         self.secret, self.marker = secret, Marker(secret)
         self.params: Mapping[str, Parameter] = slot.params
         self.watch = Watch(slot.params.values())
+
+    def stands_on(self, base: Base) -> None:
+        """Have the frozen weights from another base, which has more blocks; what is trained stays as it is."""
+        self.head, self.device = base.segment("head", self.head.blocks, bottom=True), base.device
+        if self.tail is not None:
+            self.tail = base.segment("tail", self.tail.blocks, top=True)
 
     def abort(self) -> None:
         """Forget every gradient in waiting."""
@@ -71,6 +80,8 @@ class Holder:
         if cut < 0 or (self.most is not None and cut > self.most):
             raise WireError(f"Client '{self.name}' was given {cut} head blocks, but it has loaded {self.most}.")
         self.head = self.head.base.segment("head", range(cut), bottom=True)
+        if self.defending is not None:
+            self.defending.moved(self.head)
         leaving = before - self.names("own")
         state = {n: t.clone() for n, t in self.slot.get(optimizer=True).items() if parameter_of(n) in leaving}
         self.slot.forget(leaving)

@@ -16,6 +16,7 @@ from torch import Tensor
 from cutlayer import allotting
 from cutlayer.allotment import Allotter
 from cutlayer.assembly import segments_of
+from cutlayer.clients import privacy
 from cutlayer.models.placement import peak_bytes
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot, parameter_of
@@ -83,6 +84,8 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
             name: {"head_blocks": len(run.parts.layouts[name].head), "moves": counters.cuts.get(name, [])}
             for name in run.clients
         }
+    if config.defense and (spent := privacy(run)):
+        summary["privacy"] = spent
     if isinstance(run.parts.peft, Allotter):
         summary["ranks"] = allotting.summary(run)
     if run.paces.profiles:

@@ -1,0 +1,159 @@
+"""A client's defenses at work: where in its step they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from cutlayer.data.batches import Batches
+from cutlayer.defense import Defense, Ground, Leg, Sends, Shown
+from cutlayer.errors import MethodError
+from cutlayer.models.segment import Segment
+from cutlayer.noise import Noise
+from cutlayer.parties.releases import Releases
+from cutlayer.values import IGNORE, Batch, Example
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What is about to pass: a micro-batch of a step (of an evaluation: the batch's number), and its share of the
+    step's loss."""
+
+    step: int
+    micro: int
+    training: bool
+    batch: Batch
+    weight: float = 1.0
+    records: Sequence[int] = ()  # which of the client's examples are in it (of evaluation data: which batch)
+
+
+class Defending:
+    """The defenses of a client, in their order.
+
+    Args:
+        defenses: made from the run's options.
+        ground: what is public, as they are told.
+        secret: the client's own; all noise comes from it.
+        names: of the defenses, for words.
+        grounds: what is public where the head is another.
+    """
+
+    def __init__(
+        self, defenses: Sequence[Defense], ground: Ground, secret: bytes, names: Sequence[str],
+        grounds: Callable[[Segment], Ground],
+    ) -> None:  # fmt: skip
+        self.defenses, self.secret, self.names, self._grounds = list(defenses), secret, list(names), grounds
+        self.releases: Releases | None = None  # counts what leaves, where a process may be killed
+        self._prepare(ground)
+
+    def moved(self, head: Segment) -> None:
+        """The cut is another from now on."""
+        self._prepare(self._grounds(head))
+
+    def _prepare(self, ground: Ground) -> None:
+        self.ground = ground
+        for defense in self.defenses:
+            defense.prepare(ground)
+
+    def example(self, example: Example, *where: object, epoch: int = 0) -> Example:
+        """An example as it is to be trained with; ``where`` says which one it is of the client's.
+
+        Raises:
+            MethodError: a defense changed its length, or where it has labels.
+        """
+        for number, defense in enumerate(self.defenses):
+            turn = epoch if defense.fresh else 0
+            changed = defense.example(example, Noise(self.secret, "example", number, *where, turn))
+            if _form(changed) != _form(example):
+                raise MethodError(f"The defense '{self.names[number]}' changed where an example has tokens or labels.")
+            example = changed
+        return example
+
+    def defended(self, batches: Batches) -> None:
+        """Have a client's schedule give examples as they are to be trained with."""
+        batches.change = lambda example, row, epoch: self.example(example, "train", row, epoch=epoch)
+
+    def evaluated(
+        self, parts: Sequence[Sequence[Example]], collate: Callable[[Sequence[Example]], Batch], *, what: str
+    ) -> list[Callable[[], Batch]]:
+        """What makes the batches of evaluation examples as they are to be shown.
+
+        Their inputs are changed as those of training are. Their labels are changed only where they are sent: what a
+        client evaluates with at home is the truth.
+        """
+        return [partial(self._evaluated, part, collate, (what, number)) for number, part in enumerate(parts)]
+
+    def _evaluated(
+        self, part: Sequence[Example], collate: Callable[[Sequence[Example]], Batch], which: tuple[object, ...]
+    ) -> Batch:
+        shown = [self.example(example, *which, row) for row, example in enumerate(part)]
+        if not self.ground.labels_sent:
+            shown = [replace(s, labels=t.labels, label=t.label) for s, t in zip(shown, part, strict=True)]
+        return collate(shown)
+
+    def shown(self, hidden: Tensor, passing: Passing) -> Tensor:
+        """Step 3: the head's output [B,T,H] as it leaves, on the graph."""
+        return self._protected(hidden, "send_activations", passing)
+
+    def shown_gradient(self, gradient: Tensor, passing: Passing) -> Tensor:
+        """Step 7: the gradient [B,T,H] as it leaves."""
+        return self._protected(gradient, "send_gradients", passing)
+
+    def penalty(self, hidden: Tensor, passing: Passing) -> Tensor | None:
+        """Step 10: the sum of all that is added to the loss at the head's output; None: nothing."""
+        found: Tensor | None = None
+        for number, defense in enumerate(self.defenses):
+            one = defense.penalty(hidden, self._about("send_activations", passing, number))
+            if one is not None:
+                found = one if found is None else found + one
+        return found if found is None or passing.weight == 1.0 else found * passing.weight
+
+    def coefficients(self, passing: Passing) -> Callable[[Tensor, Tensor], Tensor | None] | None:
+        """Step 6: what gives, of logits and labels, what is backpropagated in place of the loss's own gradient."""
+        if not passing.training:
+            return None
+
+        def given(logits: Tensor, labels: Tensor) -> Tensor | None:
+            for number, defense in enumerate(self.defenses):
+                found = defense.coefficients(logits, labels, self._about("send_gradients", passing, number))
+                if found is not None:
+                    return found
+            return None
+
+        return given
+
+    def told(self, sends: Sends) -> list[dict[str, Any]]:
+        """What each defense has spent when a record left so often, as ``summary.json`` has it."""
+        spent = [defense.spent(self.ground, sends) for defense in self.defenses]
+        return [{"defense": n, **(one.told() if one else {})} for n, one in zip(self.names, spent, strict=True)]
+
+    def _protected(self, tensor: Tensor, leg: Leg, passing: Passing) -> Tensor:
+        for number, defense in enumerate(self.defenses):
+            changed = defense.protect(tensor, self._about(leg, passing, number))
+            if changed.shape != tensor.shape or changed.dtype != tensor.dtype:
+                raise MethodError(
+                    f"The defense '{self.names[number]}' made {list(changed.shape)} ({changed.dtype}) of "
+                    f"{list(tensor.shape)} ({tensor.dtype})."
+                )
+            tensor = changed
+        if self.releases is not None:
+            self.releases.add(leg, passing.training, passing.records, tensor)
+        return tensor
+
+    def _about(self, leg: Leg, passing: Passing, number: int) -> Shown:
+        tokens = passing.batch.label_tokens
+        noise = partial(self._noise, number, leg, passing.training, passing.step, passing.micro)
+        return Shown(leg, passing.batch, passing.training, tokens / passing.weight if tokens else 1.0, noise)
+
+    def _noise(self, *purpose: object, covers: Sequence[Tensor] = ()) -> Noise:
+        return Noise(self.secret, *purpose, covers=covers)
+
+
+def _form(example: Example) -> tuple[object, ...]:
+    """What of an example a defense may not change."""
+    labels = None if example.labels is None else tuple(label == IGNORE for label in example.labels)
+    return len(example.input_ids), labels, example.label is None, example.position_ids
