@@ -33,9 +33,11 @@ def toy(tokens: int, width: int = 8, *, seed: int = 0, causal: bool = True, **ch
     middles = torch.randn(5, width, generator=draw)
     embedding = middles[torch.arange(tokens) % 5] + torch.randn(tokens, width, generator=draw) * 0.4
     layout = Layout(range(1), range(1, 3), range(3, 3), tail_at_client=True)
+    after = (torch.randn(tokens, tokens, generator=draw) * 2).log_softmax(-1)  # of a model of pairs
     found = Ground(
         layout, "causal" if causal else "classification", 16, head_trained=False, tail_trained=False,
-        embedding=lambda: embedding, look=lambda ids: embedding[ids], pull=None, specials=SPECIALS, seed=0,
+        embedding=lambda: embedding, look=lambda ids: embedding[ids], pull=None, guess=lambda ids: after[ids[:, -1]],
+        specials=SPECIALS, seed=0,
     )  # fmt: skip
     return replace(found, **changes)
 
@@ -95,9 +97,14 @@ def real_ground() -> Ground:
     public = real()
     embedding = public.embedding
     layout = Layout(range(CUT), range(CUT, 8), range(8, 8), tail_at_client=True)
+
+    def guess(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return public.run_tail(8, public.run_head(CUT, ids)[:, -1:])[:, -1].log_softmax(-1)
+
     return Ground(
         layout, "causal", 128, head_trained=False, tail_trained=False, embedding=lambda: embedding,
-        look=lambda ids: public.run_head(CUT, ids), pull=None, specials=SPECIALS, seed=0,
+        look=lambda ids: public.run_head(CUT, ids), pull=None, guess=guess, specials=SPECIALS, seed=0,
     )  # fmt: skip
 
 
@@ -119,6 +126,22 @@ def loss(rows: Sequence[Sequence[int]]) -> float:
 def share(rows: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> float:
     """The share of positions where two lists of texts are the same."""
     return float((torch.tensor(rows) == torch.tensor(others)).double().mean())
+
+
+def at_share(
+    name: str, ground: Ground, rows: Sequence[Sequence[int]], stays: float
+) -> tuple[Any, list[list[int]]]:  # fmt: skip
+    """A defense of which this share of texts stays (within two hundredths), and what it makes of them."""
+    low, high = 0.1, 1000.0  # of epsilon
+    for _ in range(20):
+        middle = (low * high) ** 0.5
+        defense = made(name, ground, epsilon=middle)
+        fed = sanitised(defense, rows)
+        found = share(rows, fed)
+        if abs(found - stays) < 0.02:
+            return defense, fed
+        low, high = (middle, high) if found < stays else (low, middle)
+    raise AssertionError(f"no strength of {name} leaves {stays} as it is")
 
 
 def inverted(rows: Sequence[Sequence[int]]) -> list[list[int]]:

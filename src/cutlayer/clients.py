@@ -82,7 +82,9 @@ def defending_of(
         return Ground(
             _layout(head, tail), task, config.data.max_length, head_trained=bool(head.names) and not frozen,
             tail_trained=tail is not None and bool(tail.names), embedding=lambda: base.embedding, look=_looking(head),
-            pull=None if tail is None else _pulling(tail, config.seed), specials=specials, seed=config.seed,
+            pull=None if tail is None else _pulling(tail, config.seed),
+            guess=None if tail is None or not base.anatomy.causal else _guessing(head, tail),
+            specials=specials, seed=config.seed,
         )  # fmt: skip
 
     made = [registry.create("defense", spec.name, spec.options) for spec in config.defense]
@@ -129,6 +131,19 @@ def _pulling(tail: Segment, seed: int) -> Callable[[Tensor], Tensor]:
         return found
 
     return pull
+
+
+def _guessing(head: Segment, tail: Segment) -> Callable[[Tensor], Tensor]:
+    """The next token's log-probabilities by the client's own blocks alone, with the weights that everybody has."""
+    look = _looking(head)
+
+    def guess(input_ids: Tensor) -> Tensor:
+        hidden = look(input_ids)[:, -1:]
+        with torch.no_grad():
+            logits: Tensor = tail.forward(tail.base.initial, hidden=hidden).logits
+        return torch.log_softmax(logits[:, -1].float(), dim=-1)
+
+    return guess
 
 
 @lru_cache(maxsize=8)

@@ -38,6 +38,8 @@ class Ground:
         look: gives the hidden states [B,T,H] of tokens [B,T] as the public head makes them.
         pull: gives the gradient [B,T,H] of the summed loss at hidden states [B,T,H], by the public tail and random
             labels; None where the client has no tail.
+        guess: gives the log-probabilities [B,V] of the token after tokens [B,T], by the client's own public blocks with
+            nothing between them; None where it has no language model's head.
         specials: tokens with a task of their own (end of text and the like), and rows of the embedding that are of no
             token.
         seed: the run's, for draws that may be known.
@@ -51,6 +53,7 @@ class Ground:
     embedding: Callable[[], Tensor]
     look: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor], Tensor] | None
+    guess: Callable[[Tensor], Tensor] | None
     specials: Sequence[int]
     seed: int
 

@@ -64,7 +64,7 @@ class Base:
 
     @cached_property
     def embedding(self) -> Tensor:
-        """The input embeddings [V,H] that the run begins with, whatever trained copy is bound now. Not to be changed."""
+        """The input embeddings [V,H] that the run begins with, whatever trained copy is bound now; shared, to read."""
         table = self._table
         first = next((self.initial[n] for n, (module, _) in self._sites.items() if module is table), table.weight)
         return first.detach()

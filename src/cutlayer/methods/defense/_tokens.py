@@ -133,13 +133,22 @@ class Texts:
             labels: whether the labels of a language model are those of the new text.
             replaced: gives what stands for tokens [N], none of which is fixed.
         """
-        ids = self._made.get(noise.key)
-        if ids is None:
-            true = torch.tensor(example.input_ids, dtype=torch.int64)
+
+        def each(true: Tensor, noise: Noise) -> Tensor:
             free = ~self._vocabulary.fixed.cpu()[true]
             if free.any():
                 true[free] = replaced(true[free], noise).cpu()
-            ids = array("i", true.tolist())
+            return true
+
+        return self.rewritten(example, noise, labels, each)
+
+    def rewritten(
+        self, example: Example, noise: Noise, labels: Labels, text: Callable[[Tensor, Noise], Tensor]
+    ) -> Example:
+        """The same, where ``text`` gives what stands for all tokens [T] of a text."""
+        ids = self._made.get(noise.key)
+        if ids is None:
+            ids = array("i", text(torch.tensor(example.input_ids, dtype=torch.int64), noise).tolist())
             if self._keep:
                 self._made[noise.key] = ids
         return with_tokens(example, ids.tolist(), labels)
@@ -157,7 +166,7 @@ def drawn(vocabulary: Vocabulary, tokens: Tensor, noise: Noise, weights: Callabl
     """For each of tokens [N] another [N], by weights [N,V] >= 0 that follow from distances [N,V]."""
     found = []
     for part in vocabulary.parts(tokens):
-        types, where = part.unique(return_inverse=True)
+        types, where = torch.unique(part, return_inverse=True)
         found.append(noise.choice(weights(vocabulary.distances(types))[where]))
     return torch.cat(found)
 
@@ -204,8 +213,10 @@ def open_still(ground: Ground, labels: Labels) -> str:
     return f"{also}special tokens, which stay; {UNCOVERED}"
 
 
-def metric(ground: Ground, sends: Sends, mechanism: str, rate: float, *, labels: Labels, mode: Mode) -> Privacy:
-    """What a mechanism has spent whose outputs' log-odds differ by at most ``rate`` times the distance of two tokens."""
+def metric(
+    ground: Ground, sends: Sends, mechanism: str, rate: float, *, labels: Labels, mode: Mode
+) -> Privacy:  # fmt: skip
+    """What a mechanism has spent where two tokens' log-odds of an output differ by ``rate`` a unit of distance."""
     why, releases = doubt(ground, labels), releases_of(mode, sends)
     return Privacy(
         mechanism, "empirical" if why else "metric", "inputs",
@@ -214,6 +225,6 @@ def metric(ground: Ground, sends: Sends, mechanism: str, rate: float, *, labels:
     )  # fmt: skip
 
 
-def kept_words(share: float) -> str:
+def kept_words(share: float, of: str = "public random tokens") -> str:
     """The share of tokens that stay, in words."""
-    return f"{share:.0%} of public random tokens stay as they are"
+    return f"{share:.0%} of {of} stay as they are"

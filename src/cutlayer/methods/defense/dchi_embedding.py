@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 class DchiEmbedding(Defense):
     """Replace each token by the one nearest to its embedding plus multivariate Laplace noise (d_chi-privacy).
 
-    The noise has density proportional to exp(-eta * length): a direction that is uniform, a length of Gamma(H, 1 / eta),
-    both drawn for each token. Two tokens give the same output with odds that differ by at most exp(eta * distance) in
-    the public embedding; that is no (epsilon, delta). Ours: ``unchanged`` sets eta so that this share of public random
+    The noise has density proportional to exp(-eta * length): a uniform direction, a length of Gamma(H, 1 / eta), both
+    drawn for each token. Two tokens give the same output with odds that differ by at most exp(eta * distance) in the
+    public embedding; that is no (epsilon, delta). Ours: ``unchanged`` sets eta so that this share of public random
     tokens stays, since eta says little at the width of a language model. Frequent tokens lie further from others, so
     that of real text more stays.
     """
@@ -98,7 +98,8 @@ def displacement(points: Tensor, noise: Noise) -> Tensor:
     """Noise [N,H] for points [N,H] with density proportional to exp(-length)."""
     directions = noise.normal(points).double()
     lengths = torch.from_numpy(noise.gamma(points.shape[1], len(points))).to(points.device)
-    return directions / directions.norm(dim=1, keepdim=True) * lengths[:, None]
+    found: Tensor = directions / directions.norm(dim=1, keepdim=True) * lengths[:, None]
+    return found
 
 
 def _limits(vocabulary: Vocabulary, seed: int) -> Tensor:
