@@ -132,7 +132,7 @@ def at_share(
     name: str, ground: Ground, rows: Sequence[Sequence[int]], stays: float
 ) -> tuple[Any, list[list[int]]]:  # fmt: skip
     """A defense of which this share of texts stays (within two hundredths), and what it makes of them."""
-    low, high = 0.1, 1000.0  # of epsilon
+    low, high = 1.0, 150.0  # of epsilon
     for _ in range(20):
         middle = (low * high) ** 0.5
         defense = made(name, ground, epsilon=middle)
