@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ FORKS.set_forkserver_preload(["cutlayer.serving", "cutlayer.joining", "cutlayer.
 
 
 def _carry_out(
-    log: str, arguments: Sequence[str], fate: Fate | None, traps: Sequence[Trap], pulse: tuple[float, float] | None
-) -> None:
+    log: str, arguments: Sequence[str], fate: Fate | None, traps: Sequence[Trap], pulse: tuple[float, float] | None,
+    first: Callable[[], None] | None,
+) -> None:  # fmt: skip
     """The command line, in a process of its own."""
     Path(log).with_suffix(".pid").write_text(str(os.getpid()))
     with open(log, "ab", buffering=0) as file:
@@ -48,6 +49,8 @@ def _carry_out(
     torch.set_num_threads(1)  # as the tests have it; also makes the thread pool anew, before two threads do so at once
     if fate is not None:
         await_fate(fate)
+    if first is not None:
+        first()
     main()
 
 
@@ -56,9 +59,9 @@ class Command:
 
     def __init__(
         self, log: Path, arguments: Sequence[str], fate: Fate | None = None, traps: Sequence[Trap] = (),
-        pulse: tuple[float, float] | None = None,
+        pulse: tuple[float, float] | None = None, first: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        self.process = FORKS.Process(target=_carry_out, args=(str(log), arguments, fate, traps, pulse))
+        self.process = FORKS.Process(target=_carry_out, args=(str(log), arguments, fate, traps, pulse, first))
         self.process.start()
 
     def poll(self) -> int | None:
@@ -85,6 +88,19 @@ class Command:
         """Let it go on."""
         assert self.process.pid
         os.kill(self.process.pid, signal.SIGCONT)
+
+
+class Noted:
+    """A reporter that keeps what was told."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def start(self, total_steps: int) -> None: ...
+    def update(self, record: Any) -> None: ...
+    def stop(self) -> None: ...
+    def note(self, text: str) -> None:
+        self.words.append(text)
 
 
 class Apart:
@@ -114,6 +130,7 @@ class Apart:
         self.file.write_text(yaml.safe_dump(self.tree))
         self.port = 0
         self.pulse: tuple[float, float] | None = None  # of heartbeats: every, silence
+        self.first: Callable[[], None] | None = None  # what each process does before its command
 
     @property
     def simulated(self) -> dict[str, Any]:
@@ -123,7 +140,7 @@ class Apart:
 
     def start(self, who: str, *arguments: str, fate: Fate | None = None, traps: Sequence[Trap] = ()) -> Command:
         """A command of ``who``, whose words go to its log, and whose number is in a file beside it."""
-        return Command(self.root / f"{who}.log", arguments, fate, traps, self.pulse)
+        return Command(self.root / f"{who}.log", arguments, fate, traps, self.pulse, self.first)
 
     def said(self, who: str) -> str:
         """All that ``who`` has said so far."""
@@ -220,8 +237,11 @@ class Apart:
         for file in (self.root / "server" / "checkpoints" / last.name).glob("*.safetensors"):
             found[file.name] = load_file(file)
         for name in self.files:
-            mine = self.root / name / "checkpoints" / last.name / "client.safetensors"
-            found[f"client-{name}.safetensors"] = load_file(mine)
+            mine = self.root / name / "checkpoints" / last.name
+            found[f"client-{name}.safetensors"] = load_file(mine / "client.safetensors")
+            if (mine / "trunk.safetensors").exists():  # which it trains for its group; the server's copy is another
+                slot = json.loads((mine / "checkpoint.json").read_text())["trunk"]["slot"]
+                found[f"{name}-{slot}.safetensors"] = load_file(mine / "trunk.safetensors")
         whole = {file.name: load_file(file) for file in last.glob("*.safetensors")}
         return found.keys() == whole.keys() and all(
             found[file].keys() == state.keys() and all(torch.equal(found[file][n], state[n]) for n in state)

@@ -36,7 +36,8 @@ def toy(tokens: int, width: int = 8, *, seed: int = 0, causal: bool = True, **ch
     after = (torch.randn(tokens, tokens, generator=draw) * 2).log_softmax(-1)  # of a model of pairs
     found = Ground(
         layout, "causal" if causal else "classification", 16, head_trained=False, tail_trained=False,
-        embedding=lambda: embedding, look=lambda ids: embedding[ids], pull=None, guess=lambda ids: after[ids[:, -1]],
+        embedding=lambda: embedding, look=lambda ids: embedding[ids], pull=None, guess=lambda ids: after[ids],
+        classes=0,
         specials=SPECIALS, seed=0,
     )  # fmt: skip
     return replace(found, **changes)
@@ -100,11 +101,11 @@ def real_ground() -> Ground:
 
     def guess(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            return public.run_tail(8, public.run_head(CUT, ids)[:, -1:])[:, -1].log_softmax(-1)
+            return public.run_tail(8, public.run_head(CUT, ids))
 
     return Ground(
         layout, "causal", 128, head_trained=False, tail_trained=False, embedding=lambda: embedding,
-        look=lambda ids: public.run_head(CUT, ids), pull=None, guess=guess, specials=SPECIALS, seed=0,
+        look=lambda ids: public.run_head(CUT, ids), pull=None, guess=guess, classes=0, specials=SPECIALS, seed=0,
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ class Trap:
 
     verb: str
     number: int
-    do: str  # kill, stop (until it is told to go on), wait for the file, or lie in the answer
+    do: str  # kill, stop (until it is told to go on), wait for the file; in the answer: lie, swell, or leave it open
     file: str = ""
 
     def springs(self, header: Header, count: int) -> bool:
@@ -123,6 +123,10 @@ def lay(traps: Sequence[Trap]) -> None:
             trap.spring()
         counts[header.verb] += 1
         told = original(self, header, tensors)
+        if any(trap.do == "open" for trap in sprung):  # what should be sealed
+            return told[0].but(names=("hidden",)), told[1]
+        if any(trap.do == "swell" for trap in sprung):  # to what is finite, and overflows in the first sum
+            return told[0], [tensor.clamp(min=3e38) if tensor.is_floating_point() else tensor for tensor in told[1]]
         return falsified(*told) if any(trap.do == "lie" for trap in sprung) else told
 
     Seat._handled = handled  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from apart import Apart, Trap, steps
 from arranged import labelled_rows, two_domains
 from cutlayer import telling
 from cutlayer.agreed import load_secret, make_secret
-from cutlayer.sketches import simulated_secrets
+from cutlayer.seeds import derive
 from cutlayer.telling import agreed_number
 from spine import TWO, U, model, often
 from test_absence import simulated
@@ -23,7 +23,7 @@ KINDS = {"two-part": TWO, "u-shape": U}
 Joined = tuple[Apart, list[str]]
 LINEAR = {"name": "adamw", "lr": 0.01, "schedule": "linear"}
 GROUPED = {"name": "gsfl", "groups": "selection", "local_steps": 2}
-HASHES = {"name": "gsfl-hash-grouping", "groups": 2, "bits": 64}
+HASHES = {"name": "gsfl-hash-grouping", "groups": 2, "bits": 64, "flip": 0.1}
 SPEEDS = [
     {"name": f"c{i}", "profile": {"flops": 1e6 * (1 + 3 * i), "up_mbps": 10, "down_mbps": 10, "rtt_ms": 5}}
     for i in range(4)
@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
         "selection": {"name": "csfl", "sketch": "tokens", "threshold": 0.1, "refresh": 2},
     },
     "clusters-by-features": {
-        "framework": "sfl-v2", "selection": {"name": "csfl", "sketch": "features", "threshold": 0.1},
+        "framework": "sfl-v2", "selection": {"name": "csfl", "sketch": "features", "threshold": 0.1, "noise": 0.01},
         "data": {"eval": None}, "eval_every": None,
     },
     "clusters-by-labels": {
@@ -66,7 +66,7 @@ def rows_of(case: str) -> dict[str, list[dict[str, Any]]]:
 def arranged(root: Path, case: str, kind: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Joined:
     """A run of four clients of two kinds, which follow a selection, and how each of them joins.
 
-    In the simulation the clients have the same secret as those that join.
+    In the simulation the clients have the same secrets as those that join: that of all, and their own.
     """
     about = {"optimizer": LINEAR, "rounds": 4, "eval_every": 1, **CASES[case], **changes}
     if "model" in about:
@@ -75,7 +75,11 @@ def arranged(root: Path, case: str, kind: str, monkeypatch: pytest.MonkeyPatch, 
     (root / "policy.yaml").write_text("may_leave: {sketches: true}\n")
     make_secret(root / "agreed")
     shared = agreed_number(load_secret(root / "agreed"))
-    monkeypatch.setattr(telling, "simulated_secrets", lambda seed, client: (shared, simulated_secrets(seed, client)[1]))
+    for name in run.files:
+        (run.root / name).mkdir()
+        (run.root / name / "secret").write_text(name.encode().hex() * 16)
+    own = {name: derive("secret of a client", (run.root / name / "secret").read_bytes().hex()) for name in run.files}
+    monkeypatch.setattr(telling, "simulated_secrets", lambda seed, client: (shared, own[client]))
     secret = ["--secret", str(root / "agreed")] if CASES[case]["selection"]["name"] == HASHES["name"] else []
     return run, ["--policy", str(root / "policy.yaml"), *secret]
 

@@ -11,14 +11,18 @@ import torch
 
 import cutlayer
 from apart import Apart, steps
-from cutlayer.errors import ConfigError, MethodError
+from cutlayer.config import load_config
+from cutlayer.defense import Sends
+from cutlayer.errors import CheckpointError, ConfigError, MethodError, OutputError
 from cutlayer.parties.client import secret_of
+from cutlayer.parties.releases import Releases
 from cutlayer.wire import Header
 from defending import ROWS, client, defending, frames, passing, run_of, trained, whole_batch
 from spine import PARTITIONS, TWO, U, adapter, equal, losses, resumed
 
 NOTHING = {"name": "dp-forward", "noise": 0, "clip": None}
 NOISE = {"name": "dp-forward", "noise": 0.5}
+PROBES = {"exchange": "mu-splitfed", "framework": "sfl-v1", "gradient_accumulation": 1}
 HEAD = """from dataclasses import dataclass, field
 import torch
 from cutlayer.contracts import Defense
@@ -238,3 +242,49 @@ def test_between_processes_is_the_simulation(tmp_path: Path) -> None:
     assert run.same(alone.out)
     for key in ("bytes", "bytes_up", "bytes_down"):
         assert run.summary()[key] == alone.summary[key]
+    for name in run.files:
+        for own, bound in zip(
+            json.loads((run.root / name / "privacy.json").read_text()), alone.summary["privacy"][name], strict=True
+        ):
+            assert 0 < own["releases"] <= bound["releases"], "a simulation counts as if each client evaluated"
+            assert {**own, "releases": 0} == {**bound, "releases": 0}
+        assert "no epsilon is claimed" in run.said(name)
+
+
+def test_a_message_counts_once_and_before_it_leaves(tmp_path: Path) -> None:
+    file, one, other = tmp_path / "released.jsonl", torch.zeros(2, 3), torch.ones(2, 3)
+    made = Releases(file)
+    for tensor in (one, one, other):
+        made.add("send_activations", True, [4, 7], tensor)
+    made.add("send_gradients", True, [4], one)
+    made.add("send_activations", False, [0], one)
+    assert made.sends() == Sends(2, 1)
+    assert len(file.read_text().splitlines()) == 4
+    with file.open("a") as more:
+        more.write('["send_activations", true, [4')  # killed while it wrote: that message never left
+    again = Releases(file)
+    assert again.sends() == Sends(2, 1)
+    again.add("send_activations", True, [7], one)
+    assert again.sends() == Sends(2, 1), "a process that came back makes the same message again"
+    again.add("send_activations", True, [7], one + 2)
+    assert again.sends() == Releases(file).sends() == Sends(3, 1)
+    file.write_text("what\n")
+    with pytest.raises(CheckpointError, match="what the defenses have spent is not known"):
+        Releases(file)
+    made.path = tmp_path / "gone/released.jsonl"
+    with pytest.raises(OutputError, match="Nothing was sent"):
+        made.add("send_activations", True, [1], one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (PROBES, "exchange 'mu-splitfed' shows each batch at several points"),
+        ({"framework": {"name": "multisfl", "replay": True}, "clients": 2}, "has idle clients show features"),
+    ],
+)
+def test_what_a_defense_does_not_see_is_refused_with_it(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path, ["dp-forward"], partition=TWO, **changes)
+    with pytest.raises(ConfigError, match=words):
+        load_config(run)
+    load_config({**run, "defense": []})

@@ -272,9 +272,9 @@ def test_every_key_of_the_output_is_documented(tmp_path: Path) -> None:
         }
         text = file.read_text()
         line = json.loads(text) if file.suffix == ".json" else json.loads(text.splitlines()[0])
-        # Of classifiers, clients with parts of their own, selections, unequal ranks, and relays: their own tests look.
+        # Of classifiers, parts of one's own, selections, unequal ranks, relays and defenses: their own tests look.
         only = {
-            "summary.json": {"labels", "adapters", "arrangement", "cuts", "ranks", "bytes_repeated"},
+            "summary.json": {"labels", "adapters", "arrangement", "cuts", "ranks", "bytes_repeated", "privacy"},
             "metrics.jsonl": {"bytes_between"},
         }
         others = only.get(heading, set())

@@ -18,7 +18,7 @@ import torch
 from cutlayer.errors import CheckpointError, OutputError, PolicyRefused
 from cutlayer.guard import Guard, Held
 from cutlayer.guarded import guarded
-from cutlayer.leaving import ANSWERS, HOST_VERBS
+from cutlayer.leaving import ANSWERS, HOST_VERBS, TRUNK_VERBS
 from cutlayer.links.net.messages import Type, pack_number
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.verbs import VERB_STEPS
@@ -64,7 +64,8 @@ class Client:
             VERB_STEPS.get(verb, "partition"), verb=verb, sender="server", receiver="ann", client="ann", step=step,
             micro=micro, turn=self.turn, values=HOW if values is None else values, names=tuple(tensors),
         )  # fmt: skip
-        assert not self.guard.request(header, list(tensors.values()))
+        assert not self.guard.known(header)
+        self.guard.request(header, list(tensors.values()))
         return header
 
     def gives(self, asked: Header, values: Any = None, **tensors: torch.Tensor) -> None:
@@ -188,6 +189,10 @@ CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any
         {"told": {"head_weight": {"at_most": 1}}}, lambda c: (c.forward(), c.tail(), c.backward(head_weight=2.0)),
         "told.head_weight", lambda c: c.whole(),
     ),
+    "a weight above of what is trained for others": (
+        {"told": {"head_weight": {"at_most": 1}}}, lambda c: c.asked("host_backward", values={"trunk_weight": 2.0}),
+        "told.head_weight", lambda c: c.asked("host_backward", values={"trunk_weight": 1.0}),
+    ),
     "a scale above": (
         {"told": {"scale": {"at_least": 0, "at_most": 1}}}, lambda c: c.asked("update", values={"scale": 1.5}),
         "told.scale", lambda c: c.asked("update", values={"scale": 0.5}),
@@ -298,6 +303,13 @@ CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any
         None, lambda c: (c.forward(), c.tail(), c.backward(loss="x")), "told",
         lambda c: (c.forward(), c.tail(), c.backward(loss=1.0)),
     ),
+    "a flag that is none": (
+        None, lambda c: c.asked("head_forward", values={**HOW, "graph": 1}), "told", lambda c: c.forward(),
+    ),
+    "a word for a flag": (
+        None, lambda c: c.asked("set_state", values={"version": -1, "reset": "no"}), "told",
+        lambda c: c.asked("set_state", values={"version": -1, "reset": False}),
+    ),
     "half a block": (
         None, lambda c: c.asked("move", values={"head_blocks": 0.5}), "told",
         lambda c: c.asked("move", values={"head_blocks": 1}),
@@ -365,8 +377,8 @@ def test_the_two_part_split_has_no_tail(tmp_path: Path) -> None:
 
 def test_every_verb_of_a_client_is_known_to_the_guard() -> None:
     verbs = {name.removeprefix("on_") for name in dir(ClientParty) if name.startswith("on_")}
-    assert verbs | set(HOST_VERBS) == set(VERB_STEPS)
-    assert set(ANSWERS) == verbs | {"abort", *HOST_VERBS}
+    assert verbs | {*HOST_VERBS, *TRUNK_VERBS} == set(VERB_STEPS)
+    assert set(ANSWERS) == verbs | {"abort", *HOST_VERBS, *TRUNK_VERBS}
     kinds = {kind for pair in ANSWERS.values() for table in pair for kind in table.values()} - {"", "own"}
     assert kinds | {"head_adapter", "tail_adapter", "hosted", "error_texts"} == set(MayLeave.model_fields) == set(WORDS)
 
@@ -374,7 +386,7 @@ def test_every_verb_of_a_client_is_known_to_the_guard() -> None:
 def test_another_clients_request_is_refused(tmp_path: Path) -> None:
     guard = Client(tmp_path).guard
     with pytest.raises(PolicyRefused, match="verbs refuses: a request for client 'bob' came to 'ann'"):
-        guard.request(Header("head_forward", verb="head_forward", client="bob", turn=1, values=HOW), [])
+        guard.known(Header("head_forward", verb="head_forward", client="bob", turn=1, values=HOW))
 
 
 # ---------------------------------------------------------------- sent again, aborted, killed
@@ -558,8 +570,14 @@ def test_the_words_of_an_error_stay_unless_they_may_leave(tmp_path: Path) -> Non
 
 def test_a_refusal_is_told_even_where_nothing_more_can_be_counted(tmp_path: Path) -> None:
     """Its kind, and not where the file is that cannot be written."""
-    guard = Client(tmp_path, {"may_leave": {"error_texts": True}, "most": {"bytes": 1}}).guard
-    assert guard.words(ValueError("a"), Header("partition")) == "ValueError: a"  # beyond what may leave, but told
+    told = len(pack_number(Type.ERROR, 0, "ValueError: " + "a" * 99))
+    guard = Client(tmp_path, {"may_leave": {"error_texts": True}, "most": {"bytes": 2 * told - 1}}).guard
+    assert guard.words(ValueError("a" * 99), Header("partition")) == "ValueError: " + "a" * 99
+    assert guard.words(ValueError("a" * 99), Header("partition")) == "ValueError"  # the rest would be too much
+    assert guard.counts.kinds["error_texts"] == [1, 0]
+    assert guard.counts.bytes == told + len(pack_number(Type.ERROR, 0, "ValueError")) < 2 * told - 1
+    guard.policy = load_policy({"most": {"bytes": 1}})
+    assert guard.words(ValueError("a"), Header("partition")) == "ValueError"  # beyond what may leave, but told
     (tmp_path / "sent.jsonl").unlink()
     (tmp_path / "sent.jsonl").mkdir()
     assert guard.words(OutputError("sent.jsonl is full"), Header("partition")) == "OutputError"
@@ -633,7 +651,8 @@ def test_a_server_that_asks_anything_gets_an_answer_or_a_refusal(
             values={name: draw.choice(values) for name in draw.sample(names, draw.randrange(5))}, names=tuple(chosen),
         )  # fmt: skip
         try:
-            if not client.guard.request(header, [tensors[name] for name in chosen]):
+            if not client.guard.known(header):
+                client.guard.request(header, [tensors[name] for name in chosen])
                 client.guard.reply(header, Header("partition", "ack", turn=header.turn), [])
                 passed += 1
         except PolicyRefused:

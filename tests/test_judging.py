@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from apart import Apart, Trap, steps
 from cutlayer.driver import Run
-from cutlayer.errors import WireError
+from cutlayer.errors import CutlayerError, NonFinite, WireError
 from cutlayer.judging import Bounds, Judge, bounds_of
 from cutlayer.links.local import LocalLink
+from cutlayer.links.network import NetworkLink
 from cutlayer.models.slots import parameter_of
 from cutlayer.parties.client import ClientParty
+from cutlayer.presence import Lost
 from cutlayer.schedule import Told
-from cutlayer.wire import Frame, Header, decode
+from cutlayer.wire import SEAL_BYTES, SEALED, Frame, Header, Meter, decode
 from spine import TWO, U, model, train
 from test_absence import MESSAGES, simulated
 from tiny import text_rows, write_rows
@@ -81,6 +84,7 @@ class Heard:
     told: Told
     party: ClientParty
     all: list[Said]
+    run: Run
 
     def judged(self, verb: str, change: Callable[[Said], Said] = lambda said: said, *, graph: bool = True) -> None:
         """Judge all up to the first answer to this verb, and that one changed."""
@@ -127,7 +131,7 @@ def heard(kind: str) -> Heard:
         **{key: party.sizes[key] for key in ("examples", "label_tokens")},
         steps_per_epoch=party.batches.steps_per_epoch, evaluation_batches=len(party.evaluation),
     )  # fmt: skip
-    return Heard(bounds_of(run.config, run.parts.base, "ann"), told, party, found)
+    return Heard(bounds_of(run.config, run.parts.base, "ann"), told, party, found, run)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -340,6 +344,74 @@ def test_importances() -> None:
             judge(asked, [], reply, [wrong])
 
 
+def test_blocks_may_have_residuals_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of Mamba do in a run in bfloat16; what their embeddings give is not."""
+    said = heard("bfloat16")
+    monkeypatch.setattr(said.run.parts.base.model.config, "residual_in_fp32", True, raising=False)
+    bounds = bounds_of(said.run.config, said.run.parts.base, "ann")
+    assert bounds.dtypes == (torch.bfloat16, torch.float32)
+    wider_bounds = replace(said, bounds=bounds)
+    for dtype in bounds.dtypes:
+        wider_bounds.judged("head_forward", lambda one, to=dtype: one.but("hidden", one.first()[1].to(to)))
+    with pytest.raises(WireError, match=r"expected: \[rows, length, \d+\] torch.bfloat16 or torch.float32"):
+        wider_bounds.judged("head_forward", lambda one: one.but("hidden", one.first()[1].half()))
+
+
+PASSED_ON = {  # by verb, in which step its answer goes on to another client, and of which kind it is
+    "head_forward": ("send_activations", "activations"), "tail_step": ("send_gradients", "gradient"),
+    "host_forward": ("return_activations", "activations"), "host_backward": ("return_gradients", "gradient"),
+    "host_tail_step": ("return_gradients", "gradient"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", PASSED_ON)
+def test_what_is_for_another_client_is_sealed(verb: str) -> None:
+    """An open frame would be read here, and changed."""
+    said = heard("u-shape")
+    judge = Judge("ann", said.bounds, said.told, said.party, others=["bob"])
+    asked = Header("partition", verb=verb, values={"graph": True}, names=(SEALED,))
+    box = torch.zeros(SEAL_BYTES + 9, dtype=torch.uint8)
+    reply = Header(*PASSED_ON[verb], "", "ann", "bob", "ann", names=(SEALED,))
+    judge(asked, [box], reply, [box])
+    for wrong, shown in ((reply, box[:SEAL_BYTES]), (reply, box.int()), (reply.but(values={"last": True}), box)):
+        with pytest.raises(WireError, match=f"answered '{verb}' with"):
+            judge(asked, [box], wrong, [shown])
+    hidden = torch.zeros(1, 4, said.bounds.hidden)
+    for values in ({}, {"last": True, "needs_gradient": True}, {"last": True}):
+        with pytest.raises(WireError, match=f"'{verb}' with an open frame for another client; expected: a sealed one"):
+            judge(asked, [hidden], reply.but(values=values, names=("hidden",)), [hidden])
+
+
+@pytest.mark.parametrize("verb", ["head_forward", "tail_step"])
+def test_what_is_for_the_server_is_not_sealed(verb: str) -> None:
+    said = heard("u-shape")
+    judge = Judge("ann", said.bounds, said.told, said.party, others=["bob"])
+    asked = Header("partition", verb=verb, values={"graph": True}, names=(SEALED,))
+    box = torch.zeros(SEAL_BYTES + 9, dtype=torch.uint8)
+    with pytest.raises(WireError, match=f"answered '{verb}' with"):
+        judge(asked, [box], Header(*PASSED_ON[verb], "", "ann", "server", "ann", names=(SEALED,)), [box])
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_cannot_be_computed_with_is_as_if_it_were_refused(goes_on: bool) -> None:
+    """The run goes on without the client, which is asked nothing more; or it ends with what was wrong."""
+    why: list[str] = []
+
+    def decides(error: CutlayerError) -> bool:
+        why.append(f"{type(error).__name__}: {error}")
+        return goes_on
+
+    async def carry(frame: Frame) -> Any:
+        raise AssertionError("it is asked")
+
+    link = NetworkLink("ann", carry, meter=Meter(), goes_on=decides)
+    with pytest.raises(Lost if goes_on else NonFinite):
+        link.refuse(NonFinite("The loss is nan."))
+    assert why == ["WireError: What client 'ann' sent cannot be computed with: The loss is nan."]
+    with pytest.raises(Lost if goes_on else AssertionError):
+        asyncio.run(link.tell("abort"))
+
+
 # ---------------------------------------------------------------- between processes
 
 
@@ -358,3 +430,32 @@ def test_a_client_that_misbehaves_is_lost_alone(verb: str, tmp_path: Path, monke
     assert run.same(tmp_path / "one", names=["bob"])
     assert [s[:4] for s in steps(run.root / "server")] == [s[:4] for s in steps(tmp_path / "one")]
     assert "NaN" not in (run.root / "server" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("framework", "kind", "verb", "clip"),
+    [
+        ("sfl-v2", "u-shape", "tail_step", None),
+        ("sfl-v2", "two-part", "head_forward", 1.0),
+        ("sfl-v1", "u-shape", "tail_step", 1.0),
+    ],
+)
+def test_what_overflows_at_the_server_costs_nobody_else(
+    framework: str, kind: str, verb: str, clip: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that are finite pass the judge; what they make of the trunk's gradient or the loss does not."""
+    family = str(model("gpt2", num_hidden_layers=4))
+    run = Apart(
+        tmp_path / "apart", framework=framework, partition=U if kind == "u-shape" else TWO, rounds=4, model=family,
+        max_grad_norm=clip,
+    )  # fmt: skip
+    server = run.serve("--patience", "2")
+    clients = {"ann": run.join("ann", traps=[Trap(verb, 2, "swell")]), "bob": run.join("bob")}
+    run.ended({"server": server, **clients})
+    found = run.summary()["network"]["ann"]
+    assert (found["lost"], found["away"]) == ([2], [3])
+    assert "What client 'ann' sent cannot be computed with" in found["gone"]
+    simulated(run, tmp_path / "one", monkeypatch, MESSAGES[kind].index(verb))
+    assert run.same(tmp_path / "one", names=["bob"])
+    assert [s[:4] for s in steps(run.root / "server")] == [s[:4] for s in steps(tmp_path / "one")]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,28 @@ def test_a_server_has_no_graph_twice(party: tuple[ClientParty, TrunkParty]) -> N
     assert trunk.open_graphs == 0
     with pytest.raises(WireError, match="no open graph of client 'ann', step 1, micro-batch 0"):
         trunk.backward(Parcel(back, [gradient]), How(), place)
+
+
+@pytest.mark.parametrize("party", [U], indirect=True)
+def test_a_gradient_is_of_what_went_out(party: tuple[ClientParty, TrunkParty]) -> None:
+    """One of another shape, or none, is refused in words, and nothing of it is trained on."""
+    client, trunk = party
+    place = Place(client.head.base.segment("trunk", range(U["head_blocks"], BLOCKS - U["tail_blocks"])), "shared")
+    before = {n: t.clone() for n, t in trunk.slots["shared"].get().items()}
+    for step, wrong in enumerate(({}, {"hidden": torch.ones(1)}, {"hidden": torch.ones(3, 8, 31)}), start=1):
+        header, tensors = client.handle(Header("head_forward", verb="head_forward", step=step, values=HEADS), [])
+        shown = trunk.forward(Parcel(header, [t.detach().clone() for t in tensors]), How(), place)
+        size = list(shown.tensors["hidden"].shape)
+        back = Header(
+            "send_gradients", "gradient", client="ann", step=step, values={"last": True}, names=tuple(wrong)
+        )  # fmt: skip
+        came = f"a gradient of {list(wrong['hidden'].shape)}" if wrong else "nothing"
+        said = re.escape(f"was given {came} for what went out as {size}, of client 'ann', step {step}, micro-batch 0.")
+        with pytest.raises(WireError, match=said):
+            trunk.backward(Parcel(back, list(wrong.values())), How(), place)
+        client.abort()
+        assert trunk.open_graphs == 0
+    assert equal(trunk.slots["shared"].get(), before)
 
 
 def test_turns_number_the_requests_of_a_client(tmp_path: Path) -> None:

@@ -297,13 +297,6 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
         ({"data": {"format": "classification", "classes": ["sad"]}}, "must name two classes or more"),
         ({"fails": 0.5}, "is for simulated clients"),
         ({"data": {"eval_fraction": 0.5}}, "cutlayer join --eval"),
-        (
-            {
-                "selection": {"name": "parallelsfl", "sketch": "tokens"},
-                "framework": {"name": "gsfl", "groups": "selection"},
-            },
-            "has clients run the trunks.*Set selection.place_top: server",
-        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

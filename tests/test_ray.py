@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch.nn import Parameter
 
 import cutlayer
 from apart import Apart, steps
@@ -20,12 +24,14 @@ from cutlayer import cluster
 from cutlayer.contracts import IGNORE, Example
 from cutlayer.crew import packed, unpacked
 from cutlayer.errors import ConfigError, CutlayerError, Gone
-from cutlayer.wire import read_frames
+from cutlayer.links.ray import ActorLink, in_one_piece
+from cutlayer.models.slots import Slot
+from cutlayer.wire import Header, Meter, encode, read_frames
+from rays import Killer, made, same
 from spine import TWO, U, adapter, equal, model, resumed
 from tiny import write_rows
 
 ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
-SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps", "lost", "virtual_seconds", "eval")
 TWO_IN_ONE = {"name": "ray", "clients_per_actor": 2}
 
 
@@ -35,15 +41,6 @@ def here() -> Iterator[None]:
     ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=2)
     yield
     ray.shutdown()
-
-
-def same(one: Any, two: Any) -> None:
-    """Both runs have the same losses, weights and bytes."""
-    assert steps(one.out) == steps(two.out)
-    for key in SAME:
-        assert one.summary[key] == two.summary[key], key
-    for name in ("adapter", *(f"adapters/{client}" for client in one.summary.get("adapters", ()))):
-        assert equal(adapter(one.out, name), adapter(two.out, name)), name
 
 
 def frames(folder: Path) -> list[Any]:
@@ -144,43 +141,39 @@ def test_a_run_goes_on_with_either_engine(tmp_path: Path, here: None) -> None:
     assert equal(before, adapter(resumed(two.out).out))
 
 
-class _Killer:
-    """A reporter that kills an actor at the first step of a round."""
-
-    def __init__(self, actors: list[Any], number: int) -> None:
-        self.actors, self.number, self.done, self.notes = actors, number, False, list[str]()
-
-    def start(self, total: int) -> None: ...
-
-    def update(self, record: dict[str, Any]) -> None:
-        if record["round"] == self.number and not self.done:
-            self.done = True
-            ray.kill(self.actors[0].handle)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def stop(self) -> None: ...
+def test_a_mirror_forgets_the_moments_that_its_client_has_forgotten() -> None:
+    """As after a reset of the optimizer, before its next step."""
+    slot = Slot("ann", {"w": Parameter(torch.ones(3))}, lambda params: torch.optim.AdamW(params, lr=0.1))
+    slot.add({"w": torch.ones(3)}, key=("ann", 0, 0))
+    slot.update()
+    assert "optimizer/w/exp_avg" in slot.get(optimizer=True)
+    told = Header("partition", "state", "", "ann", "server", "ann", values={"version": 5, "saved": 7}, names=("w",))
+    came: Future[Any] = Future()
+    came.set_result(in_one_piece(encode(told, [torch.full((3,), 2.0)])))
+    mirror: Any = SimpleNamespace(name="ann", slot=slot, watch=SimpleNamespace(saved=0))
+    reference = SimpleNamespace(future=lambda: came)
+    queues: Any = None
+    link = ActorLink(mirror, lambda *_: reference, lambda error: error, meter=Meter(), queues=queues)
+    asyncio.run(link.keep(1))
+    assert slot.get(optimizer=True).keys() == {"w"}
+    assert (slot.params["w"].tolist(), slot.version, mirror.watch.saved) == ([2.0] * 3, 5, 7)
 
 
 @pytest.fixture
 def actors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The actors of the runs of a test."""
-    found: list[Any] = []
-    original = cluster._actor
-    monkeypatch.setattr(cluster, "_actor", lambda *args: found.append(original(*args)) or found[-1])
-    return found
+    return made(cluster, monkeypatch)
 
 
 @pytest.mark.slow
 def test_an_actor_that_dies_changes_nothing(tmp_path: Path, here: None, actors: list[Any]) -> None:
     run = Apart(tmp_path, framework="sfl-v2", rounds=4, engine="ray")
-    killer = _Killer(actors, 2)
+    killer = Killer(actors, 2)
     two = cutlayer.train(run.simulated, out=tmp_path / "two", progress=killer)
-    said = next(note for note in killer.notes if "has died" in note)
+    said = next(note for note in killer.words if "has died" in note)
     assert "'ann' is gone" in said
     assert "All go back" in said
-    assert "going on after round 2" in killer.notes
+    assert "going on after round 2" in killer.words
     same(cutlayer.train({**run.simulated, "engine": "local"}, out=tmp_path / "one"), two)
 
 
@@ -188,7 +181,7 @@ def test_an_actor_that_dies_changes_nothing(tmp_path: Path, here: None, actors: 
 def test_an_actor_that_dies_before_a_checkpoint_ends_the_run(tmp_path: Path, here: None, actors: list[Any]) -> None:
     run = Apart(tmp_path, framework="sfl-v2", rounds=4, engine=TWO_IN_ONE)
     with pytest.raises(Gone, match=r"'ann' is gone: the actor that it was in \(with bob\) has died"):
-        cutlayer.train(run.simulated, out=tmp_path / "two", progress=_Killer(actors, 0))
+        cutlayer.train(run.simulated, out=tmp_path / "two", progress=Killer(actors, 0))
     assert not (tmp_path / "two").exists()
 
 

@@ -13,33 +13,20 @@ from typing import Any
 import pytest
 
 import cutlayer
-from apart import Apart, steps
+from apart import Apart
 from cutlayer import staging
 from cutlayer.errors import ConfigError, CutlayerError, NonFinite, TrunkGone
 from cutlayer.links import stages
 from cutlayer.models.standins import Skip
 from cutlayer.stretch import Stretch
+from rays import Killer, made, same
 from spine import TWO, U, adapter, equal, model, resumed
 from tiny import write_rows
 
 ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
-SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps", "lost", "virtual_seconds", "eval")
 STAGES = {"name": "ray", "clients_per_actor": 2, "trunk_stages": 2}
 BOTH = {**STAGES, "trunk_replicas": 2}
 DROPOUT = {"name": "lora", "rank": 2, "dropout": 0.3}
-
-
-def same(one: Any, two: Any) -> None:
-    """Both runs have the same losses, weights and bytes."""
-    assert steps(one.out) == steps(two.out)
-    for key in SAME:
-        assert one.summary[key] == two.summary[key], key
-    if one.adapter.name == "model":
-        files = [next(result.adapter.glob("*.safetensors")).read_bytes() for result in (one, two)]
-        assert files[0] == files[1]
-        return
-    for name in ("adapter", *(f"adapters/{client}" for client in one.summary.get("adapters", ()))):
-        assert equal(adapter(one.out, name), adapter(two.out, name)), name
 
 
 class _Reference:
@@ -352,44 +339,22 @@ def test_ray_itself_changes_no_number(
     same(one, cutlayer.train({**run.simulated, "engine": engine}, out=tmp_path / "two"))
 
 
-class _Killer:
-    """A reporter that kills an actor of the trunk at the first step of a round."""
-
-    def __init__(self, actors: list[Any], which: int, number: int) -> None:
-        self.actors, self.which, self.number, self.notes = actors, which, number, list[str]()
-
-    def start(self, total: int) -> None: ...
-
-    def update(self, record: dict[str, Any]) -> None:
-        if record["round"] == self.number and self.which >= 0:
-            ray.kill(self.actors[self.which].handle)
-            self.which = -1
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def stop(self) -> None: ...
-
-
 @pytest.fixture
 def actors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The trunk's actors of the runs of a test."""
-    found: list[Any] = []
-    original = staging._actor
-    monkeypatch.setattr(staging, "_actor", lambda *a, **b: found.append(original(*a, **b)) or found[-1])
-    return found
+    return made(staging, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1], ids=["first stage", "second stage"])
 def test_an_actor_that_dies_changes_nothing(which: int, tmp_path: Path, here: None, actors: list[Any]) -> None:
     run = Apart(tmp_path, framework="sfl-v2", rounds=4, engine=STAGES)
-    killer = _Killer(actors, which, 2)
+    killer = Killer(actors, 2, which)
     two = cutlayer.train(run.simulated, out=tmp_path / "two", progress=killer)
-    said = next(note for note in killer.notes if "has died" in note)
+    said = next(note for note in killer.words if "has died" in note)
     assert f"The actor with block {1 + which} of the trunk is gone: it has died." in said
     assert "All go back" in said
-    assert "going on after round 2" in killer.notes
+    assert "going on after round 2" in killer.words
     same(cutlayer.train({**run.simulated, "engine": "local"}, out=tmp_path / "one"), two)
 
 
@@ -397,7 +362,7 @@ def test_an_actor_that_dies_changes_nothing(which: int, tmp_path: Path, here: No
 def test_an_actor_that_dies_before_a_checkpoint_ends_the_run(tmp_path: Path, here: None, actors: list[Any]) -> None:
     run = Apart(tmp_path, framework="sfl-v1", rounds=4, engine=BOTH)
     with pytest.raises(TrunkGone, match=r"The actor with block 2 of the trunk is gone: it has died"):
-        cutlayer.train(run.simulated, out=tmp_path / "two", progress=_Killer(actors, 3, 0))
+        cutlayer.train(run.simulated, out=tmp_path / "two", progress=Killer(actors, 0, 3))
     assert not (tmp_path / "two").exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from cutlayer.parties.client import secret_of
 from cutlayer.sealing import About, Seals
 from cutlayer.serving import serve
 from cutlayer.wire import SEAL_BYTES, SEALED, Header, Limits, Meter, decode, frame_length, read_frames
+from striking import Trap
 from test_joining import ask, seat
 from tiny import text_rows
 
@@ -115,9 +118,15 @@ def test_a_frame_opens_once_and_in_its_order_also_after_a_restart(tmp_path: Path
             with pytest.raises(WireError, match="was passed on again, or after a later one"):
                 who.open(old, WAY, LIMITS)
     seals(tmp_path, "bob").open(third, WAY, LIMITS)
-    (tmp_path / "bob.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="numbers of sealed frames"):
-        seals(tmp_path, "bob")
+    for damaged in (
+        "{}",
+        '{"sent": Infinity, "seen": {}}',
+        '{"sent": 1, "seen": {"x": -1}}',
+        f'{{"sent": {2**64}, "seen": {{}}}}',
+    ):
+        (tmp_path / "bob.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match="numbers of sealed frames"):
+            seals(tmp_path, "bob")
 
 
 def test_what_is_inside_must_be_what_it_is_sealed_for(tmp_path: Path) -> None:
@@ -142,25 +151,40 @@ def hidden_of(rows: int = 3, length: int = 5, size: int = 16) -> Tensor:
     return torch.linspace(-1.0, 1.0, rows * length * size).reshape(rows, length, size)
 
 
-def test_who_runs_blocks_judges_what_it_is_sent_and_names_the_sender(tmp_path: Path) -> None:
-    allowed = {"may_leave": {"peers": True, "error_texts": True}}
-    own, _ = seat(tmp_path / "seat", allowed, agreed=SECRET, framework="pairingfl")
-    own.handle(ask("begin", 1, round=0, updates=3), [])
-    assert own.peers is not None
-    bob = Seals(SECRET, own.peers.seals._run, tmp_path / "bob.json")
-    size = int(own.base.model.config.hidden_size) if own.base else 0
-    about, turn = About("bob", "ann", "bob", "forward", 0, 0), 1
+class Host:
+    """ann's seat in a run in which she runs a block for bob, and bob's seals."""
 
-    def send_on(values: Mapping[str, Any], **tensors: Tensor) -> tuple[Header, list[Tensor]]:
-        nonlocal turn
-        turn += 1
+    def __init__(self, folder: Path) -> None:
+        allowed = {"may_leave": {"peers": True, "error_texts": True}}
+        self.seat, _ = seat(folder / "seat", allowed, agreed=SECRET, framework="pairingfl")
+        self.seat.handle(ask("begin", 1, round=0, updates=3), [])
+        assert self.seat.peers is not None
+        assert self.seat.base is not None
+        self.party = self.seat.peers.hosting.party
+        self.bob = Seals(SECRET, self.seat.peers.seals._run, folder / "bob.json")
+        self.size = int(self.seat.base.model.config.hidden_size)
+        self.about, self.turn = About("bob", "ann", "bob", "forward", 0, 0), 0
+
+    def asked(self, values: Mapping[str, Any], **tensors: Tensor) -> tuple[Header, list[Tensor]]:
+        """A request of the server, with what bob has sealed."""
+        self.turn += 1
         inside = Header(
             "send_activations", "activations", "", "bob", "ann", "bob", values=values, names=tuple(tensors)
         )  # fmt: skip
-        sealed = bob.seal(inside, list(tensors.values()), about)
-        return own.handle(ask("host_forward", turn, **HOST).but(names=(SEALED,)), [sealed])
+        sealed = self.bob.seal(inside, list(tensors.values()), self.about)
+        return ask("host_forward", self.turn, **HOST).but(names=(SEALED,)), [sealed]
 
-    good = {"last": True, "needs_gradient": True}
+    def send_on(self, values: Mapping[str, Any], **tensors: Tensor) -> tuple[Header, list[Tensor]]:
+        """What ann answers to such a request."""
+        return self.seat.handle(*self.asked(values, **tensors))
+
+
+GOOD = {"last": True, "needs_gradient": True}
+
+
+def test_who_runs_blocks_judges_what_it_is_sent_and_names_the_sender(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    own, bob, about, size, send_on = host.seat, host.bob, host.about, host.size, host.send_on
     for wrong, said in (
         ({"hidden": hidden_of(size=size).fill_(torch.nan)}, "'bob' sealed 'hidden' with values that are not finite"),
         ({"hidden": hidden_of(rows=4, size=size)}, "'bob' sealed 'hidden' as .4, 5"),
@@ -170,10 +194,10 @@ def test_who_runs_blocks_judges_what_it_is_sent_and_names_the_sender(tmp_path: P
         ({}, "no tensor 'hidden'"),
     ):
         with pytest.raises(CutlayerError, match=said):
-            send_on(good, **wrong)
+            send_on(GOOD, **wrong)
     with pytest.raises(CutlayerError, match="needs_gradient 3"):
-        send_on({**good, "needs_gradient": 3}, hidden=hidden_of(size=size))
-    told, (sealed,) = send_on(good, hidden=hidden_of(size=size))
+        send_on({**GOOD, "needs_gradient": 3}, hidden=hidden_of(size=size))
+    told, (sealed,) = send_on(GOOD, hidden=hidden_of(size=size))
     assert (told.receiver, told.values, told.names) == ("bob", {}, (SEALED,))
     opened, _ = bob.open(sealed, replace(about, sender="ann", receiver="bob"), LIMITS)
     assert opened.verb == "tail_step"
@@ -190,6 +214,65 @@ def test_who_runs_blocks_judges_what_it_is_sent_and_names_the_sender(tmp_path: P
     plain = ask("tail_step", 91, graph=True).but(names=("hidden",))
     with pytest.raises(CutlayerError, match="must have sealed, and it is not"):
         own.handle(plain, [hidden_of(size=size)])
+
+
+def test_what_is_under_way_for_others_is_forgotten_too(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.send_on(GOOD, hidden=hidden_of(size=host.size))
+    assert host.party.open_graphs == 1
+    host.seat.handle(ask("abort", 9), [])
+    assert host.party.open_graphs == 0
+
+
+def test_a_sealed_request_that_is_sent_again_gets_the_same_answer(tmp_path: Path) -> None:
+    """It is not opened again, which a seal does not allow, and no new release."""
+    host = Host(tmp_path)
+    asked = host.asked(GOOD, hidden=hidden_of(size=host.size))
+    first, (sealed,) = host.seat.handle(*asked)
+    counts = host.seat.guard.counts
+    left, kinds = counts.bytes, dict(counts.kinds)
+    second, (again,) = host.seat.handle(*asked)
+    assert second == first
+    assert torch.equal(sealed, again)
+    assert counts.bytes > left
+    assert counts.kinds.keys() == kinds.keys()
+    logged = (tmp_path / "seat" / "ann" / "sent.jsonl").read_text().splitlines()
+    assert [json.loads(line)["again"] for line in logged[-2:]] == [False, True]
+    assert host.party.open_graphs == 1
+
+
+@pytest.mark.parametrize(
+    ("outside", "said"),
+    [
+        ({"client": "bob"}, "a request for client 'bob' came to 'ann'"),
+        ({"verb": "open_the_door"}, "nothing that a client may be asked for"),
+        ({"step": 4, "turn": 1}, "has the turn 1, which another request had"),
+        ({"values": {**HOST, "graph": 1}}, "tells graph 1; it must be true or false"),
+        ({"values": {**HOST, "trunk_update": "no"}}, "tells trunk_update 'no'; it must be true or false"),
+        ({"values": {**HOST, "trunk_weight": -1.0}}, "tells trunk_weight -1.0; allowed"),
+        ({"values": {**HOST, "stop": -1}}, "tells stop -1; it must be between"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_server_says_is_judged_before_a_seal_is_opened(
+    outside: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path)
+    host.send_on(GOOD, hidden=hidden_of(size=host.size))
+    header, sealed = host.asked(GOOD, hidden=hidden_of(size=host.size))
+    opened: list[About] = []
+    original = Seals.open
+
+    def opens(self: Seals, box: Tensor, about: About, limits: Limits) -> Any:
+        opened.append(about)
+        return original(self, box, about, limits)
+
+    monkeypatch.setattr(Seals, "open", opens)
+    with pytest.raises(CutlayerError, match=re.escape(said)):
+        host.seat.handle(header.but(**outside), sealed)
+    assert not opened
+    host.seat.handle(header, sealed)  # it was not used up
+    assert len(opened) == 1
 
 
 class Sealed(Apart):
@@ -308,6 +391,24 @@ def test_a_ring_waits_for_who_is_away(tmp_path: Path) -> None:
     clients["bob"] = run.come("bob")
     run.ended({**clients, "server": server})
     identical(run, tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["head_forward", "tail_step", "host_forward", "host_backward"])
+def test_who_leaves_open_what_is_for_another_is_told_so(verb: str, tmp_path: Path) -> None:
+    """The run ends where its server would have seen what is not for it."""
+    run = Sealed(tmp_path / "apart", 2, framework="ringsfl", rounds=4)
+    server = run.serve("--absent", "end")
+    options = ("--secret", str(run.root / "agreed"), "--policy", str(run.root / "policy.yaml"))
+    bob = run.join("bob", *options, traps=[Trap(verb, 2, "open")])
+    clients = [run.come("ann"), bob]
+    assert server.wait() not in (0, None)
+    for process in clients:
+        process.kill()
+        process.wait()
+    assert f"'bob' answered '{verb}' with an open frame for another client; expected: a sealed one" in run.said(
+        "server"
+    )
 
 
 @pytest.mark.slow

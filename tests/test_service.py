@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import cutlayer
-from apart import LONG, Apart, Command, Trap, steps
+from apart import LONG, Apart, Command, Noted, Trap, steps
 from cutlayer import served_run, serving
 from cutlayer.build import load_base
 from cutlayer.config import load_config
@@ -179,19 +179,6 @@ def test_a_server_with_several_runs_finishes_the_rounds_of_all(tmp_path: Path) -
         alone = cutlayer.train(both.alone(run), out=tmp_path / run, progress=False)
         assert steps(both.root / "server" / run) == steps(alone.out)
         assert both.same(alone.out, server=f"server/{run}", names=names)
-
-
-class Noted:
-    """What the operator was told."""
-
-    def __init__(self) -> None:
-        self.words: list[str] = []
-
-    def start(self, total_steps: int) -> None: ...
-    def update(self, record: Any) -> None: ...
-    def stop(self) -> None: ...
-    def note(self, text: str) -> None:
-        self.words.append(text)
 
 
 def test_sessions_live_on_while_a_new_run_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,31 @@ def test_noise_and_flips_are_a_client_s_own_and_stay_the_same() -> None:
     assert float(blurred.min()) >= 0
 
 
+def test_two_tellings_do_not_cancel_the_noise() -> None:
+    """Of other values it is other noise, as what two tellings have in common would be known by their difference."""
+
+    def moved(batch: Batch) -> torch.Tensor:
+        return embedded(batch) + 0.2 * torch.cos(batch.input_ids * 3.0)[..., None]
+
+    def bits(flip: float, head: Any) -> np.ndarray:
+        return np.unpackbits(teller(Sketch("hash", bits=512, flip=flip), 2, 5).tell(head).numpy())
+
+    first, second = (bits(0.2, head) ^ bits(0.0, head) for head in (embedded, moved))  # which bits were turned
+    assert (bits(0.0, embedded) != bits(0.0, moved)).any()
+    for turned in (first, second):
+        assert 60 < turned.sum() < 145  # 102 are to be expected
+    assert (first != second).sum() > 100  # 164 are to be expected
+    made = teller(Sketch("features", noise=0.1), 2, 5)
+    clean = np.array([0.6, 0.8, 0.0, -0.0])
+    noise = made._blurred(clean) - clean
+    assert np.array_equal(noise, made._blurred(-(0 - clean)) - clean)  # where 0 and -0 have changed places
+    others = [clean + change * np.eye(4)[0] for change in (1e-9, 1.0)]
+    for other in others:
+        assert np.abs(made._blurred(other) - other - noise).min() > 1e-4
+    tellings = np.mean([made._blurred(clean + 1e-9 * n) for n in range(2000)], axis=0)
+    assert np.abs(tellings - clean).max() < 0.02  # each further telling adds up: this is not hidden from who asks often
+
+
 def test_a_hash_is_made_with_a_secret_that_is_in_no_frame(tmp_path: Path) -> None:
     feature = np.random.default_rng(0).standard_normal(32)
     sketch = Sketch("hash")

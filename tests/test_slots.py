@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from cutlayer.config import OptimizerConfig, RunConfig
 from cutlayer.config_optimizer import optimizer_classes, optimizer_problems
+from cutlayer.errors import NonFinite
 from cutlayer.models.slots import Slot, new_params
 from cutlayer.schedule import learning_rate
 from cutlayer.wire import Header, decode, encode
@@ -317,3 +318,16 @@ def test_a_schedule_goes_on_from_the_version_that_was_put() -> None:
     slot.reset_optimizer()
     slot.update()
     assert slot.optimizer.param_groups[0]["lr"] == 0.0625  # of the base rate, not of the last one
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, -1e13, 3e38])
+def test_a_gradient_that_would_overflow_is_not_added(wrong: float) -> None:
+    """One client's would be everybody's: sums of squares are infinite, and the slot never again what it was."""
+    slot = Slot("all", {"a": Parameter(torch.ones(3)), "b": Parameter(torch.ones(0))}, torch.optim.AdamW)
+    slot.add({"a": torch.full((3,), 1e11)}, key=("ann", 0, 0))
+    before = slot.squared_norm()
+    with pytest.raises(NonFinite, match=r"gradient of client 'bob' at step 4 has the norm (nan|inf|1e\+13)\."):
+        slot.add({"a": torch.tensor([0.0, wrong, 0.0]), "b": torch.ones(0)}, key=("bob", 4, 0))
+    assert slot.squared_norm() == before
+    slot.update()
+    assert bool(slot.params["a"].isfinite().all())

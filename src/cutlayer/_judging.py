@@ -17,7 +17,7 @@ from cutlayer.wire import Value
 
 
 class Checks:
-    """Each check raises WireError, with what came and what was expected.
+    """Each check raises WireError, with what came and what was expected. ``_heard`` is the hook for the words.
 
     Args:
         name: the client's.
@@ -68,16 +68,29 @@ class Checks:
         if bool(wrong.any()):
             self._fail(f"'{name}' with {int(found[name][wrong][0])} in it", f"numbers from {least} to {end - 1}")
 
+    def _all_finite(self, values: Mapping[str, Value], found: Mapping[str, Tensor]) -> None:
+        """No number is infinite, or none."""
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self._diverged(f"{name} {value}")
+        for name, tensor in found.items():
+            if not finite(tensor):
+                self._diverged(f"'{name}' with values that are not finite")
+
+    def _heard(self, came: str) -> str:
+        """What came, from whom, and when."""
+        return f"Client '{self.name}' answered '{self._verb}' with {came}"
+
     def _diverged(self, came: str) -> NoReturn:
         raise WireError(
-            f"Client '{self.name}' answered '{self._verb}' with {came}; expected: finite ones. Its training has "
-            "diverged (lower optimizer.lr, or set max_grad_norm), or the client misbehaves."
+            f"{self._heard(came)}; expected: finite ones. Its training has diverged (lower optimizer.lr, or set "
+            "max_grad_norm), or the client misbehaves."
         )
 
     def _fail(self, came: str, wanted: str) -> NoReturn:
         raise WireError(
-            f"Client '{self.name}' answered '{self._verb}' with {came}; expected: {wanted}. Both ends need the same "
-            "version of cutlayer; if they have it, the client misbehaves."
+            f"{self._heard(came)}; expected: {wanted}. Both ends need the same version of cutlayer; if they have it, "
+            "the client misbehaves."
         )
 
 
@@ -92,7 +105,7 @@ class Bounds:
         hidden: the model's hidden size.
         labels: how many labels there are: the vocabulary, or a classifier's classes.
         causal: whether each token has a label; else each row has.
-        dtype: of hidden states.
+        dtypes: that hidden states may have.
         sketch: what it tells of its data, where the run's selection asks.
     """
 
@@ -102,7 +115,7 @@ class Bounds:
     hidden: int
     labels: int
     causal: bool
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     sketch: Sketch | None = None
 
 
@@ -121,8 +134,9 @@ class BatchChecks(Checks):
     def _batch(self, found: Mapping[str, Tensor], hidden: Tensor, *, most: int = 0) -> tuple[int, int]:
         """Rows and length of a batch that is shown, with all that stands beside its hidden states."""
         most = most or self.bounds.rows
-        if hidden.dim() != 3 or hidden.dtype != self.bounds.dtype:
-            self._fail(f"'hidden' as {named(hidden)}", f"[rows, length, {self.bounds.hidden}] {self.bounds.dtype}")
+        if hidden.dim() != 3 or hidden.dtype not in self.bounds.dtypes:
+            types = " or ".join(map(str, self.bounds.dtypes))
+            self._fail(f"'hidden' as {named(hidden)}", f"[rows, length, {self.bounds.hidden}] {types}")
         rows, length, size = hidden.shape
         if not (0 < rows <= most and 0 < length <= self.bounds.length and size == self.bounds.hidden):
             shape = f"at most [{most}, {self.bounds.length}, {self.bounds.hidden}]"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cutlayer import checkpoint
 from cutlayer.allotment import Allotter
-from cutlayer.arrangement import Arranger
+from cutlayer.arrangement import Arranger, names_hosts
 from cutlayer.config_fit import batches_meet
 from cutlayer.draining import Drained
 from cutlayer.errors import AllLeft, CutlayerError, Gone, NetworkError, RequestFailed, WireError
@@ -239,6 +239,11 @@ class Absence:
             await self._pause()
             await self.take_back()
 
+    async def hosts_of(self, names: Sequence[str]) -> None:
+        """Wait until those are there who run blocks for these clients."""
+        hosts = dict.fromkeys(host for name in names for host in self.run.presence.hosts(name))
+        await self._need(list(hosts), "runs blocks of the model that is evaluated")
+
     async def _need(self, names: Collection[str], why: str) -> None:
         """Wait until all of these are there; ``why`` says what the run cannot do without."""
         said = False
@@ -282,11 +287,15 @@ class Absence:
         await link.begin(max(since, 0), run.parts.lines[name])
         if max(since, 0) <= run.counters.led:  # it was away as groups were formed
             await run.retime(name)
+        if names_hosts(run.config) and run.counters.arrangement is not None:
+            await run.tell_place(name)
         await self._set_up(name)
         del run.counters.away[name]
         run.presence.away.discard(name)
         run.presence.left.discard(name)
         run.presence.lost.discard(name)
+        if max(since, 0) <= run.counters.led:
+            await run.give_trunk(name)
         run.keep([name])
         self.progress.note(
             f"client '{name}' is taken back, as it was "
@@ -310,7 +319,7 @@ class Absence:
         for slot in run.own_slots(name):
             slot.reset_optimizer()
             slot.put({n: run.parts.base.initial[n].detach() for n in slot.get()}, version=0)
-        run.counters.merged[name] = 0
+        run.counters.merged |= {name: 0, f"{name}/hosted": 0}
         run.counters.away[name] = LATE
         for earlier in run.counters.earlier.values():
             earlier[:] = [one for one in earlier if one != name]

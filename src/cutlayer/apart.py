@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.allotment import Allotter
-from cutlayer.arrangement import Arranger
+from cutlayer.arrangement import Arranger, names_hosts
 from cutlayer.assembly import routes_of
 from cutlayer.build import layouts_of, task_of
 from cutlayer.config import DEFAULT_METHODS, FAMILY_KEYS, RunConfig, load_config
 from cutlayer.config_read import Overrides, numbered, read
 from cutlayer.config_write import tree_of
+from cutlayer.contracts import Stop
 from cutlayer.data.classes import classes_of
 from cutlayer.errors import ConfigError
 from cutlayer.hosting import hosted_stops, part_of
@@ -26,6 +27,7 @@ from cutlayer.presence import Routes
 from cutlayer.registry import no_files
 
 AT_CLIENT = "at the client"  # in place of every file of data
+ANYBODY = ""  # in place of a client that is not known yet
 HERE = ("record_wire", "device", "report_to")  # keys that are each party's own
 
 
@@ -69,11 +71,10 @@ def _elsewhere(client: dict[str, Any]) -> dict[str, Any]:
 def problems(config: RunConfig) -> Iterator[str]:
     """What of a run cannot be over the network, a sentence each."""
     simulated = "is for simulated clients; those who join come and go by themselves. Leave it out."
-    selection = config.build("selection")
-    if isinstance(selection, Arranger) and "hosts" in selection.gives:
+    if names_hosts(config) and len(config.client_names) == 1:
         yield (
-            f"selection '{config.selection.name}' has clients run the trunks of their groups, which is not yet over "
-            "the network: the server would see what they send each other. Set selection.place_top: server."
+            f"selection '{config.selection.name}' has clients run blocks for each other, but there is one client, and "
+            "nothing for the server to do. Name more clients."
         )
     if config.data.eval_fraction is not None:
         yield "data.eval_fraction divides one file. Let each client give a file of its own (cutlayer join --eval)."
@@ -97,18 +98,20 @@ def check_routes(config: RunConfig, num_blocks: int) -> None:
         ConfigError: with what.
     """
     there = next(hosts(routes_of(config, layouts_of(config, num_blocks))), None)
-    if there is None:
+    moving = names_hosts(config)
+    if there is None and not moving:
         return
+    how = f"'{there[1]}' runs blocks for '{there[0]}'" if there else "the selection says who runs blocks for whom"
     chosen = {
         "planner": config.planner is not None and config.planner.name,
         "peft": isinstance(config.build("peft"), Allotter) and config.peft.name,
         "exchange": config.exchange.name != "plain" and config.exchange.name,
         "mixing": config.mixing is not None and config.mixing.name,
-        "selection": isinstance(config.build("selection"), Arranger) and config.selection.name,
+        "selection": not moving and isinstance(config.build("selection"), Arranger) and config.selection.name,
     }
     wrong = [
-        f"{family} '{name}' is not yet over the network in a run in which '{there[1]}' runs blocks for '{there[0]}' "
-        f"(framework '{config.framework.name}'). Leave it out, or train in one process."
+        f"{family} '{name}' is not yet over the network in a run in which {how} (framework '{config.framework.name}'). "
+        "Leave it out, or train in one process."
         for family, name in chosen.items()
         if name
     ]
@@ -121,6 +124,11 @@ def needs_secret(config: RunConfig, num_blocks: int) -> str | None:
     for name, peer in hosts(routes_of(config, layouts_of(config, num_blocks))):
         return (
             f"client '{peer}' runs blocks for '{name}', and the server, which passes on what they send, may not read it"
+        )
+    if names_hosts(config):
+        return (
+            f"selection '{config.selection.name}' says which client runs blocks for which, and the server, which "
+            "passes on what they send, may not read it"
         )
     selection = config.build("selection")
     if isinstance(selection, Arranger) and selection.asks.kind == "hash":
@@ -140,11 +148,17 @@ def hosts(routes: Routes) -> Iterator[tuple[str, str]]:
 
 
 def parts_of(config: RunConfig, num_blocks: int) -> dict[str, Part]:
-    """What each client may come to hold: where a planner moves cuts, all blocks but the trunk's last."""
+    """What each client may come to hold: where a planner moves cuts, all blocks but the trunk's last.
+
+    Where a selection may have it run blocks for any other, all that is between their heads and tails.
+    """
     layouts = layouts_of(config, num_blocks)
     if config.planner is not None:  # then nobody runs blocks for others
         return {name: part_of(at_cut(layout, layout.middle.stop - 1)) for name, layout in layouts.items()}
     routes = routes_of(config, layouts)
+    if names_hosts(config):
+        routes = {name: (Stop(ANYBODY, "", layout.middle),) for name, layout in layouts.items()}
+        return {name: part_of(layout, hosted_stops(ANYBODY, layouts, routes)) for name, layout in layouts.items()}
     return {name: part_of(layout, hosted_stops(name, layouts, routes)) for name, layout in layouts.items()}
 
 

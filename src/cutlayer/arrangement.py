@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from cutlayer.contracts import Selection
 from cutlayer.costs import leg_seconds
 from cutlayer.sketches import Sketch
+
+if TYPE_CHECKING:
+    from cutlayer.config import RunConfig
 
 Gift = Literal["groups", "hosts", "pairs", "clusters"]
 
@@ -165,3 +168,9 @@ class Arranger(Selection, Protocol):
             told: what is known of the clients.
             before: what it said last; None at the start.
         """
+
+
+def names_hosts(config: RunConfig) -> bool:
+    """Whether a run's selection says, between rounds, which client runs blocks for which."""
+    selection, takes = config.build("selection"), config.build("framework").takes
+    return isinstance(selection, Arranger) and bool({"hosts", "pairs"} & {*selection.gives} & {*takes})

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from cutlayer.arrangement import Arrangement, Arranger, Speed, Told
+from cutlayer.arrangement import Arrangement, Arranger, Speed, Told, names_hosts
 from cutlayer.assembly import places_of
 from cutlayer.build import task_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, Framework, Selection, Stop
 from cutlayer.costs import BYTES, leg_seconds, shape_of
 from cutlayer.errors import MethodError
-from cutlayer.links.local import Link, Pace
+from cutlayer.leading import Lead
+from cutlayer.links.local import Pace
 from cutlayer.links.network import NetworkLink
 from cutlayer.merging import StepEleven
 from cutlayer.models.slots import Slot
@@ -31,7 +32,6 @@ class Arranging(StepEleven):
     config: RunConfig
     framework: Framework
     selection: Selection
-    links: Mapping[str, Link]
     progress: Reporter
     seed: int
     sketches: dict[str, Tensor]  # by client, as they came
@@ -144,6 +144,9 @@ class Arranging(StepEleven):
         paired = [client for pair in new.pairs for client in pair]
         if len(set(paired)) != len(paired) or not set(paired) <= set(self.clients):
             said.append("somebody is in two pairs, or is no client")
+        if self.parts.apart and names_hosts(self.config):
+            alone = [", ".join(group.members) for group in new.groups if group.host is None]
+            said += [f"nobody hosts the group {names}, and over a network a client must" for names in alone]
         if said:
             raise MethodError(f"selection '{name}': {'; '.join(said)}.")
 
@@ -157,6 +160,7 @@ class Arranging(StepEleven):
         if not changed:
             for client, stops in self.framework.rerouted(new, self.parts.layouts).items() if new.pairs else ():
                 self.set_route(client, stops)
+            await self.tell_places()
             return
         if said := new.said():
             self.progress.note(said)
@@ -165,16 +169,18 @@ class Arranging(StepEleven):
         counters.led = counters.rounds
         began = any(counters.steps.values())
         before = self._mean_trunk() if began else {}
-        for key in self.lead():
-            slot = self.parts.slot(Stop(*key, range(0)))
-            slot.put(await self._sent(SERVER, key[0], {n: t for n, t in before.items() if n in slot.get()}))
+        fresh = self.lead()
         if self.parts.apart:
             await self.reach(self.retime, self.clients)
+            await self.tell_places()
+        for key in fresh:
+            stop = Stop(*key, range(0))
+            state = {n: t for n, t in before.items() if n in self.parts.slot(stop).get()}
+            await self.put_slot(stop, await self._sent(SERVER, key[0], state))
         if new.groups and began:  # all groups go on from the last merge, whatever their slots were before
             for stop in self._stops(self.clients):
-                slot = self.parts.slot(stop)
-                merged = self._fitting(self.federated.before, slot.get())
-                slot.put(await self._sent(SERVER, stop.party, merged))
+                merged = self._fitting(self.federated.before, self.parts.slot(stop).get())
+                await self.put_slot(stop, await self._sent(SERVER, stop.party, merged))
 
     def _mean_trunk(self) -> dict[str, Tensor]:
         """The mean of the slots on the clients' routes, weighted by the clients' data."""
@@ -226,6 +232,8 @@ class Arranging(StepEleven):
                 users.setdefault((stop.party, stop.slot), []).append(client)
         for party in parts.parties.values():  # what nobody passes any more is in what the others begin with
             party.slots = {of: slot for of, slot in party.slots.items() if (party.name, of) in users}
+        kept = {f"{party} {of}" for party, of in users}
+        counters.born = {key: born for key, born in counters.born.items() if key in kept}
         fresh = []
         for (party_name, of), wanted in names.items():
             if party_name not in parts.parties:
@@ -237,8 +245,11 @@ class Arranging(StepEleven):
                 )
                 slots[of].version = max(made) if self.framework.pooled else sum(made)  # as far on as its clients
                 fresh.append((party_name, of))
+                counters.born.setdefault(f"{party_name} {of}", counters.rounds)  # it is known where a run goes on
             self._retime(f"{party_name} {of}", slots[of], users[party_name, of])
         for client, party_of in parts.clients.items():
+            if parts.apart and client in parts.parties:
+                party_of.trunk = next(iter(parts.parties[client].slots.values()), None)
             line = self.framework.line(client, self.clients)
             self._retime(f"client {client}", party_of.slot, line, pooled=False)
         return fresh
@@ -257,6 +268,29 @@ class Arranging(StepEleven):
         assert isinstance(link, NetworkLink)
         if key in self.counters.totals:  # of it alone: how many updates it has made, only the client knows
             await link.retime(self.counters.totals[key])
+
+    async def tell_places(self) -> None:
+        """Tell clients elsewhere who runs whose blocks, where a selection says it and has said it."""
+        if self.parts.apart and names_hosts(self.config) and self.counters.arrangement is not None:
+            await self.reach(self.tell_place, self.clients)
+
+    async def tell_place(self, client: str) -> None:
+        """Tell a client elsewhere whose blocks it runs, and who runs those between its own."""
+        link, routes = self.links[client], self.parts.routes
+        assert isinstance(link, NetworkLink)
+        owners = [owner for owner in self.clients if any(stop.party == client for stop in routes[owner])]
+        lead, trunk = Lead(routes[client][0].party, tuple(owners)), self.parts.clients[client].trunk
+        if trunk is not None:
+            key = f"{client} {trunk.name}"
+            born, total = self.counters.born[key], self.counters.totals[key]
+            lead = replace(lead, slot=trunk.name, born=born, version=trunk.version, total=total)
+        await link.lead(lead)
+
+    async def give_trunk(self, client: str) -> None:
+        """Give a client that is back the trunk that it trains, as the last arrangement left it."""
+        for stop in self._stops(self.clients):
+            if stop.party == client and self.elsewhere(stop) is not None:
+                await self.put_slot(stop, self.parts.slot(stop).get())
 
     def _ahead(self, client: str) -> int:
         """How many optimizer steps a client will still make, as far as can be said."""

@@ -17,18 +17,27 @@ from cutlayer.errors import PolicyRefused
 from cutlayer.policy import Policy, Told
 from cutlayer.wire import Header
 
-HOUSEKEEPING = ("begin", "hold", "keep", "retime", "abort", "finish")  # keeps two processes together; no part of a step
+# What keeps two processes together; no part of a step.
+HOUSEKEEPING = ("begin", "hold", "keep", "retime", "lead", "abort", "finish")
 MOST = 2**48  # of any whole number; sums of the steps of endless runs are below
 
-# Values by name, whichever verb has them: whole numbers with the least that they may be, and other numbers.
+# Values by name, whichever verb has them: whole numbers with the least that they may be, other numbers, and
+# what is true or false.
 WHOLE: Mapping[str, int] = {
     "round": 0, "updates": 0, "ahead": 0, "most": 0, "steps": 0, "head_blocks": 0, "tail_blocks": -1, "version": -1,
     "directions": 0, "number": 0, "bits": 1, "used": 0, "stage": 0, "stop": 0,
+    "born": 0, "total": 0,
 }  # fmt: skip
-NUMBERS = ("loss", "head_weight", "trunk_weight", "scale", "mu", "strength")
+NUMBERS = ("loss", "head_weight", "trunk_weight", "scale", "rate", "mu", "strength")
+WEIGHT = "weight/"  # before the name of a client whose gradients weigh so much
+FLAGS = (
+    "graph", "update", "trunk_update", "last", "needs_gradient", "cache", "tell_step_tokens", "copy", "optimizer",
+    "reset", "again", "by_tensor",
+)  # fmt: skip
 PARTS = ("own", "hosted", "all")
 NEEDS: Mapping[str, tuple[str, ...]] = {  # values without which a verb of housekeeping means nothing
     "begin": ("round", "updates"), "hold": ("round",), "keep": ("round",), "retime": ("ahead",),
+    "lead": ("to",),
 }  # fmt: skip
 OPEN_BELOW = ("head_blocks",)  # how low it may be is the policy's own rule, which says more
 
@@ -55,8 +64,10 @@ def check_values(header: Header) -> None:
                 _refuse(header, f"tells {name} {value!r}, which is no whole number.")
             if value > MOST or (value < least and name not in OPEN_BELOW):
                 _refuse(header, f"tells {name} {value}; it must be between {least} and {MOST}.")
-        elif name in NUMBERS and isinstance(value, str):
+        elif (name in NUMBERS or name.startswith(WEIGHT)) and isinstance(value, str):
             _refuse(header, f"tells {name} '{value}', which is no number.")
+        elif name in FLAGS and type(value) is not bool:
+            _refuse(header, f"tells {name} {value!r}; it must be true or false.")
         elif name == "part" and value not in PARTS:
             _refuse(header, f"asks for the part {value!r}; there are: {', '.join(PARTS)}.")
     for name in NEEDS.get(header.verb, ()):
@@ -122,7 +133,8 @@ def check_told(header: Header, policy: Policy) -> None:
         PolicyRefused: by the rule that has the bound.
     """
     for name, value in header.values.items():
-        rule = "head_weight" if name == "trunk_weight" else name  # of what this client trains for others, the same
+        for_others = name == "trunk_weight" or name.startswith(WEIGHT)
+        rule = "head_weight" if for_others else name  # of what this client trains for others, the same
         bounds = getattr(policy.told, rule) if rule in Told.model_fields else None
         if bounds is not None and not bounds.allow(float(value)):
             raise PolicyRefused(f"told.{rule}", f"{named(header)} tells {name} {value}; allowed: {bounds}.")

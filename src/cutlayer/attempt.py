@@ -183,7 +183,7 @@ class Attempt:
                 most=max(bounds[name]) if bounds else None,
                 judge=Judge(
                     name, bounds_of(self.config, self.base, name), self.clients.ready[name].told,
-                    run.parts.clients[name], partial(run.exchange.remembers, name),
+                    run.parts.clients[name], partial(run.exchange.remembers, name), {*run.clients} - {name},
                 ),
             )  # fmt: skip
         return found

@@ -83,7 +83,8 @@ def defending_of(
             _layout(head, tail), task, config.data.max_length, head_trained=bool(head.names) and not frozen,
             tail_trained=tail is not None and bool(tail.names), embedding=lambda: base.embedding, look=_looking(head),
             pull=None if tail is None else _pulling(tail, config.seed),
-            guess=None if tail is None or not base.anatomy.causal else _guessing(head, tail),
+            guess=None if tail is None else _guessing(head, tail),
+            classes=0 if base.anatomy.causal else int(base.model.config.num_labels),
             specials=specials, seed=config.seed,
         )  # fmt: skip
 
@@ -134,14 +135,13 @@ def _pulling(tail: Segment, seed: int) -> Callable[[Tensor], Tensor]:
 
 
 def _guessing(head: Segment, tail: Segment) -> Callable[[Tensor], Tensor]:
-    """The next token's log-probabilities by the client's own blocks alone, with the weights that everybody has."""
+    """The public head and tail as a model of their own."""
     look = _looking(head)
 
     def guess(input_ids: Tensor) -> Tensor:
-        hidden = look(input_ids)[:, -1:]
         with torch.no_grad():
-            logits: Tensor = tail.forward(tail.base.initial, hidden=hidden).logits
-        return torch.log_softmax(logits[:, -1].float(), dim=-1)
+            logits: Tensor = tail.forward(tail.base.initial, hidden=look(input_ids)).logits
+        return logits.float()
 
     return guess
 
@@ -157,7 +157,8 @@ def _specials(model: str, rows: int) -> tuple[int, ...]:
 def privacy(run: Run) -> dict[str, list[dict[str, Any]]]:
     """What the defenses of each client of a simulation have spent so far.
 
-    Steps that are made again after a crash are the same messages with the same noise, so that they count once.
+    Steps that are made again after a crash are the same messages with the same noise, so that they count once. Each
+    client is counted as if it made every evaluation.
     """
     found = {}
     for name, party in run.parts.clients.items():

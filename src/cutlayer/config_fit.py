@@ -284,3 +284,25 @@ def _moves(config: RunConfig) -> Iterator[str]:
             f"copies are equal: after a merge. But {which} leaves the clients' parts unequal, or sets the cuts itself. "
             "Take framework sfl-v1 or sfl-v2 with an aggregator that merges, or planner: none."
         )
+
+
+@rule("defense", "exchange", "framework")
+def _all_defended(config: RunConfig) -> Iterator[str]:
+    """What a client shows beside a step's own messages passes no defense yet, so it is refused with one."""
+    if not config.defense:
+        return
+    try:
+        exchange, framework = config.build("exchange"), config.build("framework")
+    except CutlayerError:
+        return  # said by the other rules
+    names = " and ".join(f"'{spec.name}'" for spec in config.defense)
+    if exchange.probes:
+        yield (
+            f"exchange '{config.exchange.name}' shows each batch at several points, which no defense covers yet, so "
+            f"defense {names} cannot be on with it. Leave one of the two out."
+        )
+    if getattr(framework, "replay", False):
+        yield (
+            f"framework '{config.framework.name}' with replay has idle clients show features, which no defense covers "
+            f"yet, so defense {names} cannot be on with it. Set framework.replay: false, or leave the defense out."
+        )

@@ -22,7 +22,7 @@ from cutlayer.clients import client_party
 from cutlayer.config import load_config
 from cutlayer.contracts import SERVER, Example, Layout
 from cutlayer.errors import CutlayerError
-from cutlayer.links.ray import HOUSEKEEPING, Bytes, Failed, replied
+from cutlayer.links.ray import HOUSEKEEPING, Bytes, Failed, in_words, replied
 from cutlayer.models.arena import Arena
 from cutlayer.models.loading import Part, device_named
 from cutlayer.models.placement import MAPS
@@ -56,11 +56,7 @@ class Crew:
 
     def open(self) -> Failed | None:
         """Load the blocks of these clients, and no others."""
-        try:
-            self._open()
-        except CutlayerError as error:
-            return Failed(type(error).__name__, str(error))
-        return None
+        return in_words(self._open)
 
     def _open(self) -> None:
         task = self._task

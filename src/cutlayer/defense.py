@@ -7,7 +7,7 @@ rows, T positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -38,8 +38,9 @@ class Ground:
         look: gives the hidden states [B,T,H] of tokens [B,T] as the public head makes them.
         pull: gives the gradient [B,T,H] of the summed loss at hidden states [B,T,H], by the public tail and random
             labels; None where the client has no tail.
-        guess: gives the log-probabilities [B,V] of the token after tokens [B,T], by the client's own public blocks with
-            nothing between them; None where it has no language model's head.
+        guess: gives logits [B,T,V] of tokens [B,T] by the public head and tail with nothing between them: a poor
+            language model, but one that the client has and everybody knows; None where the client has no tail.
+        classes: of a classifier.
         specials: tokens with a task of their own (end of text and the like), and rows of the embedding that are of no
             token.
         seed: the run's, for draws that may be known.
@@ -54,6 +55,7 @@ class Ground:
     look: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor], Tensor] | None
     guess: Callable[[Tensor], Tensor] | None
+    classes: int
     specials: Sequence[int]
     seed: int
 
@@ -127,6 +129,20 @@ class Privacy:
     def told(self) -> dict[str, Any]:
         """As ``summary.json`` has it."""
         return asdict(self)
+
+
+def spent_in_words(told: Mapping[str, Any]) -> str:
+    """What a defense has spent, as ``Privacy.told`` has it with its name, in a sentence."""
+    name = f"defense '{told['defense']}'"
+    if "mechanism" not in told:
+        return f"{name}: nothing is counted"
+    if told["epsilon"] is None:
+        return f"{name}: {told['mechanism']}; no epsilon is claimed, since {told['why']}"
+    return (
+        f"{name}: {told['mechanism']}; epsilon {told['epsilon']:.3g} (delta {told['delta']:.0e}) for "
+        f"{told['neighbours']}, after at most {told['releases']} releases of a record. "
+        f"Not covered: {told['not_covered']}"
+    )
 
 
 class Defense(Protocol):

@@ -130,12 +130,12 @@ class Run(Updating):
         done: list[StepResult] = []
         with tallied() as tally:
             try:
-                while not done or not done[-1].last:
-                    done.append(
-                        await self.exchange.step(split_step, end, middle, tail, step=number, micro=len(done), how=how)
-                    )
-                if self.clips and (head_update or trunk_update):
-                    await self._clipped_update(client, heads=head_update, slots=trunk_update)
+                with self.finite(client):
+                    while not done or not done[-1].last:
+                        step = self.exchange.step(split_step, end, middle, tail, step=number, micro=len(done), how=how)
+                        done.append(await step)
+                    if self.clips and (head_update or trunk_update):
+                        await self._clipped_update(client, heads=head_update, slots=trunk_update)
             except Lost as lost:
                 self.abort(client)
                 self.lose(lost.client)
@@ -280,6 +280,8 @@ class Run(Updating):
             names = self.evaluators()
             if not self.parts.clients[names[0]].evaluation:
                 return None
+            if self.absence is not None:
+                await self.absence.hosts_of(names)
             await self.make_ready(names)
             time, booked = self.clock.state(), self._queues.booked()
             try:
@@ -297,7 +299,8 @@ class Run(Updating):
         for name in names:
             end, middle, tail, _ = self.route(name)
             for number in range(len(self.parts.clients[name].evaluation)):
-                result = await split_evaluate(end, middle, tail, batch=number)
+                with self.finite(name):
+                    result = await split_evaluate(end, middle, tail, batch=number)
                 total += result.loss * result.label_tokens
                 tokens += result.label_tokens
                 correct += result.correct

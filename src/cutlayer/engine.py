@@ -135,6 +135,7 @@ class Engine:
         """Clients elsewhere go to where the run is; those in this process are in its checkpoint."""
         run = self.run
         await run.reach(lambda name: run.links[name].begin(rounds, run.parts.lines[name]), run.clients)
+        await run.tell_places()
 
     async def _evaluate_and_judge(self) -> None:
         run, counters = self.run, self.run.counters

@@ -1,9 +1,9 @@
 """The client's guard: holds what it is asked, and what it answers, to its owner's policy.
 
-It stands between the link and the party: ``request`` before a verb is handled, ``reply`` before the answer becomes
-bytes. Both raise ``PolicyRefused`` with the rule's name. Whatever it does not know is refused: a verb, a tensor, a
-value. A training micro-batch goes head_forward, tail_step (U-shape), head_backward, in ascending order; one that was
-shown may be shown again only after an abort or in a new session, and it counts again.
+It stands between the link and the party: ``known`` and ``request`` before a verb is handled, ``reply`` before the
+answer becomes bytes. They raise ``PolicyRefused`` with the rule's name. Whatever it does not know is refused: a verb, a
+tensor, a value. A training micro-batch goes head_forward, tail_step (U-shape), head_backward, in ascending order; one
+that was shown may be shown again only after an abort or in a new session, and it counts again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Guard", "Held", "held_by"]
 
 KEPT_TURNS = 64  # of which it is known what they asked for
 UNDER_WAY = 64  # micro-batches at a time, at most
-BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage", "sketch")
+BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage", "sketch", "host_get", "host_put")
 SHAPED = {"set_state": "owned", "features": "owned"}  # requests whose tensors are of the slot
 
 
@@ -83,8 +83,8 @@ class Guard:
         self._last = (-1, -1)
         self._step = -1
 
-    def request(self, header: Header, tensors: Sequence[Tensor]) -> bool:
-        """Judge a request before it is handled.
+    def known(self, header: Header) -> bool:
+        """Judge a request's header as it came, before anything that was sealed in it is opened.
 
         Returns:
             whether it was sent before and answered, so that the answer is to be given ``again``, not made anew.
@@ -94,14 +94,24 @@ class Guard:
         """
         if header.verb not in ANSWERS:
             self._refuse("verbs", f"'{header.verb}' is nothing that a client may be asked for.")
-        hosts = header.verb in HOST_VERBS and header.client in self.others
-        if header.client not in ("", self.client) and not hosts:
-            self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
+        self._check_client(header)
         asked = (header.verb, header.step, header.micro)
         if header.turn and header.turn <= self._newest:
             if self._turns.get(header.turn) == asked:
                 return True
             self._refuse("order", f"{named(header)} has the turn {header.turn}, which another request had.")
+        check_values(header)
+        check_told(header, self.policy)
+        return False
+
+    def request(self, header: Header, tensors: Sequence[Tensor]) -> None:
+        """Judge a new request, without its seal if it had one, before it is handled.
+
+        Raises:
+            PolicyRefused: with the rule.
+        """
+        if header.verb not in HOST_VERBS or header.client not in self.others:
+            self._check_client(header)
         held = self.held()
         check_values(header)
         check_told(header, self.policy)
@@ -112,7 +122,6 @@ class Guard:
             self._may_go_on(header, tensors, held)
         elif header.verb in BETWEEN and any(shown.training for shown in self._open.values()):
             self._refuse("order", f"'{header.verb}' came in the middle of a training step.")
-        return False
 
     def reply(self, asked: Header, header: Header, tensors: Sequence[Tensor]) -> None:
         """Judge an answer before it becomes bytes; count it and write it down.
@@ -157,9 +166,10 @@ class Guard:
         """
         if header.verb not in HOUSEKEEPING:
             self._refuse("verbs", f"'{header.verb}' is nothing that a client may be asked for.")
-        if header.client not in ("", self.client):
-            self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
+        self._check_client(header)
         check_values(header)
+        if header.verb == "lead" and any(shown.training for shown in self._open.values()):
+            self._refuse("order", "'lead' came in the middle of a training step.")
 
     def acknowledged(self, asked: Header, header: Header) -> None:
         """Count and write down the acknowledgement of such a request, which holds nothing but that it was done.
@@ -206,15 +216,21 @@ class Guard:
             self._leave(asked, header, [], length, {}, again=True)
 
     def words(self, error: BaseException, asked: Header) -> str:
-        """What the server may be told of an error: its words, or only its kind. They are counted, and never refused."""
-        may = self.policy.may_leave.error_texts
-        said = f"{type(error).__name__}: {error}" if may else f"{type(error).__name__} (its words stay with the client)"
+        """What the server may be told of an error: its words, or only its kind, which is never refused. It is counted.
+
+        Where the words would be more than may leave in all, only the name of its kind does.
+        """
+        may, kind, most = self.policy.may_leave.error_texts, type(error).__name__, self.policy.most.bytes
+        said = f"{kind}: {error}" if may else f"{kind} (its words stay with the client)"
         with self._lock:
-            header, length = Header("partition", receiver=SERVER), len(pack_number(Type.ERROR, asked.turn, said))
+            length = len(pack_number(Type.ERROR, asked.turn, said))
+            if most is not None and self.counts.bytes + length > most:
+                may, said, length = False, kind, len(pack_number(Type.ERROR, asked.turn, kind))
+            header = Header("partition", receiver=SERVER)
             try:
                 self._leave(asked, header, [], length, {"error_texts": 0} if may else {}, again=False)
             except OutputError:  # it may be what the error is about; the server waits for an answer in any case
-                return type(error).__name__
+                return kind
         return said
 
     def told(self) -> str:
@@ -222,6 +238,10 @@ class Guard:
         return self.counts.told(self.client)
 
     # ------------------------------------------------------------ requests
+
+    def _check_client(self, header: Header) -> None:
+        if header.client not in ("", self.client):
+            self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
 
     def _check_tensors(self, header: Header, tensors: Sequence[Tensor], held: Held) -> None:
         check_tensors(header, tensors, held.head)
@@ -295,10 +315,13 @@ class Guard:
 
     def _kinds(self, asked: Header, header: Header, tensors: Sequence[Tensor]) -> dict[str, int]:
         kinds = kinds_of(asked, header, tensors, self.held())
+        if header.receiver == self.client:  # it stays
+            return {}
         if header.receiver in self.others:
             kinds.setdefault("peers", sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-        if asked.sender in self.others and asked.verb == "head_backward" and "loss" in header.values:
-            kinds.setdefault("losses", 0)  # of the two-part split too: another client computed it, not the server
+        computed = asked.sender == self.client or asked.sender in self.others
+        if computed and asked.verb == "head_backward" and "loss" in header.values:
+            kinds.setdefault("losses", 0)  # of the two-part split too: a client computed it, not the server
         return kinds
 
     def _length(self, header: Header, tensors: Sequence[Tensor]) -> int:
@@ -362,6 +385,8 @@ class Guard:
         again: bool,
     ) -> None:
         counts = self.counts
+        if header.receiver == self.client:  # of what stays here the server is only told that it is there
+            header, tensors = header.but(values={}, names=()), []
         counts.bytes += length
         counts.frames += 1
         for kind, size in kinds.items():

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.agreed import AgreedSecret, load_secret
+from cutlayer.audit.known import warnings
+from cutlayer.audit.own import own_run, write_own
+from cutlayer.config import RunConfig
 from cutlayer.errors import NetworkError
 from cutlayer.frames import limits_of
 from cutlayer.keys import client_keys
@@ -16,6 +19,7 @@ from cutlayer.links.net.answering import Again, answer
 from cutlayer.links.net.connecting import hello_of
 from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.session import Session
+from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.offered import fetched, opener, own_name
 from cutlayer.outputs import alone
@@ -102,6 +106,7 @@ async def _join(
         seat = Seat(config, name, data, held_out, out, policy, progress, base_name=offered.config.model, agreed=agreed)
         open_session = opener(address, keys, policy, limits_of(config, load_model_config(config.model)))
         progress.note(f"joined the run at {address} as '{name}'; output folder: {out}")
+        _warn(config, name, out, progress, model=offered.config.model, data=data, held_out=held_out)
 
         async def open_again(extras: Mapping[str, Any]) -> Session:
             # No turn follows from an earlier session to this one, but what was released stays counted.
@@ -112,3 +117,15 @@ async def _join(
         if not seat.result.is_dir():
             raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
         return Joined(out, seat.result, seat.guard.told())
+
+
+def _warn(
+    config: RunConfig, name: str, out: Path, progress: Reporter, *, model: str, data: str, held_out: str | None
+) -> None:
+    """Say what is known that the server can read, and write the run that measures it."""
+    blocks = number_of_blocks(load_model_config(config.model))
+    if config.planner is not None:
+        return  # the cut is not known yet
+    command = write_own(own_run(config, blocks, name, model=model, data=data, held_out=held_out), out)
+    for line in warnings(config, blocks, command=command, client=name):
+        progress.note(line)

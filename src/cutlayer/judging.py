@@ -7,7 +7,6 @@ harms, a loss that was not computed) cannot be seen here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,20 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cutlayer._judging import BatchChecks, Bounds, finite, named
+from cutlayer._judging import BatchChecks, Bounds, named
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.build import task_of
 from cutlayer.config import RunConfig
 from cutlayer.models.importance import UNKNOWN
 from cutlayer.models.loading import DTYPES
 from cutlayer.models.segment import Base
-from cutlayer.models.slots import NUMBER, parameter_of
+from cutlayer.models.slots import NUMBER, Slot, parameter_of
 from cutlayer.parties.helping import PREFIX
 from cutlayer.parties.holder import Holder
 from cutlayer.ranks import pairs
 from cutlayer.schedule import ENDLESS, Told
 from cutlayer.sealing import is_sealed
-from cutlayer.values import SERVER
 from cutlayer.wire import SEAL_BYTES, SEALED, Header, Value
 
 __all__ = ["Bounds", "Judge", "bounds_of"]
@@ -37,7 +35,6 @@ MOST = float(torch.finfo(torch.float32).max)  # of a loss, so that sums of them 
 PROBE = 2  # the size of each dimension where an optimizer's state is learnt
 
 ANY = "*"  # of several that may be
-RELAYED = ("host_forward", "host_backward")  # what another client made of a batch, for who is next
 # By verb, in which step its reply is sent, and of which kind it is.
 REPLIES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("set_up", "histogram"), ("partition", "ack")),
@@ -49,6 +46,9 @@ REPLIES: Mapping[str, tuple[str, str]] = {
     "host_tail_step": ("return_gradients", ANY),
     "host_forward": (ANY, "activations"),
     **dict.fromkeys(("head_backward", "probed", "grad_norm", "update"), ("head_backward", "ack")),
+    **dict.fromkeys(("host_update", "host_norm"), ("trunk_backward", "ack")),
+    "host_get": ("aggregate", "state"),
+    "host_put": ("aggregate", "ack"),
     **dict.fromkeys(("move", "importance"), ("partition", "state")),
     **dict.fromkeys(("begin_stage", "set_state"), ("aggregate", "ack")),
     **dict.fromkeys(("end_stage", "get_state"), ("aggregate", "state")),
@@ -58,11 +58,14 @@ REPLIES: Mapping[str, tuple[str, str]] = {
 def bounds_of(config: RunConfig, base: Base, name: str) -> Bounds:
     """The bounds of a client's batches in a run."""
     causal, model = task_of(config) == "causal", base.model.config
+    dtypes = [DTYPES[config.precision]]
+    if getattr(model, "residual_in_fp32", False):  # the blocks of Mamba and its kin; what embeddings give is not
+        dtypes.append(torch.float32)
     return Bounds(
         rows=config.batch_size, length=max(config.data.max_length, config.data_of(name).max_length),
         micros=config.gradient_accumulation, hidden=model.hidden_size,
-        labels=model.vocab_size if causal else model.num_labels, causal=causal, dtype=DTYPES[config.precision],
-        sketch=getattr(config.build("selection"), "asks", None),
+        labels=model.vocab_size if causal else model.num_labels, causal=causal,
+        dtypes=tuple(dict.fromkeys(dtypes)), sketch=getattr(config.build("selection"), "asks", None),
     )  # fmt: skip
 
 
@@ -94,13 +97,15 @@ class Judge(BatchChecks):
         told: what it said of its data when it came.
         shadow: has the names and shapes of its tensors.
         remembers: whether the server has what it showed of a sample, where it caches that.
+        others: the run's other clients; what is for one of them must be sealed, and who opens it judges it.
     """
 
     def __init__(
-        self, name: str, bounds: Bounds, told: Told, shadow: Holder, remembers: Callable[[int], bool] = lambda _: True
-    ) -> None:
+        self, name: str, bounds: Bounds, told: Told, shadow: Holder, remembers: Callable[[int], bool] = lambda _: True,
+        others: Collection[str] = (),
+    ) -> None:  # fmt: skip
         super().__init__(name, bounds)
-        self.told, self.shadow, self.remembers = told, shadow, remembers
+        self.told, self.shadow, self.remembers, self.others = told, shadow, remembers, frozenset(others)
         self._open: dict[tuple[int, int], _Batch] = {}  # of training, by step and micro-batch
         self._tells_step_tokens = self._caches = False
         self._moments: dict[tuple[int, torch.dtype], dict[str, tuple[int, ...]]] = {}
@@ -113,7 +118,8 @@ class Judge(BatchChecks):
         """
         self._verb, found = asked.verb, dict(zip(reply.names, tensors, strict=True))
         step_name, kind = REPLIES.get(asked.verb, (reply.step_name, reply.kind))
-        sealed = reply.receiver not in ("", SERVER) and is_sealed(reply)
+        passed_on = reply.receiver in self.others
+        stays = reply.receiver == self.name  # its own blocks come next, so that nothing leaves it
         if asked.verb in ("tail_step", "host_tail_step") and not asked.values.get("graph"):
             step_name, kind = "tail_step", "ack"
         elif asked.verb == "features" and not found:
@@ -125,16 +131,13 @@ class Judge(BatchChecks):
         ):  # fmt: skip
             if here != wanted and wanted != ANY:
                 self._fail(f"the {what} '{here}'", f"'{wanted}'")
-        if asked.verb in RELAYED and reply.receiver not in ("", SERVER) and not sealed:
+        if passed_on and not is_sealed(reply):
             self._fail("an open frame for another client", "a sealed one")
-        for name, value in reply.values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                self._diverged(f"{name} {value}")
-        for name, tensor in found.items():
-            if not finite(tensor):
-                self._diverged(f"'{name}' with values that are not finite")
+        self._all_finite(reply.values, found)
         judged: Callable[[_Answer], None] | None = getattr(self, f"_on_{asked.verb}", None)
-        if sealed:
+        if stays:
+            self._only(reply.values, found)
+        elif passed_on:
             self._sealed(reply, found)
         elif judged is not None:
             judged(_Answer(asked, dict(zip(asked.names, given, strict=True)), reply.values, found))
@@ -153,6 +156,27 @@ class Judge(BatchChecks):
         self._number(it.values, "loss", -MOST, MOST)
         self._counts(it.values, self.bounds.rows, self.bounds.length, None)
         self._whole(it.values, "correct", int(it.values["label_tokens"]))
+
+    # ------------------------------------------------------------ a trunk that it trains for its group
+
+    def _on_host_get(self, it: _Answer) -> None:
+        self._only(it.values, (), ["version"])
+        self._whole(it.values, "version", ENDLESS)
+        trunk = self._trunk
+        self._state(it.found, trunk.params.keys(), optimizer=bool(it.asked.value("optimizer")), slot=trunk)
+
+    def _on_host_update(self, it: _Answer) -> None:
+        self._only(it.values, it.found, ["version"])
+        self._whole(it.values, "version", ENDLESS)
+
+    def _on_host_norm(self, it: _Answer) -> None:
+        self._only(it.values, it.found, ["squared_norm"])
+        self._number(it.values, "squared_norm", 0.0, MOST * MOST * len(self._trunk.params))
+
+    @property
+    def _trunk(self) -> Slot:
+        assert self.shadow.trunk is not None  # as it was asked for
+        return self.shadow.trunk
 
     # ------------------------------------------------------------ set-up
 
@@ -227,7 +251,7 @@ class Judge(BatchChecks):
         self._only(it.values, it.found, says, ["hidden", "labels", *points], ["mask", "positions"])
         rows, length = self._batch(it.found, it.found["hidden"])
         for name in points:
-            self._like(it.found, name, it.found["hidden"].shape, self.bounds.dtype)
+            self._like(it.found, name, it.found["hidden"].shape, it.found["hidden"].dtype)
         self._began(it.asked, it.values, rows, length, training=True)
         self._counts(it.values, rows, length, it.found["labels"])
 
@@ -267,7 +291,7 @@ class Judge(BatchChecks):
         rows, length = (batch.rows, batch.length) if batch else (self.bounds.rows, self.bounds.length)
         self._counts(it.values, rows, length, None)
         self._number(it.values, "loss", -MOST, MOST)
-        told = self.shadow.tail is None and not is_sealed(it.asked)
+        told = self.shadow.tail is None and "loss" in it.asked.values  # else another client computed it, or itself
         if told and it.values["loss"] != it.asked.value("loss"):
             self._fail(f"the loss {it.values['loss']}", f"that which it was told, {it.asked.value('loss')}")
 
@@ -325,9 +349,11 @@ class Judge(BatchChecks):
         if bool(((it.found["importance"] < 0) & (it.found["importance"] != UNKNOWN)).any()):
             self._fail("an importance below 0", f"numbers from 0, or {UNKNOWN:g}")
 
-    def _state(self, found: Mapping[str, Tensor], names: Collection[str], *, optimizer: bool) -> None:
-        """The slot's tensors of these names, each as it is here; with all of their optimizer's state, or none of it."""
-        held = {name: tensor for name, tensor in self.shadow.slot.get().items() if name in names}
+    def _state(
+        self, found: Mapping[str, Tensor], names: Collection[str], *, optimizer: bool, slot: Slot | None = None
+    ) -> None:
+        """A slot's tensors of these names, each as it is here; with all of their optimizer's state, or none of it."""
+        held = {name: tensor for name, tensor in (slot or self.shadow.slot).get().items() if name in names}
         beside = [name for name in found if name not in held]
         self._only({}, found, (), held, beside if optimizer else ())
         for name, tensor in held.items():

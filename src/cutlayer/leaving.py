@@ -58,7 +58,14 @@ PEERS_SAY = dict.fromkeys(
     ("last", "needs_gradient", "loss", "correct", "update", "graph", "head_weight", *TOKENS), "peers"
 )  # fmt: skip
 HOST_VERBS = ("host_forward", "host_backward", "host_tail_step")  # work in the steps of others
-ANSWERS = {**ANSWERS, **dict.fromkeys(HOST_VERBS, (PEERS, PEERS_SAY))}
+TRUNK_VERBS = ("host_get", "host_put", "host_update", "host_norm")  # about what is trained here for others
+ANSWERS = {
+    **ANSWERS, **dict.fromkeys(HOST_VERBS, (PEERS, PEERS_SAY)),
+    "host_get": ({"*": "hosted"}, {"version": FREE}),
+    "host_put": ({}, {}),
+    "host_update": ({}, {"version": FREE}),
+    "host_norm": ({}, {"squared_norm": "gradient_norms"}),
+}  # fmt: skip
 BEGINNINGS = ("head_forward", "probe")  # show a batch
 
 

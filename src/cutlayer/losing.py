@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cutlayer.assembly import Parts
+from cutlayer.config import RunConfig
+from cutlayer.config_fit import batches_meet
 from cutlayer.contracts import State
-from cutlayer.links.local import ClientEnd
+from cutlayer.errors import NonFinite
+from cutlayer.links.local import ClientEnd, Link
+from cutlayer.links.network import NetworkLink
 from cutlayer.models.slots import Slot
 from cutlayer.presence import Lost, Presence
 from cutlayer.report.progress import Reporter
@@ -33,7 +38,9 @@ class Kept:
 class Losing:
     """The part of a run that goes on without who was lost. ``Run`` sets these."""
 
+    config: RunConfig
     parts: Parts
+    links: Mapping[str, Link]
     clients: list[str]
     counters: Counters
     ends: Mapping[str, ClientEnd]
@@ -63,6 +70,22 @@ class Losing:
             self.absence.lost(client)
         if client in self._kept and not self.presence.shared(client):
             self.set_back(client)
+
+    @contextmanager
+    def finite(self, client: str) -> Iterator[None]:
+        """Work on a client's batch, which may give what is not finite; nothing is updated with it then.
+
+        Raises:
+            Lost: the client is elsewhere, and lost alone, as where its reply is refused.
+            NonFinite: it is here, or its batch met others', so that nobody knows whose fault it is: the run ends.
+        """
+        try:
+            yield
+        except NonFinite as error:
+            link = self.links[client]
+            if not isinstance(link, NetworkLink) or batches_meet(self.config):
+                raise
+            link.refuse(error)
 
     async def reach(self, work: Callable[[str], Awaitable[object]], clients: Sequence[str]) -> None:
         """Do ``work`` for all that are there at once, outside of steps; who does not answer is lost."""

@@ -12,10 +12,11 @@ from cutlayer.arrangement import Arrangement
 from cutlayer.contracts import SERVER, Exchange, Framework, Parcel, State, Stop
 from cutlayer.errors import MethodError
 from cutlayer.links.local import Carrier
-from cutlayer.losing import Losing, at_once
+from cutlayer.losing import at_once
 from cutlayer.models.slots import parameter_of
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.presence import Lost
+from cutlayer.reaching import Reaching
 from cutlayer.wire import Header
 
 T = TypeVar("T")
@@ -64,9 +65,10 @@ class Counters:
         default_factory=dict
     )  # by slot: updates in the run, where an arrangement says it; of clients elsewhere those that were ahead then
     led: int = -1  # the round in which the arrangement last changed who trains with whom; -1: none has
+    born: dict[str, int] = field(default_factory=dict)  # by slot that an arrangement made: the round in which it did
 
 
-class StepEleven(Losing):
+class StepEleven(Reaching):
     """The part of a run that moves parameters between parties. ``Run`` sets these."""
 
     carrier: Carrier
@@ -155,7 +157,9 @@ class StepEleven(Losing):
             if self.parts.own(stop):
                 sent[stop] = await self._asked(stop.party, "hosted") if trunks else {}
                 return
-            found = self.parts.slot(stop).get(optimizer=moments == "average")
+            if not trunks and self.elsewhere(stop) is not None:
+                raise AssertionError("who leaves trunks to clients elsewhere merges them whole")
+            found = await self.slot_state(stop, optimizer=moments == "average")
             wanted = {n for n in found if (trunks or n in shared) and blocks(owner(parameter_of(n)))}
             sent[stop] = await self._sent(stop.party, SERVER, {n: t for n, t in found.items() if n in wanted})
 
@@ -186,9 +190,9 @@ class StepEleven(Losing):
                 return
             slot = self.parts.slot(stop)
             state = self._fitting(merged, slot.get(optimizer=moments == "average"))
-            if moments == "reset" and trunks and state:  # of the tiers of a route only some may be in this merge
-                slot.reset_optimizer()
-            slot.put(await self._sent(SERVER, stop.party, state))
+            # Of the tiers of a route only some may be in this merge.
+            reset = moments == "reset" and trunks and bool(state)
+            await self.put_slot(stop, await self._sent(SERVER, stop.party, state), reset=reset)
 
         await self.reach(give, clients)
         await at_once(put, self._stops([client for client in clients if self._reachable(client)]))
@@ -288,8 +292,8 @@ class StepEleven(Losing):
                         merged[f"{stop.party}/hosted"] = latest
                         await self._give(stop.party, before, part="hosted")
                 elif late:
-                    slot = self.parts.slot(stop)
-                    slot.put(await self._sent(SERVER, stop.party, self._fitting(before, slot.get())))
+                    state = self._fitting(before, self.parts.slot(stop).get())
+                    await self.put_slot(stop, await self._sent(SERVER, stop.party, state))
 
         await self.reach(one, clients)
 

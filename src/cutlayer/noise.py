@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Noise:
         )
         for tensor in covers:
             digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(_bytes(tensor))  # type: ignore[arg-type]
+            digest.update(bytes_of(tensor))
         self.key = digest.digest()
         self._stream = Cipher(ChaCha20(self.key, bytes(16)), mode=None).encryptor()
 
@@ -74,7 +75,7 @@ def _like(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(values.astype(np.float32).reshape(tuple(like.shape))).to(like.device)
 
 
-def _bytes(tensor: Tensor) -> bytes | np.ndarray:
+def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's numbers as bytes, where it can be without a copy."""
-    found: np.ndarray = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-    return found
+    plain: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(plain)

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_
 
 from cutlayer import registry
 from cutlayer.allotment import Allotter
+from cutlayer.arrangement import names_hosts
 from cutlayer.config_read import read
 from cutlayer.config_types import Count, Round, Text, Tree
 from cutlayer.config_words import problems_of, show
@@ -232,6 +233,9 @@ class Policy(Tree):
             needed["evaluation"] = f"the planner '{config.planner.name}' asks how well a part of the examples is known"
         if config.build("framework").merges:
             needed["head_adapter"] = f"the framework '{config.framework.name}' merges them"
+        if names_hosts(config):
+            needed["peers"] = f"selection '{config.selection.name}' says which client runs blocks for which"
+            needed["hosted"] = f"the framework '{config.framework.name}' merges what a client trains for others"
         if isinstance(config.build("peft"), Allotter):
             needed["gradient_norms"] = f"peft '{config.peft.name}' asks how much each matrix matters"
         if config.max_grad_norm is not None:

@@ -21,7 +21,8 @@ import torch
 
 from cutlayer import checkpoint
 from cutlayer.assembly import Parts, assemble
-from cutlayer.build import Data, load_base, prepare_data, tokenizer_of
+from cutlayer.audit.known import warnings
+from cutlayer.build import Data, load_base, open_model, prepare_data, tokenizer_of
 from cutlayer.clock import VirtualClock
 from cutlayer.config import RunConfig, dump, load_config, resolved
 from cutlayer.driver import Links, Run
@@ -67,6 +68,7 @@ def train(
     resume: str | Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     progress: bool | Reporter | None = None,
+    warn: bool = True,
 ) -> Result:
     """Make a run, or go on with one.
 
@@ -77,6 +79,7 @@ def train(
         overrides: ``key=value`` texts, or a mapping.
         progress: told of every step. True shows a bar (without a terminal lines now and then), False nothing, None a
             bar where somebody may look at it: in a terminal or a notebook.
+        warn: say what is known that the server can read of such a run.
 
     Raises:
         CutlayerError: anything that a user can mend; nothing half-written is left.
@@ -112,6 +115,10 @@ def train(
         which = "folder of record_wire" if place != folder else "output folder"
         other = "Name another" if place != folder else "Give another --out"
         raise OutputError(f"The {which} {place} cannot be written: {error}. {other}.") from error
+    if warn:
+        command = f"cutlayer audit {shlex.quote(str(folder / 'run.yaml'))} --out {shlex.quote(f'{folder}-audit')}"
+        for line in warnings(config, open_model(config)[1], command=command):
+            shown.note(line)
     with alone(folder):
         return _attempt(config, folder, shown, undo=undo)
 

@@ -31,6 +31,7 @@ from cutlayer.files import write_text
 from cutlayer.wire import SEAL_BYTES, SEALED, Header, Limits, decode, encode
 
 NONCE, NUMBER, TAG = 12, 8, 16
+END = 2**63  # of the numbers of frames, which are nanoseconds since 1970, or more
 MOST = 2**31 - 1  # bytes that can be sealed in one piece
 assert NONCE + NUMBER + TAG == SEAL_BYTES
 
@@ -167,8 +168,11 @@ def _read(file: Path) -> tuple[int, dict[str, int]]:
         return 0, {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return int(found["sent"]), {str(way): int(number) for way, number in found["seen"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        sent, seen = int(found["sent"]), {str(way): int(number) for way, number in found["seen"].items()}
+        if not all(0 <= number < END for number in (sent, *seen.values())):
+            raise ValueError("a number that no frame has")
+        return sent, seen
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"The numbers of sealed frames, {file}, cannot be read, so frames that come again would not be found out. "
             "Restore the file from a copy, or join with a new secret and another --out."

@@ -6,9 +6,10 @@ Whatever it is asked for passes the guard, before anything is computed and again
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,40 +18,43 @@ from torch import Tensor
 
 from cutlayer import checkpoint
 from cutlayer.agreed import AgreedSecret
-from cutlayer.apart import check_routes, hosts, known_classes, needs_secret
+from cutlayer.apart import check_routes, known_classes, needs_secret
 from cutlayer.arrangement import Arranger
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
-from cutlayer.contracts import SERVER, Layout
+from cutlayer.contracts import SERVER
+from cutlayer.defense import spent_in_words
 from cutlayer.engine import identity
 from cutlayer.errors import CheckpointError, CutlayerError, KeysError, OutputError, PolicyRefused, WireError
 from cutlayer.files import write_text
 from cutlayer.guard import Guard
 from cutlayer.guarded import guarded
-from cutlayer.hosting import part_of
-from cutlayer.leaving import HOST_VERBS, held_by, length_of
+from cutlayer.hosting import part_of, stops_of
+from cutlayer.leaving import HOST_VERBS, TRUNK_VERBS, held_by, length_of
 from cutlayer.models.adapters import save_part
 from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import Part, device_named, load_model
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
 from cutlayer.parties.client import ClientParty
+from cutlayer.parties.releases import Releases
 from cutlayer.parties.verbs import VERB_STEPS
 from cutlayer.parties.verbs import answer as answer_step
-from cutlayer.peers import Peers
+from cutlayer.peers import peers_of
 from cutlayer.planning import at_cut
 from cutlayer.plans import keep_back
 from cutlayer.policy import Policy
-from cutlayer.presence import Routes
 from cutlayer.released import Counts, Log
 from cutlayer.report.progress import Reporter
 from cutlayer.schedule import learning_rate, planned_steps, told_of
 from cutlayer.step import at
+from cutlayer.trunk_slot import KeptTrunk
 from cutlayer.wire import Header
 
 BEGINNINGS = ("head_forward", "probe")
+TRUNK = "trunk"  # the file in a checkpoint with what is trained for a group
 Answer = tuple[Header, list[Tensor]]
 
 
@@ -81,14 +85,15 @@ class Seat:
         known_classes(config)
         layouts = layouts_of(config, blocks)
         self.layout, routes = layouts[name], routes_of(config, layouts)
-        self.first, self.last = neighbours(config, routes[name])
-        self.peers = self._peers(layouts, routes, policy)
+        self._ends = neighbours(config, routes[name])
+        self.peers = peers_of(config, name, self.agreed, layouts, routes, out, policy)
         self.data, self.kept = keep_back(
             config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
         )
         self.sizes = told_of(config, self.data, name, self.kept[name])
         self.secret = _secret(out / "secret")
         self.most = 0  # head blocks that are loaded
+        self._part: Part | None = None  # what is
         self.base: Base | None = None
         self.party: ClientParty
         if config.planner is None:  # else the server says the cut, once all clients are known
@@ -102,7 +107,10 @@ class Seat:
             planned=planned_steps(config, dict.fromkeys(config.client_names, self.sizes))[name],
             others=self.peers.others if self.peers else (), bytes_of=self.peers.length if self.peers else length_of,
         )  # fmt: skip
-        self._answer = guarded(self._answered, self.guard, self.peers.sealed if self.peers else None)
+        self._answer = guarded(
+            self._answered, self.guard, self.peers.opened if self.peers else None,
+            self.peers.sealed if self.peers else None,
+        )  # fmt: skip
 
     def _needed(self, why: str | None, agreed: AgreedSecret | None) -> AgreedSecret | None:
         """The secret of the run's clients, where the run needs it.
@@ -120,28 +128,6 @@ class Seat:
             self.progress.note("--secret is not used: this run needs no secret of its clients")
         return agreed if why is not None else None
 
-    def _peers(self, layouts: Mapping[str, Layout], routes: Routes, policy: Policy) -> Peers | None:
-        """The dealings with other clients, where some run blocks for others.
-
-        Raises:
-            PolicyRefused: the owner does not allow them.
-        """
-        if next(hosts(routes), None) is None:
-            return None
-        assert self.agreed is not None
-        peers = Peers(self.config, self.name, self.agreed, layouts, routes, self.out)
-        if not policy.may_leave.peers:
-            theirs = dict.fromkeys(stop.owner for stop in peers.stops)
-            shown = {self.first, self.last} & peers.others
-            does = [f"runs blocks for {', '.join(theirs)}"] if theirs else []
-            does += [f"shows what it sends to {', '.join(sorted(shown))}"] if shown else []
-            raise PolicyRefused(
-                "may_leave.peers",
-                f"in this run '{self.name}' {' and '.join(does) or 'is a client among such'}, sealed from the server. "
-                "Allow it by may_leave: {peers: true} in your policy (--policy), or do not join this run.",
-            )
-        return peers
-
     def _base(self, part: Part) -> Base:
         """The client's own blocks, and no others."""
         config, task = self.config, task_of(self.config)
@@ -156,12 +142,14 @@ class Seat:
         """The client at its start; ``cuts`` are its head blocks now and at most, where a planner says them."""
         layout = self.layout if cuts is None else at_cut(self.layout, cuts[1])
         if self.base is None or len(layout.head) != self.most:
-            hosted = self.peers.stops if self.peers else ()
-            self.base, self.most = self._base(part_of(layout, hosted)), len(layout.head)
+            part = part_of(layout, self.peers.stops if self.peers else ())
+            self.base, self._part, self.most = self._base(part), part, len(layout.head)
         party = assemble_client(
             self.config, self.base, self.data, self.kept, self.name, updates=updates, secret=self.secret,
             agreed=self.agreed, cuts=cuts,
         )  # fmt: skip
+        if party.defending is not None:
+            party.defending.releases = Releases(self.out / "released.jsonl")
         if self.peers:
             self.peers.begin(self.base, party.slot)
         return party
@@ -225,20 +213,19 @@ class Seat:
             done = Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn)
             self.guard.acknowledged(header, done)
             return done, []
-        if self.peers is not None:
-            header, tensors = self.peers.opened(header, tensors)
         return self._answer(self.party, header, tensors)
 
     def _answered(self, party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
         """The party's answer, to whoever is next on the route."""
-        if self.peers is not None and header.verb in HOST_VERBS:
+        if self.peers is not None and header.verb in (*HOST_VERBS, *TRUNK_VERBS):
             with at(VERB_STEPS[header.verb]):
                 return self.peers.answer(header, tensors)
         reply, shown = answer_step(party, header, tensors)
+        first, last = self.peers.ends if self.peers is not None else self._ends
         if header.verb in BEGINNINGS:
-            reply = reply.but(receiver=self.first)
+            reply = reply.but(receiver=first)
         elif header.verb == "tail_step" and header.value("graph"):
-            reply = reply.but(receiver=self.last)
+            reply = reply.but(receiver=last)
         return reply, shown
 
     @property
@@ -276,6 +263,9 @@ class Seat:
             self._last_for(int(manifest["updates"]))
             if slot.importance is not None:
                 slot.importance.restore(manifest["importance"])
+            if (noted := manifest.get("trunk")) is not None:
+                assert self.peers is not None
+                self.peers.hosting.kept = KeptTrunk(**noted, state=states[TRUNK])
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint of round {number} in {self._kept} does not fit: {error}") from error
         self._begun = True
@@ -300,8 +290,23 @@ class Seat:
         """
         slot, newest = self.party.slot, self._checkpoints[-checkpoint.KEEP :]
         spared = {self._holds, *newest, *([self._base_round] if len(newest) < checkpoint.KEEP else [])}
-        told = {**self._identity(), **self._noted()}
-        checkpoint.save(self._kept, number, {"client": slot.get(optimizer=True)}, told, spared=spared)
+        states, told = {"client": slot.get(optimizer=True)}, {**self._identity(), **self._noted()}
+        if self.peers is not None and (trunk := self.peers.hosting.held()) is not None:
+            states[TRUNK], told["trunk"] = dict(trunk.state), trunk.noted()
+        checkpoint.save(self._kept, number, states, told, spared=spared)
+        self._privacy()
+
+    def _privacy(self) -> list[dict[str, Any]]:
+        """Write what the defenses have spent; the same is given."""
+        defending = self.party.defending
+        if defending is None or defending.releases is None:
+            return []
+        told = defending.told(defending.releases.sends())
+        try:
+            write_text(self.out / "privacy.json", json.dumps(told, indent=1))
+        except OSError as error:
+            raise OutputError(f"{self.out / 'privacy.json'} cannot be written: {error.strerror}.") from error
+        return told
 
     def _noted(self) -> dict[str, Any]:
         """What of this client's state is no tensor."""
@@ -320,6 +325,24 @@ class Seat:
         if not isinstance(self.config.build("selection"), Arranger):
             raise PolicyRefused("told", "the server tells another length of the run, which nothing in it changes.")
         self._last_for(self.party.slot.version + int(header.value("ahead")))
+
+    def _lead(self, header: Header) -> None:
+        """Follow what the run's selection says of who runs blocks for whom; what they need is loaded.
+
+        Raises:
+            PolicyRefused: it says nothing of that in this run, or the owner does not allow it.
+            WireError: it cannot be.
+        """
+        if self.peers is None:
+            raise PolicyRefused("told", "the server tells who runs blocks for whom, and in this run nobody does.")
+        lead = self.peers.told(header, may=self.guard.policy.may_leave.peers)
+        assert self._part is not None
+        part = self._part.with_(part_of(self.layout, stops_of(lead, self.name, self.peers.layouts)))
+        if part != self._part:
+            self.base, self._part = self._base(part), part
+            self.party.stands_on(self.base)
+        assert self.base is not None
+        self.peers.follow(lead, self.base)
 
     def _last_for(self, updates: int) -> None:
         """So many updates this client's part has in the run."""
@@ -352,6 +375,8 @@ class Seat:
             with contextlib.suppress(OSError):
                 shutil.rmtree(draft)
             raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from error
+        for told in self._privacy():
+            self.progress.note(spent_in_words(told))
         self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
 
 

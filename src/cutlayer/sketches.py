@@ -6,13 +6,15 @@ like, ``features`` is the mean of what its head makes of them; ``hash`` keeps on
 the features. None of that is encrypted. ``noise`` blurs histograms and features, ``flip`` the bits of a hash.
 
 A hash is made with projections that the clients share and the server does not know; noise and flips come from a secret
-of each client's own. Between real parties the clients agree on the one among themselves, and each draws the other. In a
-simulation all parties are one process, and so that a run can be repeated both are derived from the run's seed; they are
-in no frame.
+of each client's own and from what they hide: told again, the same looks the same, and what has changed is blurred anew.
+So each telling of something new adds to what is known, and over many the noise averages out. Between real parties the
+clients agree on the one secret among themselves, and each draws the other. In a simulation all parties are one process,
+and so that a run can be repeated both are derived from the run's seed; they are in no frame.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -123,10 +125,9 @@ class Teller:
             assert self.shared is not None  # or the client would not have taken its seat
             return torch.from_numpy(hashed(self._feature(head), self.sketch, shared=self.shared, own=self.own))
         if kind == "features":
-            found = self._feature(head) + self._noise(self._feature(head).size)
-            return torch.from_numpy(unit(found).astype(np.float32))
+            return torch.from_numpy(unit(self._blurred(self._feature(head))).astype(np.float32))
         counts = {"labels": self._labels, "lengths": self._lengths, "tokens": self._tokens}[kind]()
-        mix = np.clip(counts / counts.sum() + self._noise(counts.size), 0, None)
+        mix = np.clip(self._blurred(counts / counts.sum()), 0, None)
         total = mix.sum()
         return torch.from_numpy((mix / total if total else np.full(mix.size, 1 / mix.size)).astype(np.float32))
 
@@ -155,11 +156,12 @@ class Teller:
             for ids in drawn
         ]
 
-    def _noise(self, size: int) -> np.ndarray:
+    def _blurred(self, clean: np.ndarray) -> np.ndarray:
+        """The values with noise: the same for the same values, and fresh for others, so that two do not cancel it."""
         if not self.sketch.noise:
-            return np.zeros(size)
-        draw = np.random.default_rng(derive("noise of sketches", self.own))
-        return draw.laplace(scale=self.sketch.noise, size=size)
+            return clean
+        draw = np.random.default_rng(derive("noise of sketches", self.own, digest(clean)))
+        return clean + draw.laplace(scale=self.sketch.noise, size=clean.size)
 
 
 def simulated_secrets(seed: int, client: str) -> tuple[int, int]:
@@ -195,12 +197,18 @@ def unit(vector: np.ndarray) -> np.ndarray:
 def hashed(feature: np.ndarray, sketch: Sketch, *, shared: int, own: int) -> np.ndarray:
     """The signs of the secret's projections of a feature [D], packed into bytes.
 
-    The bits that ``flip`` turns are a client's own and the same each time, so that asking again does not undo it.
+    The bits that ``flip`` turns are a client's own: the same each time for the same signs, and others for others, so
+    that neither asking again nor asking of another head undoes it.
     """
     draw = np.random.default_rng(derive("projections", shared))
     signs = draw.standard_normal((sketch.bits, feature.size)) @ feature >= 0
-    turns = np.random.default_rng(derive("flips", own))
+    turns = np.random.default_rng(derive("flips", own, digest(signs)))
     return np.packbits(signs ^ (turns.random(sketch.bits) < sketch.flip))
+
+
+def digest(clean: np.ndarray) -> str:
+    """Of values as they are before they are blurred; equal values have one digest (0 and -0 too)."""
+    return hashlib.sha256((clean + 0.0).tobytes()).hexdigest()
 
 
 def as_told(sketch: Sketch, told: Tensor) -> np.ndarray:

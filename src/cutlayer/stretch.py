@@ -17,8 +17,7 @@ from cutlayer.build import load_base
 from cutlayer.config import load_config
 from cutlayer.contracts import How, Parcel
 from cutlayer.crew import refuse_other_versions
-from cutlayer.errors import CutlayerError
-from cutlayer.links.ray import Bytes, Failed, replied
+from cutlayer.links.ray import Bytes, Failed, in_words, replied
 from cutlayer.models.arena import Arena
 from cutlayer.models.loading import Part, device_named
 from cutlayer.models.segment import Base, Seed, Segment
@@ -49,11 +48,7 @@ class Stretch:
 
     def open(self) -> Failed | None:
         """Load these blocks, and no others."""
-        try:
-            self._open()
-        except CutlayerError as error:
-            return Failed(type(error).__name__, str(error))
-        return None
+        return in_words(self._open)
 
     def _open(self) -> None:
         task = self._task

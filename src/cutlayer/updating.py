@@ -36,7 +36,7 @@ class Updating(Arranging):
 
         squared = 0.0
         for stop in stops:
-            squared += await norm(devices[stop]) if stop in devices else self.parts.slot(stop).squared_norm()
+            squared += await norm(devices[stop]) if stop in devices else await self.slot_norm(stop)
         if heads:
             squared += await norm(self.ends[client])
         scale = self._clip(squared, f"client '{client}'")
@@ -44,7 +44,7 @@ class Updating(Arranging):
             if stop in devices:
                 await devices[stop].ask("update", {"scale": scale})
             else:
-                self.parts.slot(stop).update(scale=scale)
+                await self.step_slot(stop, scale=scale)
         if heads:
             await self.ends[client].ask("update", {"scale": scale})
 
@@ -54,7 +54,7 @@ class Updating(Arranging):
             raise NonFinite(f"The gradient of {whose} is not finite. Lower optimizer.lr or check the data.")
         return 1.0 if self.config.max_grad_norm is None else min(1.0, self.config.max_grad_norm / (norm + 1e-6))
 
-    def update_slots(self, weights: Mapping[str, float], *, merged: bool = False) -> None:
+    async def update_slots(self, weights: Mapping[str, float], *, merged: bool = False) -> None:
         """One update of each slot that these clients' steps passed, with their gradients weighted.
 
         Args:
@@ -62,9 +62,17 @@ class Updating(Arranging):
             merged: what the slot trains is merged, block by block, with what others hold in their heads. Then each
                 block's weights are scaled over those who pass it here: with unequal cuts the merge weighs the others.
         """
+        stops = {id(self.parts.slot(stop)): stop for stop in reversed(self._stops(weights))}
         for slot in self.slots_of(weights):
             of_slot = {c: w for c, w in weights.items() if slot in self.slots_of([c])}
-            self.update_slot(slot, of_slot, merged=merged)
+            stop = stops[id(slot)]
+            if self.elsewhere(stop) is None:
+                self.update_slot(slot, of_slot, merged=merged)
+                continue
+            shares = _shares(of_slot)
+            squared = await self.slot_norm(stop, shares, by_tensor=merged) if self.clips else 0.0
+            scale, rate = self._scale(slot, squared), self._factor(slot, len(of_slot))
+            await self.step_slot(stop, scale=scale, weights=shares, rate=rate, by_tensor=merged)
 
     def update_slot(
         self, slot: Slot, weights: Mapping[str, float], *, participants: int | None = None, merged: bool = False
@@ -73,12 +81,16 @@ class Updating(Arranging):
 
         ``participants``: how many clients that is, where they are not the names. ``merged``: see ``update_slots``.
         """
-        total = sum(weights.values())
-        shares = {client: weight / total for client, weight in weights.items()}
+        shares = _shares(weights)
         squared = slot.squared_norm(shares, by_tensor=merged) if self.clips else 0.0
-        scale = self._clip(squared, f"slot '{slot.name}'") if self.clips else 1.0
-        rate = 1.0 if self.rate is None else self.rate.factor(participants or len(weights), slot.version)
+        scale, rate = self._scale(slot, squared), self._factor(slot, participants or len(weights))
         slot.update(scale=scale, weights=shares, rate=rate, by_tensor=merged)
+
+    def _scale(self, slot: Slot, squared: float) -> float:
+        return self._clip(squared, f"slot '{slot.name}'") if self.clips else 1.0
+
+    def _factor(self, slot: Slot, participants: int) -> float:
+        return 1.0 if self.rate is None else self.rate.factor(participants, slot.version)
 
     async def update_heads(self, scales: Mapping[str, float]) -> None:
         """One update of each client's part, with its gradient scaled."""
@@ -91,3 +103,9 @@ class Updating(Arranging):
             await end.ask("update", {"scale": scale})
 
         await self.reach(one, list(scales))
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """Weights that sum to 1."""
+    total = sum(weights.values())
+    return {client: weight / total for client, weight in weights.items()}

@@ -21,12 +21,22 @@ from torch import Tensor
 from cutlayer import registry
 from cutlayer.audit.messages import STEPS, Exchange, Key, exchanges
 from cutlayer.audit.public import PublicModel, load_public
-from cutlayer.audit.recording import EFFORTS, Budget, Recording, check_folder, limited, only_positions, record, recorded
+from cutlayer.audit.recording import (
+    EFFORTS,
+    Budget,
+    Recording,
+    check_folder,
+    clear,
+    limited,
+    only_positions,
+    record,
+    recorded,
+)
 from cutlayer.audit.scores import Guesses, Score, Truth, score
+from cutlayer.audit.settings import Setting, named, with_defense
 from cutlayer.audit.verdict import verdict
 from cutlayer.audit.view import View
 from cutlayer.config import load_config, resolved
-from cutlayer.config_types import Spec
 from cutlayer.contracts import Attack
 from cutlayer.data.formats import tokenize
 from cutlayer.data.sources import load_rows
@@ -56,6 +66,7 @@ def audit(
     *,
     out: str | Path,
     attacks: Sequence[str | Mapping[str, Any]] | None = None,
+    defenses: Sequence[Setting] = (),
     aux: str | Path | None = None,
     budget: Budget = "standard",
     frames: str | Path | None = None,
@@ -68,6 +79,8 @@ def audit(
         source: a run file, or a mapping of its keys.
         out: the folder that gets ``audit.json`` and ``index.html``; what is there of an earlier audit is written over.
         attacks: ids, or mappings with ``name`` and options; None: all that this run can have.
+        defenses: settings to measure beside the run's own, each in place of it: texts such as
+            ``dp-forward(noise=0.3)+clip-noise``, mappings with ``name`` and options, or lists of these.
         aux: text of the attacker's own, in the form of the run's data.
         budget: how much is recorded and attacked.
         frames: frames of this run that were recorded earlier; None: they are recorded now.
@@ -86,8 +99,14 @@ def audit(
             f"planner '{config.planner.name}' sets the cuts, which the audit does not follow yet. Take planner: none, "
             "and give the cut to look at by partition.head_blocks."
         )
+    if defenses and frames is not None:
+        raise ConfigError(
+            ["--defenses makes a run with each, but --frames names frames that are there. Leave one out."], "the call"
+        )
+    settings = [with_defense(config, setting) for setting in defenses]
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
     found = recorded(config, Path(frames)) if frames is not None else record(config, folder, effort, shown)
     layout = found.layouts[found.config.client_names[0]]
     auxiliary = _auxiliary(found, aux)
@@ -109,12 +128,19 @@ def audit(
     public = load_public(
         found.config.model, task=found.task, precision=found.config.precision, device=device_named(found.config.device)
     )
-    rows = []
-    for name, attack in playing:
-        shown.note(f"attack '{name}': {attack.threat.words()}")
-        rows += list(_played(name, attack, found, public, auxiliary, effort.rows, CONTROLS[budget]))
-        best = max(row["token_recovery"] for row in rows if row["attack"] == name)
-        shown.note(f"attack '{name}': {best:.1%} of the {attack.threat.target} at best")
+    rows: list[dict[str, Any]] = []
+    for number, setting in enumerate([None, *settings]):
+        one, of = found, named(found.config.defense)
+        if setting is not None:
+            of = named(setting.defense)
+            shown.note(f"defense {of}: a run with it")
+            one = record(setting, folder / "defenses" / str(number), effort, shown)
+        for name, attack in playing:
+            shown.note(f"attack '{name}': {attack.threat.words()}")
+            new = list(_played(name, attack, one, public, auxiliary, effort.rows, CONTROLS[budget]))
+            best = max(row["token_recovery"] for row in new)
+            shown.note(f"attack '{name}', defense {of}: {best:.1%} of the {attack.threat.target}")
+            rows += new
     said = verdict(found.config, rows, labels_sent=not layout.tail_at_client)
     write_text(folder / "audit.json", json.dumps(rows, indent=1))
     from cutlayer.report.audit_page import page
@@ -183,7 +209,7 @@ def _played(
         few = replace(empty, exchanges=short)
         other = _recovery(attack, few.with_other_weights(), found) if "weights" in threat.knows else None
         yield {
-            "attack": name, "defense": _defense(found), "moment": moment, "target": threat.target,
+            "attack": name, "defense": named(found.config.defense), "moment": moment, "target": threat.target,
             "token_recovery": scored.token_recovery, "rouge_l": scored.rouge_l, "positions": scored.positions,
             "controls": {
                 "constant": scored.constant,
@@ -209,16 +235,6 @@ def _scored(guesses: Guesses, read: Sequence[Exchange], found: Recording, threat
         rows, length = next(found["hidden"].shape[:2] for found in one.tensors.values() if "hidden" in found)
         truths[one.key] = Truth(whole.tokens[:rows, :length], whole.counts[:rows, :length])
     return score(guesses, truths, found.tokenizer.decode)
-
-
-def _defense(found: Recording) -> str:
-    """The run's defenses, as one name."""
-    return "+".join(_named(spec) for spec in found.config.defense) or "none"
-
-
-def _named(spec: Spec) -> str:
-    options = ",".join(f"{name}={value}" for name, value in spec.options.items())
-    return f"{spec.name}({options})" if options else spec.name
 
 
 def _utility(found: Recording) -> dict[str, Any]:

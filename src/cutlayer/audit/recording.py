@@ -159,28 +159,30 @@ def check_folder(out: Path) -> None:
         raise OutputError(f"{out} exists, is not empty, and holds no audit. Give another --out.")
 
 
+def clear(out: Path) -> None:
+    """Take away what an earlier audit recorded in its folder."""
+    for folder in ("frames", "run", "defenses"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+
+
 def record(config: RunConfig, out: Path, effort: Effort, progress: Reporter) -> Recording:
     """Make a run like this one, as long as the effort says, with its wire recorded.
 
     Args:
         config: the run.
-        out: gets ``frames/`` and ``run/``; what is there of an earlier audit is written over.
+        out: gets ``frames/`` and ``run/``.
         effort: how much to record.
         progress: is told of every step.
-
-    The caller has seen that the folder is an audit's own (``check_folder``).
     """
     from cutlayer.run import train
 
     tree = tree_of(config)
     frames, run = out / "frames", out / "run"
-    for folder in (frames, run):
-        shutil.rmtree(folder, ignore_errors=True)
     tree |= {"record_wire": str(frames), "attack": [], "early_stop": None, "eval_every": None}
     if effort.steps is not None:
         tree |= {"rounds": None, "epochs": None, "steps": effort.steps, "checkpoint_every": effort.steps}
     made = load_config({key: value for key, value in tree.items() if value is not None})
-    result = train(made, out=run, progress=progress)
+    result = train(made, out=run, progress=progress, warn=False)
     return Recording(made, frames, result.summary)
 
 

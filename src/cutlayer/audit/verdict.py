@@ -9,52 +9,103 @@ from cutlayer.config import RunConfig
 
 READS, MUCH, SOME = 0.9, 0.5, 0.05  # of the tokens, over what a constant guess has
 WHAT = {"inputs": "your text", "labels": "the labels (of a language model: the text again, a token on)"}
+Row = Mapping[str, Any]
 
 
-def verdict(config: RunConfig, rows: Sequence[Mapping[str, Any]], *, labels_sent: bool) -> list[str]:
+def verdict(config: RunConfig, rows: Sequence[Row], *, labels_sent: bool) -> list[str]:
     """A sentence for what was attacked, and what follows.
 
     Args:
         config: the run.
-        rows: of ``audit.json``.
+        rows: of ``audit.json``; the first are those of the run as it is.
         labels_sent: whether the clients send the labels to the server (the two-part split).
     """
+    own = rows[0]["defense"]
+    now = [row for row in rows if row["defense"] == own]
     said = []
     for target, what in WHAT.items():
         if target == "labels" and labels_sent:
             said.append(f"The server needs no attack on {what}: in this partition the clients send them as they are.")
             continue
-        of = [row for row in rows if row["target"] == target]
-        if not of:
-            said.append(f"Nothing was measured on {what}.")
-            continue
-        best = max(of, key=lambda row: row["token_recovery"])
-        said.append(
-            f"{_strength(best)} {what}: '{best['attack']}' got back {best['token_recovery']:.1%} of the tokens at the "
-            f"{best['moment']} (guessing always the most frequent token: {best['controls']['constant']:.1%})."
-        )
-        knows = best["threat"]["knows"]
-        if "weights" in knows and best["token_recovery"] > READS:
-            said.append(
-                "The server needs nothing for that but the messages of this run and the public weights of "
-                f"'{_short(config.model)}'."
-            )
-    worst = max((row["token_recovery"] - row["controls"]["constant"] for row in rows), default=0.0)
-    if worst > MUCH and not config.defense:
+        said += _about(what, [row for row in now if row["target"] == target], config)
+    if max(map(_over, now)) > MUCH and not config.defense:
         said.append(
             "Keeping the first (and last) blocks at home hides nothing by itself while their weights are public: treat "
             "the server as one that reads along, or use a defense and measure again."
         )
+    others = list(dict.fromkeys(row["defense"] for row in rows if row["defense"] != own))
+    if others:
+        said.append(_of_defenses(rows, own, others))
     return said
 
 
-def _strength(row: Mapping[str, Any]) -> str:
-    over = row["token_recovery"] - row["controls"]["constant"]
-    if over > READS - row["controls"]["constant"]:
+def _about(what: str, of: Sequence[Row], config: RunConfig) -> list[str]:
+    """What was found of one target."""
+    if not of:
+        return [f"Nothing was measured on {what}."]
+    best = max(of, key=lambda row: row["token_recovery"])
+    said = [
+        f"{_strength(best)} {what}: '{best['attack']}' got back {best['token_recovery']:.1%} of the tokens at the "
+        f"{best['moment']} (guessing always the most frequent token: {best['controls']['constant']:.1%})."
+    ]
+    if "weights" in best["threat"]["knows"] and best["token_recovery"] > READS:
+        said.append(
+            "The server needs nothing for that but the messages of this run and the public weights of "
+            f"'{_short(config.model)}'."
+        )
+    return said
+
+
+def _of_defenses(rows: Sequence[Row], own: str, others: Sequence[str]) -> str:
+    """Which of the measured settings is the cheapest that stops all attacks that were played."""
+    worst = {setting: max(_over(row) for row in rows if row["defense"] == setting) for setting in others}
+    stops = [setting for setting in others if worst[setting] <= SOME]
+    if not stops:
+        best = min(others, key=lambda setting: worst[setting])
+        return (
+            f"None of the {len(others)} measured defense settings stops all attacks. The nearest is {best}: an attack "
+            f"still gets {worst[best]:.1%} of the tokens more than a constant guess{_price(rows, own, best)}."
+        )
+    costs = {setting: _utility(rows, setting).get("loss") for setting in stops}
+    known = {setting: cost for setting, cost in costs.items() if cost is not None}
+    if not known:
+        names = ", ".join(stops)
+        return f"These settings stop all attacks that were played: {names}. Give data.eval to see what they cost."
+    cheapest = min(known, key=lambda setting: known[setting])
+    return (
+        f"The cheapest measured setting that stops all attacks that were played is {cheapest}"
+        f"{_price(rows, own, cheapest)}. An attack that is not here may do better."
+    )
+
+
+def _price(rows: Sequence[Row], own: str, setting: str) -> str:
+    """What a setting costs against the run as it is."""
+    before, after = _utility(rows, own), _utility(rows, setting)
+    if before.get("perplexity") is None or after.get("perplexity") is None:
+        return ""
+    size = (after["bytes_up"] + after["bytes_down"]) / (before["bytes_up"] + before["bytes_down"])
+    return (
+        f" (perplexity {after['perplexity']:.2f} in place of {before['perplexity']:.2f} after {after['steps']} steps, "
+        f"{size:.2f} times the bytes, {after['seconds'] / before['seconds']:.2f} times the seconds)"
+    )
+
+
+def _utility(rows: Sequence[Row], setting: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = next(row["utility"] for row in rows if row["defense"] == setting)
+    return found
+
+
+def _over(row: Row) -> float:
+    """How much more an attack got back than a constant guess would."""
+    return float(row["token_recovery"] - row["controls"]["constant"])
+
+
+def _strength(row: Row) -> str:
+    if row["token_recovery"] > READS:
         return "An honest-but-curious server reads"
-    if over > MUCH:
+    if _over(row) > MUCH:
         return "An honest-but-curious server reads most of"
-    if over > SOME:
+    if _over(row) > SOME:
         return "An honest-but-curious server reads part of"
     return "The attacks that were played did not read"
 

@@ -19,6 +19,10 @@ def audit(
     attacks: Annotated[
         str | None, typer.Option(help="Ids with commas between; by default all that the run can have.")
     ] = None,
+    defenses: Annotated[
+        str | None,
+        typer.Option(help="Settings to measure too: 'dp-forward(noise=0.3),dp-forward(noise=1)+clip-noise'."),
+    ] = None,
     aux: Annotated[Path | None, typer.Option(help="Text of the attacker's own, in the form of the run's data.")] = None,
     budget: Annotated[
         Literal["quick", "standard", "full"], typer.Option(help="How much is recorded and attacked.")
@@ -38,6 +42,7 @@ def audit(
         raise typer.BadParameter("Give one run file: cutlayer audit RUN.yaml --out DIR")
 
     from cutlayer.audit.auditing import audit as audit_run
+    from cutlayer.audit.settings import listed
     from cutlayer.report.audit_page import table
     from cutlayer.report.progress import RichProgress
 
@@ -47,8 +52,8 @@ def audit(
     try:
         found = audit_run(
             runs[0], out=out, attacks=None if attacks is None else [name for name in attacks.split(",") if name],
-            aux=aux, budget=budget, frames=frames, overrides=[text for text in arguments if text not in runs],
-            progress=progress,
+            defenses=listed(defenses or ""), aux=aux, budget=budget, frames=frames,
+            overrides=[text for text in arguments if text not in runs], progress=progress,
         )  # fmt: skip
     finally:
         progress.stop()

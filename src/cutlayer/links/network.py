@@ -1,18 +1,20 @@
 """The link to a client in another process: the same frames as in one process, over its session.
 
 What steps and merges need is counted as it is in a simulation. What only keeps the two processes together (``begin``,
-``hold``, ``keep``, ``retime``, ``abort``, ``finish``) is no part of split learning, and is counted apart.
+``hold``, ``keep``, ``retime``, ``lead``, ``abort``, ``finish``) is no part of split learning, and is counted apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import NoReturn
 
 from torch import Tensor
 
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.contracts import SERVER, Parcel
 from cutlayer.errors import CutlayerError, WireError
+from cutlayer.leading import Lead
 from cutlayer.links.local import STEP_VERBS, send
 from cutlayer.parties.holder import Holder
 from cutlayer.parties.verbs import VERB_STEPS
@@ -55,6 +57,7 @@ class NetworkLink:
         self.apart_bytes = 0  # of requests that are counted apart
         self._lost = False
         self._aborted = False
+        self._led: Lead | None = None
 
     async def call(self, header: Header, tensors: Sequence[Tensor] = (), *, to: str = SERVER) -> Parcel:
         """Send a request and give the reply, which is for the party ``to``.
@@ -86,6 +89,19 @@ class NetworkLink:
         frame = encode(self._next(header), tensors)
         return Parcel(*await self._carried(frame, tensors, to))
 
+    def refuse(self, error: CutlayerError) -> NoReturn:
+        """What the client has sent passed the judge, and yet it cannot be computed with.
+
+        Raises:
+            Lost: the run goes on without the client.
+            CutlayerError: this one; the run does not.
+        """
+        said = WireError(f"What client '{self.name}' sent cannot be computed with: {error}")
+        if self._lost or not self.goes_on(said):
+            raise error
+        self._lost = True
+        raise Lost(self.name) from error
+
     def abort(self) -> None:
         """Let the client forget what is under way, before the next request."""
         self._aborted = True
@@ -93,6 +109,7 @@ class NetworkLink:
     async def begin(self, rounds: int, updates: int) -> None:
         """Let the client be as it was after round ``rounds`` (0: anew); its part will have ``updates`` updates."""
         self._aborted = self._lost = False
+        self._led = None
         cuts: dict[str, Value] = {}
         if self.shadow is not None and self.most is not None:
             cuts = {"head_blocks": len(self.shadow.head.blocks), "most": self.most}
@@ -116,6 +133,12 @@ class NetworkLink:
     async def retime(self, ahead: int) -> None:
         """Let the client's learning rate end after so many more updates of its part."""
         await self.tell("retime", {"ahead": ahead})
+
+    async def lead(self, lead: Lead) -> None:
+        """Tell the client its place among the others, unless it was told the same already."""
+        if lead != self._led:
+            await self.tell("lead", lead.values())
+            self._led = lead
 
     async def finish(self) -> None:
         """Let the client write its result."""

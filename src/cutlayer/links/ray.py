@@ -114,6 +114,7 @@ class ActorLink:
         """Let the mirror be as the client is, for a checkpoint."""
         header, tensors = await self._carried(self._told("keep", {}), SERVER)
         slot = self.mirror.slot
+        slot.reset_optimizer()  # where the client's was reset and has made no step since, there is nothing to put
         slot.put(dict(zip(header.names, tensors, strict=True)), version=int(header.value("version")))
         self.mirror.watch.saved = int(header.value("saved"))
 
@@ -147,6 +148,15 @@ class ActorLink:
 async def arrived(reference: Any) -> Any:
     """What a remote call gives; virtual time stands still until it is there."""
     return await asyncio.get_running_loop().run_in_executor(_SUBMITTED, reference.future)
+
+
+def in_words(work: Callable[[], None]) -> Failed | None:
+    """Do what may fail by what a user can mend: that it has, in words, or None."""
+    try:
+        work()
+    except CutlayerError as error:
+        return Failed(type(error).__name__, str(error))
+    return None
 
 
 def replied(request: Bytes, to: str | None, handle: Callable[[Header, list[Tensor]], Answer]) -> Bytes | Failed:

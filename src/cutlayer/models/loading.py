@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ class Part:
         if isinstance(owner, int):
             return self.start <= owner < self.stop or owner in self.also
         return self.bottom if owner == "bottom" else self.top
+
+    def with_(self, other: Part) -> Part:
+        """This part and what another of the same first blocks has besides."""
+        assert (self.start, self.stop, self.bottom) == (other.start, other.stop, other.bottom)
+        return replace(self, top=self.top or other.top, also=frozenset({*self.also, *other.also}))
 
 
 def device_named(name: str) -> str:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from cutlayer.errors import NonFinite
 from cutlayer.models.arena import Arena
 from cutlayer.models.importance import Importance
 
 Key = tuple[str, int, int]  # client, step, micro-batch
 MakeOptimizer = Callable[[list[Parameter]], torch.optim.Optimizer]
+LARGEST = 1e12  # norm of a tensor's gradient, so that sums of squares, as of optimizers, stay finite
 NUMBER = "#number"  # marks optimizer state that is a plain number, carried as a float64 scalar
 
 
@@ -88,7 +90,20 @@ class Slot:
 
         The two uses of a tied weight are summed here, within the micro-batch, as autograd does it: summed at the update
         they would differ from an unsplit run in the last bit, which AdamW can make 1e-6 in a few steps.
+
+        Raises:
+            NonFinite: one is not finite, or so large that its squares would not be; nothing is added.
         """
+        most = _largest(grads.values())
+        if not most <= LARGEST:
+            client, step, _ = key
+            raise NonFinite(
+                f"The gradient of client '{client}' at step {step} has the norm {most:g}. Nothing was updated with it. "
+                "Lower optimizer.lr, set max_grad_norm, or use precision: float32 or bfloat16."
+            )
+        self._fold(grads, key=key, weight=weight)
+
+    def _fold(self, grads: Mapping[str, Tensor], *, key: Key, weight: float = 1.0) -> None:
         held = self._pending.setdefault(key, {})
         for name, grad in grads.items():
             scaled = grad if weight == 1.0 else grad * weight
@@ -106,7 +121,12 @@ class Slot:
         if before is None or key not in self._pending:
             return
         grads = self._pending.pop(key)
-        self.add(grads, key=before)
+        self._fold(grads, key=before)
+
+    @property
+    def waiting(self) -> set[str]:
+        """Whose gradients wait."""
+        return {client for client, _, _ in self._pending}
 
     def drop(self, client: str) -> None:
         """Forget what a client that left has contributed since the last update."""
@@ -294,6 +314,15 @@ class Slot:
                     # PyTorch casts what it loads to the parameter's type, but NAdam and ASGD keep float32 numbers.
                     self.optimizer.state[parameter][key] = value.to(loaded.device)
         self._move_home()  # at once: with a trunk for each client, merged moments would lie twice until the next step
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    """The largest L2 norm among these; NaN or infinite where a number in them is, or cannot be squared."""
+    found = [
+        torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+        for tensor in tensors
+    ]
+    return float(torch.stack([norm.to(found[0].device, torch.float32) for norm in found]).amax()) if found else 0.0
 
 
 def parameter_of(name: str) -> str:

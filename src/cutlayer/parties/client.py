@@ -139,7 +139,7 @@ class ClientParty(Holder):
             return self._told_samples(header, batch, weight, last)
         hidden, penalty = self._head(header, batch, training and not self.frozen_head), None
         if self.defending is not None:
-            passing = Passing(header.step, header.micro, training, batch, weight)
+            passing = self._passing(header, training, batch, weight)
             penalty = self.defending.penalty(hidden, passing) if hidden.requires_grad else None
             hidden = self.defending.shown(hidden, passing)
         kept = hidden if training and hidden.requires_grad else None
@@ -167,6 +167,10 @@ class ClientParty(Holder):
                 seed=seed,
             )
         return hidden
+
+    def _passing(self, header: Header, training: bool, batch: Batch, weight: float) -> Passing:
+        records = self.batches.rows(header.step)[header.micro] if training else [header.step]
+        return Passing(header.step, header.micro, training, batch, weight, records)
 
     def _samples(self, header: Header) -> Tensor:
         """The numbers [B] of a micro-batch's samples among the client's."""
@@ -228,7 +232,7 @@ class ClientParty(Holder):
         )  # fmt: skip
         seed = segment_seed(self.seed, "tail", self.name, header.step, header.micro) if training else None
         weight = float(header.value("head_weight")) if training else 1.0
-        passing = Passing(header.step, header.micro, training, batch, held.weight)
+        passing = self._passing(header, training, batch, held.weight)
         instead = self.defending.coefficients(passing) if self.defending is not None else None
         with torch.set_grad_enabled(training):
             done = run_tail(

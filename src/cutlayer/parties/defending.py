@@ -15,6 +15,7 @@ from cutlayer.defense import Defense, Ground, Leg, Sends, Shown
 from cutlayer.errors import MethodError
 from cutlayer.models.segment import Segment
 from cutlayer.noise import Noise
+from cutlayer.parties.releases import Releases
 from cutlayer.values import IGNORE, Batch, Example
 
 
@@ -28,6 +29,7 @@ class Passing:
     training: bool
     batch: Batch
     weight: float = 1.0
+    records: Sequence[int] = ()  # which of the client's examples are in it (of evaluation data: which batch)
 
 
 class Defending:
@@ -46,6 +48,7 @@ class Defending:
         grounds: Callable[[Segment], Ground],
     ) -> None:  # fmt: skip
         self.defenses, self.secret, self.names, self._grounds = list(defenses), secret, list(names), grounds
+        self.releases: Releases | None = None  # counts what leaves, where a process may be killed
         self._prepare(ground)
 
     def moved(self, head: Segment) -> None:
@@ -140,6 +143,8 @@ class Defending:
                     f"{list(tensor.shape)} ({tensor.dtype})."
                 )
             tensor = changed
+        if self.releases is not None:
+            self.releases.add(leg, passing.training, passing.records, tensor)
         return tensor
 
     def _about(self, leg: Leg, passing: Passing, number: int) -> Shown:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from cutlayer.errors import WireError
 from cutlayer.models.importance import UNKNOWN
-from cutlayer.models.segment import Segment
+from cutlayer.models.segment import Base, Segment
 from cutlayer.models.slots import Slot, parameter_of
 from cutlayer.parties.defending import Defending
 from cutlayer.parties.marking import Marker
@@ -37,6 +37,7 @@ class Holder:
     validation: Sequence[Any] = ()  # those that it keeps from training, numbered after these
     defending: Defending | None = None  # its defenses
     most: int | None = None  # the most head blocks that it can have; None: any number
+    trunk: Slot | None = None  # of a client elsewhere: stands for what it trains for its group beside its own part
 
     def __init__(self, name: str, *, head: Segment, tail: Segment | None, slot: Slot, secret: bytes) -> None:
         self.name, self.head, self.tail, self.slot = name, head, tail, slot
@@ -44,6 +45,12 @@ class Holder:
         self.secret, self.marker = secret, Marker(secret)
         self.params: Mapping[str, Parameter] = slot.params
         self.watch = Watch(slot.params.values())
+
+    def stands_on(self, base: Base) -> None:
+        """Have the frozen weights from another base, which has more blocks; what is trained stays as it is."""
+        self.head, self.device = base.segment("head", self.head.blocks, bottom=True), base.device
+        if self.tail is not None:
+            self.tail = base.segment("tail", self.tail.blocks, top=True)
 
     def abort(self) -> None:
         """Forget every gradient in waiting."""

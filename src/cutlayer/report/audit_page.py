@@ -13,7 +13,9 @@ from cutlayer.config import RunConfig
 from cutlayer.report.comparison_page import COLOURS, STYLE
 
 Row = Mapping[str, Any]
-HEADS = ("attack", "on", "moment", "defense", "recovered", "ROUGE-L", "constant", "shuffled", "other weights")
+HEADS = (
+    "attack", "on", "moment", "defense", "recovered", "ROUGE-L", "constant", "shuffled", "other weights", "perplexity"
+)  # fmt: skip
 LEGEND = (
     "Recovered: the share of private positions whose token was guessed right. Constant: the best that guessing one "
     "token for all positions gives. Shuffled: the same attack on messages whose positions were mixed. Other weights: "
@@ -49,6 +51,7 @@ def page(config: RunConfig, rows: Sequence[Row], refused: Mapping[str, str], ver
 <div class="wide"><table><tr>{heads}</tr>{"".join(map(_line, rows))}</table></div>
 <p>{LEGEND}</p>
 {_picture(rows)}
+{_frontier(rows)}
 <h2>True and recovered text</h2>
 {"".join(map(_pairs, rows))}
 <h2>Who attacks</h2>
@@ -64,8 +67,13 @@ def _cells(row: Row) -> list[str]:
     shown = [f"{number:.3f}" for number in numbers]
     other = controls["random_weights"]
     return [
-        row["attack"], row["target"], row["moment"], row["defense"], *shown, "-" if other is None else f"{other:.3f}"
+        row["attack"], row["target"], row["moment"], row["defense"], *shown, "-" if other is None else f"{other:.3f}",
+        _number(row["utility"].get("perplexity")),
     ]  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _line(row: Row) -> str:
@@ -102,6 +110,44 @@ def _picture(rows: Sequence[Row]) -> str:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the private tokens that came back (line: a constant guess)")
+    return _drawn(figure)
+
+
+def _frontier(rows: Sequence[Row]) -> str:
+    """What comes back against what the defense costs in perplexity, a point a setting and target, as SVG.
+
+    Nothing where there is one setting only, or nothing to evaluate on.
+    """
+    from matplotlib.figure import Figure
+
+    points: dict[tuple[str, str], tuple[float, float]] = {}  # by target and setting: the cost, and the most recovered
+    for row in rows:
+        if row["utility"].get("perplexity") is not None:
+            key = row["target"], row["defense"]
+            cost, most = points.get(key, (row["utility"]["perplexity"], 0.0))
+            points[key] = cost, max(most, row["token_recovery"])
+    if len({setting for _, setting in points}) < 2:
+        return ""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, target in enumerate(sorted({target for target, _ in points})):
+        of = {setting: point for (t, setting), point in points.items() if t == target}
+        costs, recovered = zip(*of.values(), strict=True)
+        axes.plot(costs, recovered, "o" if number == 0 else "s", color=COLOURS[number], label=target, alpha=0.8)
+        for setting, point in of.items():
+            axes.annotate(setting, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set_ylim(-0.03, 1.05)
+    if min(cost for cost, _ in points.values()) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("perplexity on the evaluation data after the recorded run (left: cheap)")
+    axes.set_ylabel("most that an attack got back (below: private)")
+    axes.legend(title="after the")
+    return f"<h2>What privacy costs</h2>{_drawn(figure)}"
+
+
+def _drawn(figure: Any) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     found = text.getvalue()

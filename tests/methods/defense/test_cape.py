@@ -23,7 +23,7 @@ def worths(ground: sanitising.Ground, token: int, before: int) -> torch.Tensor:
     """What the tokens are worth [V], one by one."""
     embedding = ground.embedding().double()
     assert ground.guess is not None
-    fit = ground.guess(torch.tensor([[before]]))[0].double()
+    fit = ground.guess(torch.tensor([[before]]))[0, 0].double()
     apart = (embedding - embedding[token]).norm(dim=1)
     low, high, most = fit[2:].min(), fit[2:].max(), apart[2:].max()
     return ((fit - low) / (high - low)).clamp(0, 1) ** 0.5 * (1 - apart / most).clamp(min=0)
@@ -92,12 +92,8 @@ def test_with_fixed_levels_the_odds_keep_to_epsilon_and_the_papers_do_not() -> N
 def test_it_needs_a_language_models_head(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="which the server holds in the two-part split"):
         cutlayer.train(run_of(tmp_path, [NAME], partition=TWO), out=tmp_path / "out")
-    made = defending(tmp_path / "u", [NAME])
-    guess = made.ground.guess
-    assert guess is not None
-    found = guess(torch.tensor([[5, 6, 7], [7, 6, 5]]))
-    assert found.shape[0] == 2
-    torch.testing.assert_close(found.exp().sum(-1), torch.ones(2))
+    (defense,) = defending(tmp_path / "u", [NAME]).defenses
+    assert defense.worths(torch.tensor([5, 7]), torch.tensor([[5, 6, 7], [7, 6, 5]])).shape == (2, 97)
 
 
 @pytest.mark.slow

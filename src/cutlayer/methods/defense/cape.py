@@ -100,7 +100,7 @@ class Cape(Defense):
 
     def prepare(self, ground: Ground) -> None:
         """Set epsilon by texts of public random tokens, as the client's own model writes them."""
-        if ground.guess is None:
+        if ground.guess is None or ground.task != "causal":
             raise MethodError(f"The defense 'cape' cannot work here: {MODEL}and there is none. Take santext.")
         self._guess, self._vocabulary = ground.guess, vocabulary_of(ground)
         self._texts = Texts(self._vocabulary, keep=not self.fresh)
@@ -123,15 +123,20 @@ class Cape(Defense):
         generator = torch.Generator().manual_seed(derive("public texts", seed))
         texts = self._vocabulary.sample(seed).cpu()[:, None]
         for _ in range(self.context):
-            chances = [self._guess(part).exp().cpu() for part in self._vocabulary.parts(texts)]
-            allowed = torch.cat(chances)[:, : len(self._vocabulary)].masked_fill(self._vocabulary.fixed.cpu(), 0.0)
+            chances = torch.cat([self._after(part).cpu() for part in self._vocabulary.parts(texts)])
+            allowed = chances.exp().masked_fill(self._vocabulary.fixed.cpu(), 0.0)
             texts = torch.cat([texts, torch.multinomial(allowed, 1, generator=generator)], 1)
         return texts
+
+    def _after(self, contexts: Tensor) -> Tensor:
+        """The log-probabilities [N,V] of what comes after contexts [N,T]."""
+        logits = self._guess(contexts)[:, -1, : len(self._vocabulary)]
+        return logits.double().log_softmax(-1)
 
     def worths(self, tokens: Tensor, contexts: Tensor) -> Tensor:
         """What each token of the vocabulary is worth [N,V] for tokens [N] after contexts [N,T]; fixed ones -1."""
         fixed = self._vocabulary.fixed
-        fit = self._guess(contexts)[:, : len(self._vocabulary)].double()
+        fit = self._after(contexts)
         low, high = _least(fit, fixed), _most(fit, fixed)
         fit = ((fit - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
         distances = self._vocabulary.distances(tokens).masked_fill(fixed, 0.0)

@@ -46,5 +46,15 @@ async def local_steps(run: Run, client: str, count: int) -> None:
 
 
 def newest(run: Run) -> str:
-    """A client that has the last merge; where ranks are unequal, that of those which cuts least of it off."""
-    return max(run.present or run.clients, key=lambda client: (run.counters.merged.get(client, 0), run.adapted(client)))
+    """A client that has the last merge; where ranks are unequal, that of those which cuts least of it off.
+
+    Of several, one whose blocks are run by clients that are there.
+    """
+
+    def there(client: str) -> bool:
+        return not run.presence.away.intersection(run.presence.hosts(client))
+
+    return max(
+        run.present or run.clients,
+        key=lambda client: (run.counters.merged.get(client, 0), run.adapted(client), there(client)),
+    )

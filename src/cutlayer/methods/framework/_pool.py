@@ -44,7 +44,7 @@ async def joint_step(
     results.sort(key=lambda result: clients.index(result.client))
     weights = shares(run, results, by)
     if batch is None:
-        run.update_slots(weights, merged=merged)
+        await run.update_slots(weights, merged=merged)
     else:
         run.update_slot(run.slots_of(clients)[0], {JOINT: 1.0}, participants=len(clients))
     if joint_heads:

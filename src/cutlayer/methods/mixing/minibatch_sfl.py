@@ -49,7 +49,7 @@ class Pool(Joint):
         await self.meeting.bring(result.client, result, self._update)
 
     async def _update(self, results: Mapping[str, StepResult]) -> Mapping[str, None]:
-        self.run.update_slots(shares(self.run, list(results.values()), self.by), merged=True)
+        await self.run.update_slots(shares(self.run, list(results.values()), self.by), merged=True)
         return dict.fromkeys(results)
 
     def leave(self, client: str) -> None:

@@ -31,7 +31,8 @@ class ParallelSFL(Arranger):
 
     Takes framework ``gsfl`` with ``groups: selection`` and, as published, ``intra: psl``. With ``place_top: worker``
     hidden states (and, in the two-part split, labels) are shown to the TOP WORKER: it is the curious party, and the
-    server sees models only. Each client tells the server the sketch that ``sketch`` names, once.
+    server sees models only (and an evaluation before the first round). Each client tells the server the sketch that
+    ``sketch`` names, once.
     """
 
     sketch: Literal["labels", "lengths", "tokens"]  # what each client tells of its data
