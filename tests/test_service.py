@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import signal
@@ -19,11 +20,12 @@ import yaml
 
 import cutlayer
 from apart import LONG, Apart, Command, Noted, Trap, steps
+from crash import Forge
 from cutlayer import served_run, serving
 from cutlayer.apart import taken
 from cutlayer.build import load_base
 from cutlayer.config import load_config
-from cutlayer.errors import ConfigError, NetworkError, Refused
+from cutlayer.errors import ConfigError, NetworkError, OutputError, Refused
 from cutlayer.joining import join
 from cutlayer.links.net.connecting import connect
 from cutlayer.models.sharing import SharedModels
@@ -101,6 +103,52 @@ def test_a_client_learns_nothing_of_runs_that_it_is_not_in(tmp_path: Path) -> No
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.mark.parametrize("command", ["serve", "join", "keys"])
+@pytest.mark.parametrize("place", ["a file", "below a file", "not of this world"])
+def test_where_no_folder_can_be_is_said_in_words(command: str, place: str, tmp_path: Path, forge: Forge) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", text_rows(2))
+    out = {"a file": file, "below a file": file / "x", "not of this world": Path("/proc/x")}[place]
+    run = Apart(tmp_path / "apart")
+    arguments = {
+        "serve": [str(run.file), "--bind", "localhost:0", "--insecure"],
+        "join": ["localhost:1", "--data", str(file), "--insecure", "--name", "ann"],
+        "keys": ["--host", "localhost", "--client", "ann"],
+    }[command]
+    said = forge.run(command, *arguments, "--out", out).refused("--out", str(out))
+    assert "Delete" not in said
+    assert file.is_file()
+
+
+def test_a_folder_of_another_owner_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Apart(tmp_path / "apart")
+    rights: list[Any] = []
+
+    def access(path: Any, mode: int) -> bool:
+        rights.append((path, mode))
+        return False
+
+    monkeypatch.setattr("cutlayer.files.os.access", access)
+    with pytest.raises(OutputError, match=r"You have no right to write into .*out"):
+        serving.serve(str(run.file), bind="localhost:0", out=tmp_path / "out", progress=False)
+    with pytest.raises(OutputError, match=r"You have no right to write into .*out"):
+        join("localhost:1", data=run.files["ann"], out=tmp_path / "out", name="ann", progress=False)
+    assert (tmp_path / "out", os.W_OK | os.X_OK) in rights
+
+
+def test_an_error_of_the_machine_ends_a_run_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run.yaml")
+
+    monkeypatch.setattr("cutlayer.served_run.checkpoint.write_text", full)
+    with caplog.at_level("INFO"), pytest.raises(OSError, match="No space left"):
+        serving.serve(str(Apart(tmp_path / "apart").file), bind="localhost:0", out=tmp_path / "out", progress=False)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from cutlayer.arrangement import Arranger, names_hosts
 from cutlayer.comings_back import ComingsBack
 from cutlayer.config_fit import batches_meet
 from cutlayer.draining import Drained
-from cutlayer.errors import AllLeft, CutlayerError, Gone, NetworkError, RequestFailed, WireError
+from cutlayer.errors import AllLeft, CutlayerError, Gone, NetworkError, OutputError, RequestFailed, WireError
 from cutlayer.files import write_text
 from cutlayer.links.net.remote import Remote
 from cutlayer.links.network import NetworkLink
@@ -386,5 +386,7 @@ def _read_told(file: Path) -> dict[str, Told]:
         return {name: Told(**told) for name, told in json.loads(file.read_text(encoding="utf-8")).items()}
     except FileNotFoundError:
         return {}
+    except NotADirectoryError as error:
+        raise OutputError(f"{file.parent} cannot be the server's folder: a part of the path is a file.") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise NetworkError(f"{file} cannot be read ({error}). Delete it: the clients will tell anew.") from error

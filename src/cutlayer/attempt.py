@@ -21,8 +21,8 @@ from cutlayer.assembly import assemble_server, places_of
 from cutlayer.config import RunConfig
 from cutlayer.draining import Drained
 from cutlayer.driver import Run
-from cutlayer.engine import Engine
-from cutlayer.errors import Gone
+from cutlayer.engine import Engine, unevaluated
+from cutlayer.errors import DataError, Gone
 from cutlayer.judging import Judge, bounds_of
 from cutlayer.links.local import Link
 from cutlayer.links.net.remote import Remote, on_loop
@@ -104,6 +104,7 @@ class Attempt:
                 config, parts, meter=meter, clock=RealClock(), out=self.out, progress=self.watch, links=self._links
             )
             engine, self.watch.run = Engine(run, asked_to_stop=self.asked_to_stop), run
+            self._check_early_stop(run)
             if absence is not None:
                 absence.know(data)
                 outset = absence.outset(self.here)
@@ -129,6 +130,16 @@ class Attempt:
         }
         checkpoint.write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         return Result(self.out, adapter, summary)
+
+    def _check_early_stop(self, run: Run) -> None:
+        """Refuse to begin a run that is to stop early, where who evaluates has nothing to evaluate on.
+
+        Raises:
+            DataError: so it is; nothing of what clients said is written down yet, so they may come again with more.
+        """
+        why = unevaluated(run)
+        if why and self.config.early_stop is not None and not checkpoint.rounds(self.out / "checkpoints"):
+            raise DataError(f"early_stop is given, but {why} Or leave early_stop out.")
 
     def _go_back(self, engine: Engine, number: int) -> None:
         """Be as after a round; 0: as at the begin."""

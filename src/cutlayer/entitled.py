@@ -128,6 +128,13 @@ ASKED_BY: Mapping[str, tuple[Use, str]] = {
 }  # fmt: skip
 
 
+NOTHING = Entitled(
+    cuts=None, moves=False, allots=False, ranks=False, directions=0, exchanges=False, hands_on=False, resets=False,
+    moments=False, arranges=False, clips=False, caches=False, counts_steps=False, hosts=False, asks=frozenset(),
+)  # fmt: skip
+"""Of no run: only words leave."""
+
+
 def entitled(config: RunConfig, layout: Layout, *, hosts: bool) -> Entitled:
     """What a run has a use for at a client.
 

@@ -78,10 +78,11 @@ class KeysError(CutlayerError):
 
 
 class PolicyRefused(CutlayerError):
-    """The data owner's policy does not allow it; ``rule`` is the policy's key that says so."""
+    """The data owner's policy does not allow it; ``rule`` is the policy's key (or keys) that says so."""
 
     def __init__(self, rule: str, message: str) -> None:
-        super().__init__(f"The policy's rule {rule} refuses: {message}")
+        rules = f"rules {rule} refuse" if "," in rule else f"rule {rule} refuses"
+        super().__init__(f"The policy's {rules}: {message}")
         self.rule = rule
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,11 @@ async def fetched(
         files = {"handed": listing.checksum}
     else:
         files = fingerprint(config.model)
-    if wrong := policy.problems(config, name, files=files, served=listing.checksum if listing else None):
-        raise PolicyRefused("the run", " ".join(wrong))
+    wrong = policy.problems(
+        config, name, files=files, served=listing.checksum if listing else None, named=str(tree.get("model"))
+    )
+    if wrong:
+        raise _refused(wrong, own=config.model if config.model != tree.get("model") else None)
     return Offered(config, {**about, "model": files}, listing, fetch)
 
 
@@ -127,6 +131,15 @@ def _check_folder(given: str | None, named: str, *, own: bool) -> None:
             f"you have a copy of the model, name it by --model; {how}; or join from another folder."
         )
     raise ConfigError([said], "the call")
+
+
+def _refused(wrong: Sequence[str], own: str | None) -> PolicyRefused:
+    """What the policy has against a run; each sentence begins with its rule. ``own``: where her model is."""
+    rules = list(dict.fromkeys(re.split("[: ]", said, maxsplit=1)[0] for said in wrong))
+    said = " ".join(said.removeprefix(f"{rules[0]}: ") if len(rules) == 1 else said for said in wrong)
+    if own is not None and "models" in rules:
+        said += f" The name is the run's; the files in {own} are your own (--model)."
+    return PolicyRefused(", ".join(rules), said)
 
 
 def own_name(keys: ClientKeys | None, name: str | None) -> str:

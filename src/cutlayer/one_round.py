@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer.contracts import SERVER
+from cutlayer.entitled import NOTHING
 from cutlayer.errors import ConfigError, CutlayerError, NetworkError, PolicyRefused
 from cutlayer.frames import limits_of
 from cutlayer.guard import Guard, Held
@@ -109,7 +110,7 @@ def _words(error: BaseException, policy: Policy, name: str, out: Path) -> str:
         raise AssertionError("an error shows nothing that is held")
 
     counts = Counts.load(out / "sent.json")
-    guard = Guard(policy, Log(out / "sent.jsonl"), counts, client=name, held=held, planned=0)
+    guard = Guard(policy, Log(out / "sent.jsonl"), counts, client=name, entitled=NOTHING, held=held, planned=0)
     return guard.words(error, Header("partition", verb="error"))
 
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,13 @@ class Seat:
         progress: is told what happens.
         base_name: what its adapter calls the model that it is of; None: where the model lies.
         agreed: the secret of the run's clients, if it has it.
+        columns: what its files call the columns, where that is not what the run says.
     """
 
     def __init__(
         self, config: RunConfig, name: str, data: str, held_out: str | None, out: Path, policy: Policy,
         progress: Reporter, base_name: str | None = None, agreed: AgreedSecret | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.base_name = base_name or config.model
         self.config, self.name, self.out, self.progress = config, name, out, progress
@@ -89,7 +91,7 @@ class Seat:
         self._ends = neighbours(config, routes[name])
         self.peers = peers_of(config, name, self.agreed, layouts, routes, out, policy)
         self.data, self.kept = keep_back(
-            config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
+            config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out, columns=columns)
         )
         self.sizes = told_of(config, self.data, name, self.kept[name])
         self.secret = _secret(out / "secret")

@@ -26,7 +26,8 @@ from cutlayer.computing import Computing
 from cutlayer.config import RunConfig, dump
 from cutlayer.draining import PARTING, Drain, Drained
 from cutlayer.driver import Run
-from cutlayer.errors import AllLeft, Disconnected, Gone, MethodError, NonFinite, Refused
+from cutlayer.errors import AllLeft, DataError, Disconnected, Gone, MethodError, NonFinite, Refused
+from cutlayer.files import make_folder
 from cutlayer.frames import limits_of
 from cutlayer.handing import WANTS as MODEL
 from cutlayer.handing import Handing
@@ -83,6 +84,7 @@ class ServedRun:
         self, name: str, config: RunConfig, out: Path, *, patience: Patience, progress: Reporter, computing: Computing,
         models: SharedModels, drain: Drain | None = None, label: str = "",
     ) -> None:  # fmt: skip
+        make_folder(out)
         self.name, self.config, self.out = name, config, out
         self._drain = drain or Drain()
         self.files, self.handing = fingerprint(config.model), Handing(config)
@@ -110,7 +112,6 @@ class ServedRun:
 
     async def serve(self) -> Result:
         """Wait for all, drive, and part."""
-        self.out.mkdir(parents=True, exist_ok=True)
         with alone(self.out):
             checkpoint.write_text(self.out / "run.yaml", OURS + dump(self.config))
             counting = asyncio.ensure_future(self._tally.keep())
@@ -159,7 +160,7 @@ class ServedRun:
     @property
     def _hopeless(self) -> bool:
         """Whether it failed so that trying again would not help."""
-        return isinstance(self._error, NonFinite | MethodError | AllLeft)
+        return isinstance(self._error, NonFinite | MethodError | DataError | AllLeft)
 
     @property
     def _failure(self) -> str:

@@ -201,6 +201,11 @@ class Service:
             self.failures[run.name] = error
             if run.name:  # of the only run it is what the server ends with
                 run.progress.note(f"the run has ended: {error}")
+        except OSError as error:  # of the machine, such as a full disk: the command says what to do
+            self.failures[run.name] = error
+            LOG.debug("Run '%s' failed.", run.name, exc_info=True)
+            if run.name:
+                run.progress.note(f"the run has ended: {error}")
         except Exception as error:
             self.failures[run.name] = error
             LOG.exception("Run '%s' failed.", run.name)
@@ -240,7 +245,8 @@ class Service:
                 f"Client '{client}' is in several runs here: {names}. Say which (cutlayer join --run).", reason="client"
             )
         if asked and own:
-            raise Refused(f"No run {asked!r} here has a client '{client}'. It is in: {names}.", reason="client")
+            where = f"It is in: {names}." if own[0].name else "The run that it is in has no name here: leave out --run."
+            raise Refused(f"No run {asked!r} here has a client '{client}'. {where}", reason="client")
         raise Refused(
             f"No run here has a client {client!r}. The operator knows the names in the run file.", reason="client"
         )

@@ -19,7 +19,7 @@ from cutlayer.links.net.grpc_pipe import METHOD, SERVICE, GrpcPipe, Options, opt
 from cutlayer.links.net.messages import Type, cut, pack, pack_bye, pack_greeting, read, read_greeting
 from cutlayer.links.net.room import EACH, Room
 from cutlayer.links.net.session import FAREWELL, Heartbeat, Session
-from cutlayer.links.net.tls import Credentials, Peer, is_loopback, peer_of, split_address
+from cutlayer.links.net.tls import Credentials, Peer, has_address, is_loopback, peer_of, split_address
 from cutlayer.wire import Limits
 
 LOG = getLogger("cutlayer.net")
@@ -109,6 +109,11 @@ class Listener:
                 secret = grpc.ssl_server_credentials([(own.key, own.certificate)], own.ca, require_client_auth=True)
                 found = server.add_secure_port(self.bind, secret)
         except RuntimeError as error:
+            if not has_address(host):
+                raise NetworkError(
+                    f"{self.bind} cannot be listened at: this machine knows no address of '{host}'. Check the name, or "
+                    "give an address of the machine's own, such as 0.0.0.0."
+                ) from error
             raise NetworkError(
                 f"{self.bind} cannot be listened at. Is another server using port {port}, and is the address this "
                 "machine's?"

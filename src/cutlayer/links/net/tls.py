@@ -61,6 +61,14 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or (host.startswith("127.") and host.count(".") == 3)
 
 
+def has_address(host: str) -> bool:
+    """Whether the machine knows an address of a host; asks name servers, so it may take seconds."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except (OSError, UnicodeError):  # the second: no name can be so
+        return False
+
+
 def peer_of(pem: bytes) -> Peer:
     """Who a certificate says it is.
 
