@@ -29,6 +29,7 @@ from cutlayer.models.slots import Slot
 from cutlayer.wire import Header, Meter, encode, read_frames
 from rays import Killer, made, same
 from spine import TWO, U, adapter, equal, model, resumed
+from test_joining import Noted
 from tiny import write_rows
 
 ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
@@ -211,6 +212,37 @@ def test_errors_at_an_actor_are_told_in_words(tmp_path: Path, here: None, monkey
             {**run.simulated, "engine": {"name": "ray", "num_cpus": 2, "clients_per_actor": 1}}, out=tmp_path / "one"
         )
     assert not (tmp_path / "one").exists()
+
+
+class _Leaves(Noted):
+    """Somebody else's actor, which goes when it is said that it is waited for."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.other = other
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if "have not begun" in text:
+            ray.kill(self.other)
+
+
+@pytest.mark.slow
+def test_a_busy_cluster_is_waited_for_in_words(tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is taken by others; when it is free, the run begins, and is the same."""
+    monkeypatch.setattr(cluster, "LOOK", 1.0)
+
+    class Other:
+        def here(self) -> bool:
+            return True
+
+    other = ray.remote(Other).options(num_cpus=2).remote()
+    assert ray.get(other.here.remote())
+    run, noted = Apart(tmp_path, framework="sfl-v2", rounds=1), _Leaves(other)
+    one = cutlayer.train(run.simulated, out=tmp_path / "one")
+    two = cutlayer.train({**run.simulated, "engine": "ray"}, out=tmp_path / "two", progress=noted)
+    same(one, two)
+    assert any("of the cluster's 2, of which 0 are free." in words for words in noted.words), noted.words
 
 
 @pytest.mark.slow

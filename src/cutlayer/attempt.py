@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -89,8 +88,8 @@ class Attempt:
         self._newest = ""  # the client whose model is the run's
         self.parting = 0  # bytes by which clients got, when all was done, what they had not seen
 
-    async def drive(self, **told: Mapping[str, Any]) -> Result:
-        """To the end; ``told``: what else ``network`` in the summary says, by client.
+    async def drive(self, counted: Callable[[str], Mapping[str, float]]) -> Result:
+        """To the end; ``counted``: what ``network`` in the summary says of a client's connections.
 
         Raises:
             Drained: it stopped as it was asked to.
@@ -127,13 +126,8 @@ class Attempt:
         summary = summarize(run, adapter=adapter, device=str(self.base.device))
         summary["parting_bytes"] = self.parting
         summary["network"] = {
-            name: {
-                "reconnects": remote.reconnects, "retries": remote.retries, "dropped": remote.dropped,
-                "seconds_away": round(remote.seconds_away, 3), **{key: by[name] for key, by in told.items()},
-                **(absence.summary(name) if absence else {}),
-            }
-            for name, remote in self.clients.remotes.items()
-        }  # fmt: skip
+            name: {**counted(name), **(absence.summary(name) if absence else {})} for name in self.clients.remotes
+        }
         checkpoint.write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         return Result(self.out, adapter, summary)
 

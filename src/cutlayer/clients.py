@@ -76,17 +76,12 @@ def defending_of(
     if not config.defense:
         return None
     base, task = head.base, task_of(config)
-    specials = _specials(config.model)
-
-    def embedding() -> Tensor:
-        with head.entered(base.initial):  # not those of a slot that was trained meanwhile
-            weight: Tensor = base.model.get_input_embeddings().weight
-            return weight.detach().clone()
+    specials = _specials(config.model, len(base.embedding))
 
     def ground(head: Segment) -> Ground:
         return Ground(
             _layout(head, tail), task, config.data.max_length, head_trained=bool(head.names) and not frozen,
-            tail_trained=tail is not None and bool(tail.names), embedding=embedding, look=_looking(head),
+            tail_trained=tail is not None and bool(tail.names), embedding=lambda: base.embedding, look=_looking(head),
             pull=None if tail is None else _pulling(tail, config.seed),
             guess=None if tail is None else _guessing(head, tail),
             classes=0 if base.anatomy.causal else int(base.model.config.num_labels),
@@ -152,8 +147,11 @@ def _guessing(head: Segment, tail: Segment) -> Callable[[Tensor], Tensor]:
 
 
 @lru_cache(maxsize=8)
-def _specials(model: str) -> tuple[int, ...]:
-    return tuple(sorted(load_tokenizer(model).all_special_ids))
+def _specials(model: str, rows: int) -> tuple[int, ...]:
+    """Tokens with a task of their own, of chat templates too, and those rows of an embedding that are of no token."""
+    tokenizer = load_tokenizer(model)
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return tuple(sorted({*tokenizer.all_special_ids, *marked, *range(len(tokenizer), rows)}))
 
 
 def privacy(run: Run) -> dict[str, list[dict[str, Any]]]:

@@ -34,14 +34,15 @@ class Ground:
         length: the most tokens of a row.
         head_trained: whether the client trains something below step 3.
         tail_trained: whether it trains something above step 7.
-        embedding: gives the public input embeddings [V,H].
+        embedding: gives the public input embeddings [V,H]; the same tensor for all clients of a base.
         look: gives the hidden states [B,T,H] of tokens [B,T] as the public head makes them.
         pull: gives the gradient [B,T,H] of the summed loss at hidden states [B,T,H], by the public tail and random
             labels; None where the client has no tail.
         guess: gives logits [B,T,V] of tokens [B,T] by the public head and tail with nothing between them: a poor
             language model, but one that the client has and everybody knows; None where the client has no tail.
         classes: of a classifier.
-        specials: tokens with a task of their own (end of text and the like).
+        specials: tokens with a task of their own (end of text and the like), and rows of the embedding that are of no
+            token.
         seed: the run's, for draws that may be known.
     """
 
@@ -165,7 +166,10 @@ class Defense(Protocol):
         return False
 
     def example(self, example: Example, noise: Noise) -> Example:
-        """Step 2: an example as it is to be trained with, of the same length and with labels at the same places."""
+        """Step 2: an example as it is to be trained with, of the same length and with labels at the same places.
+
+        The noise is of this example: it has the same key for the same one, unless ``fresh``, and no other has it.
+        """
         return example
 
     def protect(self, shown: Tensor, about: Shown) -> Tensor:

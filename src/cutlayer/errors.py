@@ -18,6 +18,7 @@
     │   ├── Dismissed        the other end has nothing more for us: the run is done
     │   ├── RequestFailed    one request was refused by the party that was asked
     │   ├── Gone             a client stayed away for longer than it is waited for
+    │   ├── LeftRun          this client refused what it was asked for, and the run went on without it
     │   └── AllLeft          no client of a run is left that could go on
     └── Deadlock             the virtual clock has nothing left to do while somebody waits
 
@@ -143,6 +144,10 @@ class TrunkGone(Gone):
 
 class AllLeft(NetworkError):
     """No client of a run is left that could go on: each refused what it was asked, or answered what cannot be."""
+
+
+class LeftRun(NetworkError):
+    """This client refused what it was asked for, so the run went on without it."""
 
 
 class Deadlock(CutlayerError):

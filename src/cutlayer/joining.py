@@ -12,7 +12,7 @@ from cutlayer.agreed import AgreedSecret, load_secret
 from cutlayer.audit.known import warnings
 from cutlayer.audit.own import own_run, write_own
 from cutlayer.config import RunConfig
-from cutlayer.errors import NetworkError
+from cutlayer.errors import LeftRun, NetworkError
 from cutlayer.files import make_folder
 from cutlayer.frames import limits_of
 from cutlayer.keys import client_keys
@@ -120,9 +120,12 @@ async def _join(
             return await open_session(told, lambda: seat.guard.greets(told, len(hello_of(told))))
 
         words = await answer(open_again, seat.handle, again=again, resent=seat.resent)
-        if not seat.result.is_dir():
+        if seat.left is not None:
+            progress.note(seat.guard.told())
+            raise LeftRun(str(seat.left))
+        if (result := seat.done) is None:
             raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
-        return Joined(out, seat.result, seat.guard.told())
+        return Joined(out, result, seat.guard.told())
 
 
 def _warn(

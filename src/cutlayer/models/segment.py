@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Base:
                     name = f"{path}.{leaf}"
                     self.initial[name] = parameter
                     self._sites[name] = (module, leaf)
+        self._table = model.get_input_embeddings()
         self._blocks: list[nn.Module] = list(model.get_submodule(anatomy.blocks))
         below, above = set(anatomy.below), set(anatomy.above)
         self._around = {path: _child(model, path) for path in below | above}
@@ -59,6 +61,13 @@ class Base:
         """Whether the LM head reads the embedding's matrix."""
         head = self.model.get_output_embeddings() if self.anatomy.causal else None
         return head is not None and head.weight is self.model.get_input_embeddings().weight
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """The input embeddings [V,H] that the run begins with, whatever trained copy is bound now; shared, to read."""
+        table = self._table
+        first = next((self.initial[n] for n, (module, _) in self._sites.items() if module is table), table.weight)
+        return first.detach()
 
     def owner(self, name: str) -> int | str:
         """Whose a parameter is: a block's number, ``"bottom"`` or ``"top"``."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cutlayer.data.batches import Batches
@@ -67,7 +68,9 @@ class Defending:
         """
         for number, defense in enumerate(self.defenses):
             turn = epoch if defense.fresh else 0
-            changed = defense.example(example, Noise(self.secret, "example", number, *where, turn))
+            changed = defense.example(
+                example, Noise(self.secret, "example", number, *where, turn, covers=_covers(example))
+            )
             if _form(changed) != _form(example):
                 raise MethodError(f"The defense '{self.names[number]}' changed where an example has tokens or labels.")
             example = changed
@@ -151,6 +154,12 @@ class Defending:
 
     def _noise(self, *purpose: object, covers: Sequence[Tensor] = ()) -> Noise:
         return Noise(self.secret, *purpose, covers=covers)
+
+
+def _covers(example: Example) -> list[Tensor]:
+    """What noise on an example hides: another text in the same row, of changed data, gets other noise."""
+    told = example.labels if example.labels is not None else [] if example.label is None else [example.label]
+    return [torch.tensor(numbers, dtype=torch.int64) for numbers in (example.input_ids, told)]
 
 
 def _form(example: Example) -> tuple[object, ...]:

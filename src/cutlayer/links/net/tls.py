@@ -153,6 +153,11 @@ async def _fetch(address: str, credentials: Credentials, seconds: float) -> byte
         return await asyncio.to_thread(_handshake, host, port, credentials.ca, seconds)
     except ssl.SSLCertVerificationError as error:
         raise Refused(_words(error, address)) from error
+    except ssl.SSLEOFError as error:
+        raise Disconnected(
+            f"{address} closed the connection before it was secure. Its server has no room for more connections now, "
+            "or what listens there does not speak TLS."
+        ) from error
     except ssl.SSLError as error:
         raise Refused(
             f"What listens at {address} does not speak TLS as a cutlayer server does ({error.reason}). "
