@@ -2,13 +2,14 @@
 
     python benchmarks/network.py                  # both
     python benchmarks/network.py --only cpu       # the CPU-seconds: some ten minutes on one core
-    python benchmarks/network.py --only memory    # the memory: five minutes, and 4 GB of the temporary folder
+    python benchmarks/network.py --only memory    # the memory: a quarter of an hour, and 4 GB of the temporary folder
 
 CPU-seconds: the same run in one process and between processes over loopback TLS (a server and a client), of GPT-2
 small's shape; user and system time of all their processes, from the second step on. Both go on at once, but each is
 stopped while the other has its turn of some seconds, so a machine whose speed drifts slows both. Memory is the peak of
 a fresh client process with a model of some 400M numbers in shards, against the same with a tiny one plus the bytes of
-its own blocks. Numbers are printed, never asserted. Linux only.
+its own blocks; its rows go through the whole vocabulary, or much of a frozen embedding would never be read from its
+file. Numbers are printed, never asserted. Linux only.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ HERE = Path(__file__).resolve()
 CUTLAYER = [sys.executable, "-m", "cutlayer"]
 GPT2 = "GPT-2 small (12 blocks, H=768)"
 MIB = 1 << 20
+VOCABULARY = 32_000  # of the large model
+STRIDE = 16  # words; a row of the embedding is a page, and Linux maps 16 at a time of a file that it has in memory
 SLICE = 6.0  # seconds of a turn, well within the silence after which a session counts as lost
 PARTITIONS = ["two-part-split", "u-shaped-split"]
 
@@ -217,20 +220,30 @@ def make_large(folder: Path, *, tiny: bool) -> None:
     make_model(folder, {"n_layer": 1, "n_embd": 8, "n_head": 1})  # for its tokenizer
     (folder / "model.safetensors").unlink()
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64} if tiny else {
-        "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 32_000
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2} if tiny else {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16
     }  # fmt: skip
-    config = LlamaConfig(**size, num_hidden_layers=26, max_position_embeddings=256, tie_word_embeddings=False)
+    config = LlamaConfig(
+        **size, vocab_size=VOCABULARY, num_hidden_layers=26, max_position_embeddings=256, tie_word_embeddings=False
+    )
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="300MB")
 
 
-def memory(partition: str, rounds: int) -> None:
+def make_varied(path: Path) -> int:
+    """Rows that touch the whole vocabulary of the large model; how many."""
+    words = [f"w{number}" for number in range(1, VOCABULARY, STRIDE)]
+    rows = [words[start : start + LENGTH - 1] for start in range(0, len(words), LENGTH - 1)]
+    path.write_text("".join(json.dumps({"text": " ".join(row)}) + "\n" for row in rows))
+    return len(rows)
+
+
+def memory(partition: str) -> None:
     """Print a client's peak memory with a large model, from local files and from the server."""
     with tempfile.TemporaryDirectory() as name, Setting(Path(name)) as setting:
         peaks = {}
         for size in ("tiny", "large"):
             subprocess.run([sys.executable, HERE, "--make", setting.root / size, size], check=True, capture_output=True)
-        (setting.root / "rows.jsonl").write_text("\n".join(json.dumps({"text": "w5 w6 w7 " * 10}) for _ in range(8)))
+        rounds = make_varied(setting.root / "rows.jsonl")
         for size, where in (("tiny", "local"), ("tiny", "served"), ("large", "local"), ("large", "served")):
             tree = run_config(setting.root / size, setting.root / "rows.jsonl", partition, clients=1, rounds=rounds)
             tree |= {"batch_size": 1, "peft": {"name": "lora", "rank": 4}}
@@ -257,6 +270,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--make"]:
         make_large(Path(sys.argv[2]), tiny=sys.argv[3] == "tiny")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no worker is left alive
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["cpu", "memory"])
     parser.add_argument("--quick", action="store_true", help="CPU-seconds of the small shape only")
@@ -265,7 +279,7 @@ def main() -> None:
     given = parser.parse_args()
     partitions = [given.partition] if given.partition else PARTITIONS
     for partition in partitions if given.only != "cpu" and not given.quick else []:
-        memory(partition, 3)
+        memory(partition)
     for partition in partitions if given.only != "memory" else []:
         cpu(next(iter(SHAPES)) if given.quick else GPT2, partition, given.steps)
 

@@ -8,8 +8,10 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cutlayer.cli.main import main
+from cutlayer.issuing import authority
 from cutlayer.links.net.session import Heartbeat
-from spine import model
+from spine import HOME, model
 from striking import Fate, Trap, await_fate, lay
 from tiny import text_rows, write_rows
 
@@ -30,6 +33,15 @@ ROWS = {"ann": text_rows(7, seed=1), "bob": text_rows(4, seed=2)}
 
 FORKS = multiprocessing.get_context("forkserver")  # imports once, which takes seconds, and forks for each command
 FORKS.set_forkserver_preload(["cutlayer.serving", "cutlayer.joining", "cutlayer.cli.main"])
+
+
+@lru_cache
+def keys_for(*clients: str) -> Path:
+    """Keys of a server on this machine and of these clients, made once a process."""
+    folder = Path(tempfile.mkdtemp(dir=HOME.name))
+    with authority(folder, make=True) as ca:
+        ca.add(hosts=["localhost"], clients=clients, days=30)
+    return folder
 
 
 def _carry_out(

@@ -19,7 +19,7 @@ class Nodes:
         configs: by the node's number, its config.
     """
 
-    def __init__(self, app: Any, configs: Mapping[int, Mapping[str, str]]) -> None:
+    def __init__(self, app: Any, configs: Mapping[int, dict[str, str]]) -> None:
         self.app, self.configs = app, configs
         self.errors: list[str] = []
         self._pool, self._numbers = ThreadPoolExecutor(), itertools.count()

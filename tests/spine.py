@@ -19,7 +19,7 @@ import cutlayer
 from cutlayer.driver import Run
 from tiny import make_model, write_rows
 
-_HOME = tempfile.TemporaryDirectory(prefix="cutlayer-tests-")
+HOME = tempfile.TemporaryDirectory(prefix="cutlayer-tests-")
 LR = 1e-2
 TWO = {"name": "two-part-split", "head_blocks": 1}
 U = {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 1}
@@ -43,7 +43,7 @@ def often(every: Iterable[Any], *chosen: Any) -> list[Any]:
 @lru_cache
 def model(family: str = "llama", **options: Any) -> Path:
     """A random tiny model, made once a process."""
-    return make_model(Path(tempfile.mkdtemp(dir=_HOME.name)), family, **options)
+    return make_model(Path(tempfile.mkdtemp(dir=HOME.name)), family, **options)
 
 
 def train(folder: Path, out: Path, clients: Mapping[str, Rows], **changes: Any) -> Any:

@@ -328,15 +328,21 @@ def test_when_nobody_is_left_the_server_waits(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_a_client_whose_limit_is_reached_leaves_for_good(tmp_path: Path) -> None:
-    """The others go on; what it refused is told, and it ends with its part as it was."""
+    """The others go on; what it refused is told, and it ends with its part as it was, says so, and ends with code 2."""
     run = Apart(tmp_path / "apart", framework="sfl-v1", rounds=4)
     policy = tmp_path / "policy.yaml"
     policy.write_text("most: {bytes: 50 kB}\nmay_leave: {error_texts: true}\n")
     server = run.serve(*PATIENCE, recorded(run))
     clients = {"ann": run.join("ann", "--policy", str(policy)), "bob": run.join("bob")}
-    run.ended({"server": server, **clients})
+    assert clients["ann"].wait() == 2, run.said("ann")
+    run.ended({"server": server, "bob": clients["bob"]})
     found = run.summary()["network"]["ann"]
     (lost,) = found["lost"]
+    said = " ".join(run.said("ann").split())
+    assert f"This client left the run in round {lost}, as it refused what it was asked for" in said
+    assert f"Its own part as it was after {lost} rounds is in" in said
+    assert "the run is done" not in said
+    assert "left this machine for 'ann'" in said
     assert found["away"] == list(range(lost + 1, 4)) != []
     assert "most.bytes" in found["gone"]
     made = run.summary()["steps"]

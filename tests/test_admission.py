@@ -157,6 +157,9 @@ def test_addresses_that_cannot_be() -> None:
             with pytest.raises(NetworkError, match="cannot be listened at"):
                 async with serving(bind=f"127.0.0.1:{port}"):
                     pass
+        with pytest.raises(NetworkError, match=r"no address of 'no\.such\.host\.invalid'"):
+            async with serving(SERVER, bind="no.such.host.invalid:0"):
+                pass
         with pytest.raises(NetworkError, match="anybody read and join"):
             async with serving(bind="0.0.0.0:0"):
                 pass

@@ -18,8 +18,12 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 
 import cutlayer
 from apart import ROWS, Apart, steps
-from cutlayer.errors import ConfigError, Gone
+from cutlayer.errors import ConfigError, Disconnected, Gone
 from cutlayer.flower import client_app, train
+from cutlayer.flower.records import reply_of
+from cutlayer.links.net.connecting import connect
+from cutlayer.links.net.session import Session
+from cutlayer.seat import Seat
 from flower_nodes import Nodes
 from spine import TWO, U, adapter
 
@@ -60,7 +64,12 @@ def test_flower_s_average_is_ours(partition: dict[str, Any], tmp_path: Path) -> 
     assert two.summary["rounds"] == 3
     assert two.summary["bytes"]["aggregate"] == 0, "step 11 is not on our wire"
     left = [json.loads(line) for line in (run.root / "ann" / "sent.jsonl").read_text().splitlines()]
-    assert [line["verb"] for line in left].count("get_state") == 3, "what Flower gets passes the guard, too"
+    verbs = [line["verb"] for line in left]
+    assert verbs.count("get_state") == 3, "what Flower gets passes the guard, too"
+    assert verbs.count("hello") == 3, "each round begins with a greeting, which tells the sizes of the data"
+    assert [line["leaves"] for line in left if line["verb"] == "hello"] == [["sizes"]] * 3
+    counted = json.loads((run.root / "ann" / "sent.json").read_text())
+    assert counted["bytes"] == sum(line["bytes"] for line in left), "most.bytes is held to all of it"
 
 
 def test_over_tls_with_keys(tmp_path: Path) -> None:
@@ -102,7 +111,7 @@ def test_a_round_of_some(tmp_path: Path) -> None:
     assert sum(result.summary["steps"].values()) == 4
 
 
-def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its owner's policy forbids what Flower would get: nothing of it leaves, and the others go on."""
     run = Apart(tmp_path, framework="sfl-v2", rounds=2)
     policy = tmp_path / "policy.yaml"
@@ -110,17 +119,106 @@ def test_a_client_that_refuses_is_not_waited_for(tmp_path: Path) -> None:
     nodes = nodes_of(run, ann={"policy": str(policy)})
     result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
     assert len(nodes.errors) == 2
-    assert all("may_leave.head_adapter" in error for error in nodes.errors), nodes.errors
+    assert set(nodes.errors) == {"Told: PolicyRefused (its words stay with the client)"}
+    assert caplog.text.count("The policy's rule may_leave.head_adapter refuses") == 2, "the owner reads it"
     assert result.summary["steps"] == {"ann": 0, "bob": 2}
-    assert not (run.root / "ann" / "sent.jsonl").exists()
+    left = [json.loads(line) for line in (run.root / "ann" / "sent.jsonl").read_text().splitlines()]
+    assert [(line["verb"], line["leaves"], line["tensors"]) for line in left] == [("error", [], [])] * 2
 
 
-def test_nobody_comes(tmp_path: Path) -> None:
+def test_a_client_that_misbehaves_is_lost_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it shows is judged, and Flower's strategy has one failure more; the others' round goes on."""
+    answered = Seat._answered
+
+    def wrong(self: Seat, *asked: Any) -> Any:
+        reply, shown = answered(self, *asked)
+        if self.name == "ann" and asked[1].verb == "head_forward":
+            shown = [tensor * float("nan") if tensor.is_floating_point() else tensor for tensor in shown]
+        return reply, shown
+
+    monkeypatch.setattr(Seat, "_answered", wrong)
+    run = Apart(tmp_path, framework="sfl-v2", rounds=2)
+    nodes = nodes_of(run)
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert nodes.errors == ["Told: NetworkError (its words stay with the client)"] * 2
+    assert result.summary["steps"] == {"ann": 0, "bob": 2}
+    assert result.summary["lost"] == {"ann": 2, "bob": 0}
+
+
+@pytest.mark.parametrize("what", ["part", "count"])
+def test_a_part_that_is_no_number_is_not_merged(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a node gives to Flower for step 11 is judged before the strategy has it."""
+
+    def wrong(key: str, state: Any, metrics: Any) -> Any:
+        if metrics["num-examples"] == len(ROWS["ann"]):
+            nothing = float("nan")
+            state = {name: tensor * nothing for name, tensor in state.items()} if what == "part" else state
+            metrics = {**metrics, "num-examples": nothing} if what == "count" else metrics
+        return reply_of(key, state, metrics)
+
+    monkeypatch.setattr("cutlayer.flower.client.reply_of", wrong)
     run = Apart(tmp_path, framework="sfl-v2", rounds=1)
-    nodes = nodes_of(run, ann={"name": "eve"}, bob={"data": str(tmp_path / "nowhere.jsonl")})
+    nodes = nodes_of(run)
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert nodes.errors == []
+    assert result.summary["steps"] == {"ann": 1, "bob": 1}
+    assert all(tensor.isfinite().all() for tensor in adapter(result.out).values())
+
+
+def test_what_leaves_again_is_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection breaks while a reply is on its way: the reply leaves twice, and so does a greeting."""
+    run, broken = Apart(tmp_path, framework="sfl-v2", rounds=1), list[str]()
+
+    async def connected(*arguments: Any, **options: Any) -> Session:
+        session = await connect(*arguments, **options)
+        sent = session.send
+
+        async def send(packed: Any) -> None:
+            if session.hello["client"] != "ann" or broken:
+                return await sent(packed)
+            broken.append("ann")
+            session.drop("The cable was cut.")
+            raise Disconnected("The cable was cut.")
+
+        session.send = send  # type: ignore[method-assign]
+        return session
+
+    monkeypatch.setattr("cutlayer.offered.connect", connected)
+    nodes = nodes_of(run)
+    result = federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert (nodes.errors, broken) == ([], ["ann"])
+    assert result.summary["steps"] == {"ann": 1, "bob": 1}
+    left = [json.loads(line) for line in (run.root / "ann" / "sent.jsonl").read_text().splitlines()]
+    assert [line["again"] for line in left if line["verb"] == "hello"] == [False, True]
+    assert [line["turn"] for line in left if line["again"] and line["verb"] != "hello"] == [1]
+
+
+def test_nobody_comes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of why, the ServerApp reads the kind, and more only of a node whose policy allows it."""
+    run = Apart(tmp_path, framework="sfl-v2", rounds=1)
+    policy, nowhere = tmp_path / "policy.yaml", str(tmp_path / "nowhere.jsonl")
+    policy.write_text("may_leave: {error_texts: true}\n")
+    nodes = nodes_of(run, ann={"data": nowhere}, bob={"data": nowhere, "policy": str(policy)})
     with pytest.raises(Gone, match="nobody of those whom Flower drew has come"):
         federated(run, nodes, FedAvg(fraction_evaluate=0.0))
-    assert len(nodes.errors) == 2
+    hidden, told = sorted(nodes.errors, key=len)
+    assert hidden == "Told: DataError (its words stay with the client)"
+    assert nowhere in told
+    assert caplog.text.count(nowhere) >= 2, "both owners read it"
+    kinds = [json.loads((run.root / name / "sent.json").read_text())["kinds"] for name in ROWS]
+    assert kinds == [{}, {"error_texts": [1, 0]}]
+
+
+@pytest.mark.parametrize("lacks", ["data", "out"])
+def test_a_node_without_places_tells_nothing(lacks: str, tmp_path: Path) -> None:
+    """Before there is a policy, too, only the kind leaves."""
+    run = Apart(tmp_path, framework="sfl-v2", rounds=1)
+    nodes = nodes_of(run)
+    for config in nodes.configs.values():
+        del config[lacks]
+    with pytest.raises(Gone):
+        federated(run, nodes, FedAvg(fraction_evaluate=0.0))
+    assert nodes.errors == ["Told: ConfigError (its words stay with the client)"] * 2
 
 
 @pytest.mark.parametrize(

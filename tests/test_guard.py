@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from cutlayer.entitled import Entitled
 from cutlayer.errors import CheckpointError, OutputError, PolicyRefused
 from cutlayer.guard import Guard, Held
 from cutlayer.guarded import guarded
@@ -35,6 +37,11 @@ HELD = Held(
 )  # fmt: skip
 TOLD = {"loss": 1.0, "tokens": 5, "label_tokens": 4, "last": True}
 HOW = {"graph": True, "head_weight": 1.0, "update": True}
+ANYTHING = Entitled(  # a run that asks for all that a run can ask for with backpropagation
+    cuts=None, moves=True, allots=True, ranks=True, directions=0, exchanges=True, hands_on=True, resets=True,
+    moments=True, arranges=True, clips=True, caches=True, counts_steps=True, hosts=True,
+    asks=frozenset({"histogram", "features", "begin_stage", "end_stage"}),
+)  # fmt: skip
 
 
 class Client:
@@ -49,7 +56,7 @@ class Client:
         counts = Counts.load(folder / "counts.json")
         self.guard = Guard(
             load_policy(policy) if policy else Policy(), Log(folder / "sent.jsonl"), counts, client="ann",
-            held=lambda: held, planned=STEPS,
+            entitled=ANYTHING, held=lambda: held, planned=STEPS,
         )  # fmt: skip
         if ready:
             self.set_up()
@@ -103,8 +110,13 @@ class Client:
         """Look around in one direction, where the server computes the loss."""
         now = self.guard.held()
         self.guard.held = lambda: Held(now.head, frozenset(), now.tensors, False, now.evaluations)
+        self.looks()
         shown = {name: torch.zeros(SHAPE) for name in ("hidden", "plus.0", "minus.0")}
-        self.gives(self.asked("probe", step, values={}), **shown)
+        self.gives(self.asked("probe", step, values={"directions": 1}), **shown)
+
+    def looks(self) -> None:
+        """The run has no backpropagation."""
+        self.guard.entitled = replace(ANYTHING, directions=1)
 
     def whole(self, step: int = 0, micro: int = 0) -> None:
         self.forward(step, micro)
@@ -165,6 +177,14 @@ CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any
     "another evaluation": (
         None, lambda c: c.forward(2, graph=False), "evaluation",
         lambda c: (c.forward(1, graph=False), c.tail(1, graph=False)),
+    ),
+    "evaluation of what is trained on": (
+        None, lambda c: (c.forward(1), c.forward(1, graph=False)), "order",
+        lambda c: (c.whole(1), c.forward(1, graph=False), c.tail(1, graph=False)),
+    ),
+    "training on what is evaluated": (
+        None, lambda c: (c.forward(1, graph=False), c.forward(1)), "order",
+        lambda c: (c.forward(1, graph=False), c.tail(1, graph=False), c.forward(1)),
     ),
     "evaluation": (
         {"may_leave": {"evaluation": False}}, lambda c: c.forward(0, graph=False), "may_leave.evaluation",
@@ -260,7 +280,7 @@ CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any
         {"most": {"steps": 1}}, lambda c: [c.probe(n) for n in range(2)], "most.steps", lambda c: c.probe(0),
     ),
     "looking around where the client has the loss": (
-        None, lambda c: c.asked("probe", values={}), "order", lambda c: c.probe(0),
+        None, lambda c: (c.looks(), c.asked("probe", values={"directions": 1})), "order", lambda c: c.probe(0),
     ),
     "slopes of other directions": (
         None, lambda c: (c.probe(), c.asked("probed", values={}, slopes=torch.zeros(3))), "shape",
@@ -316,7 +336,7 @@ CASES: dict[str, tuple[Any, Callable[[Client], Any], str, Callable[[Client], Any
     ),
     "training before the set-up": (
         None, lambda c: (c.guard.begin(), c.forward()), "order",
-        lambda c: (c.guard.begin(), c.forward(0, graph=False), c.gives(c.asked("set_up", values={})), c.forward()),
+        lambda c: (c.guard.begin(), c.forward(1, graph=False), c.gives(c.asked("set_up", values={})), c.forward()),
     ),
     "a step that the run does not have": (
         None, lambda c: c.forward(STEPS), "told", lambda c: c.forward(STEPS - 1),

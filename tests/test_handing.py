@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import cutlayer
-from apart import ROWS, Apart, steps
+from apart import LONG, ROWS, Apart, steps
 from cutlayer import fetching
 from cutlayer.apart import served
 from cutlayer.config import RunConfig
@@ -65,19 +66,43 @@ def test_a_handed_model_changes_no_number(partition: str, tied: bool, tmp_path: 
     run.ended({**{name: run.join(name, model=False) for name in ROWS}, "server": server})
     alone = cutlayer.train(run.simulated, out=tmp_path / "one")
     assert run.same(tmp_path / "one")
+    assert run.said("server").count("It has the tensors of its part of the model.") == len(ROWS)
     assert steps(run.root / "server") == steps(tmp_path / "one")
     assert run.summary()["bytes"] == alone.summary["bytes"]
-    found = own_tensors(run.root / "ann" / "model")
+    found = own_tensors(run.root / "ann" / "base")
     blocks = {name.split(".")[2] for name in found if ".layers." in name}
     others = {name for name in found if ".layers." not in name}
     assert blocks == ({"0"} if partition == "two-part" else {"0", "3"})
     top = {"model.norm.weight"} | (set() if tied else {"lm_head.weight"})
     assert others == {"model.embed_tokens.weight"} | (top if partition == "u-shape" else set())
-    size = sum(path.stat().st_size for path in (run.root / "ann" / "model").iterdir())
+    size = sum(path.stat().st_size for path in (run.root / "ann" / "base").iterdir())
     came = run.summary()["network"]["ann"]["model_bytes"]
     assert 0.9 * size < came < 1.3 * size, "what came is the part, and what it takes to ask for it"
     adapter = json.loads((run.root / "ann" / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == Path(whole).name
+
+
+@pytest.mark.slow
+def test_a_handed_model_whose_weights_are_all_trained_is_no_result_yet(tmp_path: Path) -> None:
+    """What came and what is trained lie apart: a client that joins again, before the end or after it, goes on."""
+    run = Apart(tmp_path / "apart", peft="full", partition=U, rounds=2, framework="sfl-v2")
+    server = run.serve()
+    ann = run.join("ann", model=False)
+    until = time.monotonic() + LONG
+    while not (run.root / "ann" / "base").is_dir():
+        assert time.monotonic() < until, run.said("ann")
+        time.sleep(0.02)
+    server.process.terminate()
+    assert server.wait() is not None
+    ann.kill()
+    assert ann.wait() != 0
+    assert (run.root / "ann" / "base").is_dir()
+    assert not (run.root / "ann" / "model").exists()
+    for _ in range(2):
+        server = run.serve()
+        run.ended({**{name: run.join(name, model=False) for name in ROWS}, "server": server})
+    cutlayer.train(run.simulated, out=tmp_path / "one")
+    assert run.same(tmp_path / "one")
 
 
 @pytest.fixture(autouse=True)
@@ -193,8 +218,8 @@ def test_a_killed_client_goes_on_where_it_was(damaged: bool, tmp_path: Path, sou
 
     with pytest.raises(Refused, match="the disk died"):
         fetched(tmp_path / "out", config, failing, listing)
-    draft = tmp_path / "out" / ".model.draft" / "model.safetensors"
-    assert not (tmp_path / "out" / "model").exists()
+    draft = tmp_path / "out" / ".base.draft" / "model.safetensors"
+    assert not (tmp_path / "out" / "base").exists()
     if damaged:
         data = bytearray(draft.read_bytes())
         data[-7] ^= 1
@@ -226,7 +251,7 @@ def test_what_is_not_as_listed_is_refused(tmp_path: Path, source: Source) -> Non
     with pytest.raises(WireError, match=r"bytes"):
         fetched(tmp_path / "c", config, lambda n, s: bytearray(LIMITS.body_bytes + 1), listing)
     for name in "abc":
-        assert not (tmp_path / name / "model").exists()
+        assert not (tmp_path / name / "base").exists()
 
 
 GOOD = "0" * 64
@@ -311,7 +336,7 @@ def test_files_that_lead_elsewhere_are_refused(
     with pytest.raises(CutlayerError, match=said):
         fetched(tmp_path / "out", the_run(tmp_path), noted, listing)
     assert set(asked) == {""}
-    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out" / "base").exists()
 
 
 def test_tensors_of_others_are_refused(tmp_path: Path) -> None:

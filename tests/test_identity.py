@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from cutlayer.config import load_config
 from cutlayer.engine import identity as identity_of_run
 from cutlayer.errors import MethodError, ModelError
 from cutlayer.identity import fingerprint
+from cutlayer.policy import load_policy
 from tiny import make_model, text_rows, write_rows
 
 MEAN = """from dataclasses import dataclass
@@ -139,29 +142,104 @@ def test_shards_and_old_formats(base: Path, tmp_path: Path) -> None:
     assert fingerprint(str(tmp_path / "old")).keys() == {"config.json", "pytorch_model.bin"}
 
 
-def test_a_large_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any change of some length is seen; a file of another size always is."""
-    monkeypatch.setattr(identity, "WHOLE", 1000)
-    monkeypatch.setattr(identity, "SAMPLES", 50)
-    monkeypatch.setattr(identity, "SAMPLE", 20)
-    file = tmp_path / "model.safetensors"
+def test_a_large_file_is_read_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checksum is its content's. A later process knows it from a note, until the file is another."""
+    monkeypatch.setattr(identity, "LARGE", 1000)
+    monkeypatch.setattr(identity, "SETTLED", -1.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read, plain = [], identity._read
+    monkeypatch.setattr(identity, "_read", lambda path: read.append(path.name) or plain(path))
+
+    def told(*, later: bool = True) -> str:
+        if later:
+            identity._remembered.cache_clear()
+        return fingerprint(str(tmp_path))["model.safetensors"]
+
+    file, content = tmp_path / "model.safetensors", bytes(range(256)) * 40
     (tmp_path / "config.json").write_text("{}")
-    content = bytes(range(256)) * 40
-    found = set()
-    for start in (None, 0, 3000, 10_000, 10_239 - 300):
-        changed = content if start is None else content[:start] + b"x" * 240 + content[start + 240 :]
-        file.write_bytes(changed[: len(content)])
-        found.add(fingerprint(str(tmp_path))["model.safetensors"])
-    file.write_bytes(content + b"y" * 3)
-    found.add(fingerprint(str(tmp_path))["model.safetensors"])
-    assert len(found) == 6
-    assert all(said.endswith("of samples") for said in found)
+    file.write_bytes(content)
+    assert told() == told() == told(later=False) == hashlib.sha256(content).hexdigest()
+    assert read.count("model.safetensors") == 1
+    times = file.stat()
+    changed = content[:5000] + b"x" + content[5001:]
+    file.write_bytes(changed)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that keeps times, of the same size
+    assert told() == hashlib.sha256(changed).hexdigest()
+    (note,) = (tmp_path / "cache/cutlayer/checksums").iterdir()
+    for damaged in ("", "{}", "[]", json.dumps({**json.loads(note.read_text()), "sha256": "y"})):
+        note.write_text(damaged)
+        assert told() == hashlib.sha256(changed).hexdigest()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # where nothing can be written
+    assert told() == hashlib.sha256(changed).hexdigest()
+
+
+def test_what_has_just_changed_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could change again within the same tick of the clock."""
+    monkeypatch.setattr(identity, "LARGE", 1000)
+    monkeypatch.setattr(identity, "SETTLED", 3600.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 2000)
+    fingerprint(str(tmp_path))
+    assert not (tmp_path / "cache").exists()
+
+
+def in_the_cache(model: Path, cache: Path, name: str) -> None:
+    """A model as the Hub's cache has it: links to files that git, or their SHA-256, gave names."""
+    folder, commit = cache / f"models--{name.replace('/', '--')}", "a" * 40
+    for made in ("blobs", f"snapshots/{commit}", "refs"):
+        (folder / made).mkdir(parents=True)
+    (folder / "refs/main").write_text(commit)
+    for file in model.iterdir():
+        content = file.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        if file.suffix == ".safetensors":
+            blob = hashlib.sha256(content).hexdigest()
+        (folder / "blobs" / blob).write_bytes(content)
+        (folder / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{blob}")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_and_the_hub_s_cache_have_the_same_checksums(
+    sharded: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a server with the one and a client with the other are of one run."""
+    from transformers import AutoModelForCausalLM
+
+    folder = base
+    if sharded:
+        folder = tmp_path / "shards"
+        AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder, max_shard_size="20KB")
+    in_the_cache(folder, tmp_path / "hub", "owner/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = fingerprint("owner/model")
+    assert found == fingerprint(str(folder))
+    assert len(found) > 4 if sharded else len(found) == 2
+    assert found == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in found}
+    snapshot = tmp_path / "hub/models--owner--model/snapshots" / ("a" * 40)
+    assert fingerprint(str(snapshot)) == found
+
+
+def test_a_policy_knows_large_weights_by_their_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder, too, and above the size up to which files were once read whole."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text("{}")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate((256 << 20) + 1)
+    with (tmp_path / "model.safetensors").open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    run = load_config({"model": str(tmp_path), "data": {"train": "x"}})
+    for models, problems in ([f"sha256:{checksum}"], []), (["sha256:" + "0" * 64], [checksum]):
+        said = load_policy({"models": models}).problems(run, "client-0")
+        assert len(said) == len(problems)
+        assert all(checksum in one for one in said)
 
 
 HUB_SCRIPT = """
 import json
 from transformers import AutoModelForCausalLM
 from cutlayer.identity import fingerprint
+from cutlayer.policy import load_policy
 before = fingerprint("owner/model")
 AutoModelForCausalLM.from_pretrained("owner/model")
 print(json.dumps([before, fingerprint("owner/model")]))

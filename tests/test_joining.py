@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from apart import Apart, Noted
 from cutlayer.agreed import AgreedSecret
 from cutlayer.apart import offer, served, taken
-from cutlayer.errors import CutlayerError
+from cutlayer.errors import ConfigError, CutlayerError
+from cutlayer.offered import fetched
 from cutlayer.policy import load_policy
 from cutlayer.seat import Seat
 from cutlayer.sketches import simulated_secrets
@@ -96,7 +98,7 @@ def test_a_length_of_the_run_is_taken_where_groups_may_change_it(tmp_path: Path)
     other.handle(ask("begin", 1, round=0, updates=10), [])
     with pytest.raises(CutlayerError, match="PolicyRefused"):
         other.handle(ask("retime", 2, ahead=2), [])
-    assert "another length of the run, which nothing in it changes" in noted.words[-1]
+    assert "it has no selection that arranges who trains with whom" in noted.words[-1]
 
 
 def test_noise_of_a_sketch_is_from_the_client_s_own_secret(tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_a_client_that_may_send_no_more_does_not_acknowledge(tmp_path: Path) -> 
     with pytest.raises(CutlayerError, match="PolicyRefused"):
         own.handle(ask("keep", 3, round=1), [])
     assert "most.bytes" in noted.words[-1]
-    with pytest.raises(CutlayerError, match="^PolicyRefused$"):
+    with pytest.raises(CutlayerError, match=r"^PolicyRefused$"):
         own.resent(2, 100)
     assert "the answer to request 2 does not leave again: The policy's rule most.bytes" in noted.words[-1]
 
@@ -280,3 +282,104 @@ def test_requests_that_make_no_sense_are_refused_in_words(tmp_path: Path) -> Non
     with pytest.raises(CutlayerError):
         own.handle(ask("head_forward", 8, graph=False).but(step=2), [])
     assert "batch 2 was asked for; there are 0" in noted.words[-1]
+
+
+def test_a_batch_that_is_trained_on_is_never_taken_for_one_of_an_evaluation(tmp_path: Path) -> None:
+    """Of one number both may be; the guard lets no request begin the one while the other is open."""
+    gradients = []
+    for folder, between in (("alone", False), ("beside", True)):
+        own, noted = ready(tmp_path / folder)
+        party = own.party
+        party.evaluation = [lambda party=party: party.batches.step(2)[0]]
+        hidden = shows(own, 3)
+        if between:
+            with pytest.raises(CutlayerError, match="PolicyRefused"):
+                own.handle(ask("head_forward", 4, graph=False), [])
+            assert "is still open as one of training" in noted.words[-1]
+            shown = party.handle(ask("head_forward", 4, graph=False), [])[1][0]  # as if no guard were there
+            assert shown.shape != hidden.shape
+        tail = ask("tail_step", 5, graph=True, head_weight=1.0, update=True).but(names=("hidden",))
+        gradients.append(party.handle(tail, [hidden.detach()])[1][0])
+        if between:
+            reply, _ = party.handle(tail.but(values={"graph": False}), [shown])
+            assert "correct" in reply.values
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("peft", ["lora", "full"])
+def test_a_run_is_done_when_its_part_was_written_and_not_before(peft: str, tmp_path: Path) -> None:
+    """A folder of that name that something else made says nothing; another begin says that it goes on."""
+    kind = {"peft": "full"} if peft == "full" else {}
+    own, noted = seat(tmp_path, **kind)
+    place = own.out / {"lora": "adapter", "full": "model"}[peft]
+    place.mkdir()
+    assert own.done is None
+    own.handle(ask("begin", 1, round=0, updates=3), [])
+    assert own.done is None
+    own.handle(ask("finish", 2), [])
+    assert own.done == place
+    assert "the run is done" in noted.words[-1]
+    assert any(place.glob("*.safetensors"))
+    assert own.left is None
+    other, _ = seat(tmp_path, seed=7, **kind)  # of another run, with the same folder
+    assert other.done is None
+    own.handle(ask("begin", 3, round=0, updates=3), [])
+    assert own.done is None
+    (own.out / "finished.json").write_text("{")
+    assert own.done is None
+
+
+def test_who_refused_has_left_the_run_and_has_its_part_as_of_then(tmp_path: Path) -> None:
+    own, noted = ready(tmp_path)
+    own.handle(ask("hold", 3, round=0), [])
+    own.handle(ask("keep", 4, round=1), [])
+    own.guard.policy = load_policy({"may_leave": {"activations": False}})
+    with pytest.raises(CutlayerError, match="PolicyRefused"):
+        shows(own, 5, step=1)
+    own.handle(ask("begin", 6, round=1, updates=3), [])
+    own.handle(ask("finish", 7), [])
+    assert own.done is None
+    assert not any("the run is done" in words for words in noted.words)
+    said = str(own.left)
+    assert "left the run in round 1" in said
+    assert "may_leave.activations" in said
+    assert f"Its own part as it was after 1 rounds is in {own.out / 'adapter'}" in said
+    own.guard.policy = load_policy({})
+    own.handle(ask("begin", 8, round=1, updates=3), [])
+    own.handle(ask("set_up", 9, head_blocks=1, tail_blocks=1, steps=3), [])
+    own.handle(ask("finish", 10), [])
+    assert (own.left, own.done) == (None, own.out / "adapter"), "a server that was started again took it back"
+
+
+class Greeted:
+    """A session that has read what a server offers."""
+
+    def __init__(self, welcome: dict[str, Any]) -> None:
+        self.welcome = welcome
+
+    async def close(self, words: str) -> None: ...
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_that_only_has_the_name_of_the_model_is_told_from_a_copy(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the server's model is a folder of its own, or a name on the Hub."""
+    tree = {**offer(served(Apart(tmp_path / "apart").file)), "model": "gpt2"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+
+    def call(**more: Any) -> Any:
+        async def opened(hello: Any, *_: Any) -> Any:
+            return Greeted({"run": tree, "own_model": own})
+
+        return asyncio.run(fetched(opened, "server:1", "ann", load_policy({}), progress=Noted(), **more))
+
+    with pytest.raises(ConfigError, match=r"--model is gpt2, a folder without a config\.json") as caught:
+        call(model="gpt2")
+    with pytest.raises(ConfigError) as caught:
+        call()
+    said = str(caught.value)
+    assert f"{tmp_path / 'gpt2'} is a folder of that name without a config.json" in said
+    assert ("join with --model served" in said) == own
+    assert ("rename that folder" in said) != own

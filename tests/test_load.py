@@ -1,4 +1,4 @@
-"""Many clients and many steps on one server: all are served, and its memory stays as it is."""
+"""Many clients and many steps on one server (over TLS on loopback): all are served, and its memory stays as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from apart import LONG, Apart, Command, steps
+from apart import LONG, Apart, Command, keys_for, steps
 from cutlayer.joining import join
 from cutlayer.links.net.answering import Again
 from spine import model
@@ -20,7 +20,7 @@ from tiny import text_rows, write_rows
 CLIENTS, PROCESSES = 64, 4  # a process costs 350 MB of imports, a client in it some MB
 
 
-def several(address: str, names: list[str], files: dict[str, str], root: str, folder: str) -> None:
+def several(address: str, names: list[str], files: dict[str, str], root: str, folder: str, keys: str) -> None:
     """Clients of one process, a thread each."""
     torch.set_num_threads(1)
     failed: list[BaseException] = []
@@ -28,7 +28,7 @@ def several(address: str, names: list[str], files: dict[str, str], root: str, fo
     def one(name: str) -> None:
         try:
             join(
-                address, data=files[name], out=Path(root) / name, name=name, model=folder, progress=False,
+                address, data=files[name], out=Path(root) / name, keys=Path(keys) / name, model=folder, progress=False,
                 again=Again(first=0.2, most=1.0),
             )  # fmt: skip
         except BaseException as error:
@@ -58,11 +58,13 @@ def loaded(tmp_path: Path, *, rounds: int, local: int, clients: int, processes: 
         framework={"name": "sfl-v1", "local_steps": local}, data={"max_length": 16},
     )  # fmt: skip
     files = {n: str(write_rows(run.root / f"{n}.jsonl", text_rows(2, seed=i))) for i, n in enumerate(names)}
-    server = run.serve()
+    keys = keys_for(*names)
+    server = run.serve(keys=keys)
     context = multiprocessing.get_context("spawn")
     address, memory = f"localhost:{run.port}", list[int]()
     shares = [names[start::processes] for start in range(processes)]
-    crowd = [context.Process(target=several, args=(address, s, files, str(run.root), str(folder))) for s in shares]
+    told = (files, str(run.root), str(folder), str(keys))
+    crowd = [context.Process(target=several, args=(address, share, *told)) for share in shares]
     for one in crowd:
         one.start()
     lines, seen, until = run.root / "server" / "metrics.jsonl", 0, time.monotonic() + 10 * LONG

@@ -166,15 +166,15 @@ def test_half_a_frame_and_half_open_connections_do_not_block_others() -> None:
 
 def test_those_who_wait_are_bounded() -> None:
     async def crowd() -> None:
-        async with serving(max_waiting=3, max_sessions=2, hello_timeout=30.0) as served:
+        async with serving(max_waiting=3, max_sessions=lambda: 2, hello_timeout=30.0) as served:
             silent = [Raw(served.port) for _ in range(3)]
-            while served.listener._waiting.total() < 3:
+            while served.listener.room.waiting.total() < 3:
                 await asyncio.sleep(0.01)
             with pytest.raises(Disconnected, match=r"busy|room"):
                 await served.join()
             for raw in silent:
                 await raw.close()
-            while served.listener._waiting.total():
+            while served.listener.room.waiting.total():
                 await asyncio.sleep(0.01)
             sessions = [await served.join(name) for name in "ab"]
             await served.held(2)
@@ -191,7 +191,7 @@ def test_those_who_wait_are_bounded() -> None:
 def test_one_certificate_cannot_fill_the_waiting_room() -> None:
     async def crowd() -> None:
         async with serving(SERVER) as served:
-            served.listener._waiting["clinic"] = 64
+            served.listener.room.waiting["clinic"] = 128
             with pytest.raises(Disconnected, match="busy"):
                 await served.join(own=CLIENT)
             assert await served.works(CA.issue("bank"))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import cutlayer
-from apart import ROWS, Apart, steps
+from apart import ROWS, Apart, keys_for, steps
 from cutlayer.apart import served
 from cutlayer.errors import ConfigError, DataError, OutputError, PolicyRefused, Refused
 from cutlayer.joining import join
@@ -23,6 +24,7 @@ KINDS = {"two-part": TWO, "u-shape": U}
 SAME = ("bytes", "bytes_up", "bytes_down", "frames", "steps")
 
 
+QUICK = ("sfl-v2", "sequential-sl", "psl")  # in the default suite, with both partitions
 CLASSIFIER = {"model": "bert", "data": {"format": "classification", "classes": ["sad", "glad"]}}
 CASES = [
     ("sfl-v1", {}), ("sequential-sl", {}), ("sfl-v2", {}), ("psl", {}), ("gsfl", {}), ("p-sl", {}), ("hsfl", {}),
@@ -35,13 +37,14 @@ CASES = [
 def both(
     run: Apart, out: Path, *joined_with: str, unequal: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """The run between processes and in one, which must be the same; their summaries.
+    """The run between processes, over TLS, and in one, which must be the same; their summaries.
 
     Where cuts or ranks are unequal, the adapter of the run is that of one client, and only states are compared.
     """
     alone = cutlayer.train(run.simulated, out=out, progress=False).summary
-    server = run.serve()
-    run.ended({"server": server, **{name: run.join(name, *joined_with) for name in run.files}})
+    keys = keys_for(*run.files)
+    server = run.serve(keys=keys)
+    run.ended({"server": server, **{name: run.join(name, *joined_with, keys=keys) for name in run.files}})
     summary = run.summary()
     assert steps(run.root / "server") == steps(out)
     for key in SAME:
@@ -56,8 +59,8 @@ def both(
 @pytest.mark.parametrize(
     ("framework", "changes", "partition"),
     often(
-        [(framework, changes, kind) for framework, changes in CASES for kind in ("two-part", "u-shape")],
-        ("sfl-v2", {}, "u-shape"), ("sequential-sl", {}, "two-part"), ("psl", {}, "two-part"),
+        [(framework, changes, kind) for framework, changes in CASES for kind in KINDS],
+        *[(framework, {}, kind) for framework in QUICK for kind in KINDS],
     ),
     ids=str,
 )  # fmt: skip
@@ -65,9 +68,11 @@ def test_the_network_changes_no_number(
     framework: str, changes: dict[str, Any], partition: str, tmp_path: Path
 ) -> None:  # fmt: skip
     """The same losses by client and step, the same weights, the same bytes and frames."""
+    rounds = 2 if framework in QUICK and not changes else 3
     if "model" in changes:
         changes = {**changes, "model": str(model(changes["model"], num_hidden_layers=4))}
-    run = Apart(tmp_path / "apart", partition=KINDS[partition], eval_every=1, **{"framework": framework, **changes})
+    told = {"framework": framework, "rounds": rounds, **changes}
+    run = Apart(tmp_path / "apart", partition=KINDS[partition], eval_every=1, **told)
     summary, alone = both(run, tmp_path / "one")
     assert all("peak_memory_bytes" not in summary["parties"][name] for name in ROWS), "nobody has measured it here"
     peaks = [one["parties"]["server"]["peak_memory_bytes"] for one in (summary, alone)]
@@ -202,6 +207,29 @@ def test_killed_parties_change_nothing(tmp_path: Path) -> None:
     assert steps(run.root / "server") == steps(tmp_path / "one")
 
 
+def test_early_stop_needs_evaluation_data_of_who_evaluates(tmp_path: Path) -> None:
+    """The run file need name no file of it; a run without is refused in words, and may be joined again with it."""
+    run = Apart(tmp_path / "apart", eval_every=1, early_stop={"patience": 9}, rounds=1, data={"eval": None})
+    brought = ("--eval", run.valid)
+    server = run.serve()
+    clients = {"ann": run.join("ann"), "bob": run.join("bob", *brought)}
+    assert server.wait() == 2, run.said("server")
+    said = "early_stop is given, but 'ann', whose model is now the run's, has brought no evaluation data"
+    assert said in run.said("server")
+    assert "Traceback" not in run.said("server")
+    assert [client.wait() for client in clients.values()] == [2, 2]
+    server = run.serve()
+    run.ended({**{name: run.join(name, *brought) for name in ROWS}, "server": server})
+    assert [one["round"] for one in run.summary()["eval"]["history"]] == [0, 1]
+
+
+def test_a_run_that_nobody_can_evaluate_says_so(tmp_path: Path) -> None:
+    run = Apart(tmp_path / "apart", eval_every=1, rounds=1, data={"eval": None})
+    run.ended({"server": run.serve(), **{name: run.join(name) for name in ROWS}})
+    assert run.said("server").count("nothing is evaluated: no client has brought evaluation data") == 1
+    assert "eval" not in run.summary()
+
+
 @pytest.mark.slow
 def test_what_a_server_remembers_of_samples_outlives_it(tmp_path: Path) -> None:
     """From the second epoch on clients send the numbers of what they have shown, to a server that was killed too."""
@@ -246,19 +274,34 @@ def test_a_client_that_stays_away_ends_the_run_where_that_is_wanted(tmp_path: Pa
 
 
 def test_a_policy_names_the_server(tmp_path: Path) -> None:
-    """A client whose owner pinned another server's certificate tells this one nothing; the right pin lets it in."""
+    """A client whose owner pinned another server's certificate tells this one nothing; the right pin lets it in.
+
+    The model is judged by its name in the run, not by where its files are; and files may have columns of other names.
+    """
     run = Apart(tmp_path / "apart", rounds=1)
     keys = keys_of(tmp_path / "keys")
     right = server_keys(keys / "server").fingerprint
     server = run.serve(keys=keys)
     pins = {name: tmp_path / f"{name}.yaml" for name in ("right", "wrong")}
-    pins["right"].write_text(f"server: '{right}'\n")
+    name = Path(run.tree["model"]).name  # as the run calls it; the client says where it is
+    pins["right"].write_text(f"server: '{right}'\nmodels: ['{name}']\n")
     pins["wrong"].write_text(f"server: '{right[:-2] + ('00' if right[-2:] != '00' else '01')}'\n")
     refused = run.join("ann", "--policy", str(pins["wrong"]), keys=keys)
     assert refused.wait() == 2
     assert "is expected. Ask the operator whether the certificate was renewed" in run.said("ann")
     assert "client 'ann' is here" not in run.said("server")
-    run.ended({**{name: run.join(name, "--policy", str(pins["right"]), keys=keys) for name in ROWS}, "server": server})
+    body = write_rows(tmp_path / "body.jsonl", [{"body": row["text"]} for row in ROWS["ann"]])
+    held_out = write_rows(tmp_path / "held-out.jsonl", [{"body": row["text"]} for row in text_rows(4, seed=9)])
+    other = {"ann": ("--data", str(body), "--eval", str(held_out)), "bob": ()}
+    lost = run.join("ann", "--policy", str(pins["right"]), *other["ann"], keys=keys)
+    assert lost.wait() == 2
+    assert "has no column 'text'" in run.said("ann")
+    assert "(cutlayer join: --columns text=<column>)" in run.said("ann")
+    other["ann"] += ("--columns", "text=body")
+    pinned = {name: run.join(name, "--policy", str(pins["right"]), *other[name], keys=keys) for name in ROWS}
+    run.ended({**pinned, "server": server})
+    assert yaml.safe_load((run.root / "ann" / "audit.yaml").read_text())["data"]["columns"] == {"text": "body"}
+    assert run.same(cutlayer.train(run.simulated, out=tmp_path / "one", progress=False).out)
 
 
 def test_a_policy_is_kept(tmp_path: Path) -> None:
@@ -266,6 +309,7 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
     run = Apart(tmp_path / "apart", partition=TWO)
     policy = tmp_path / "policy.yaml"
     policy.write_text("may_leave: {labels: false}\n")
+    own = run.tree["model"]
     server = run.serve()
     try:
         with pytest.raises(PolicyRefused, match="labels"):
@@ -274,6 +318,26 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
                 model=run.tree["model"], policy=policy, progress=False,
             )  # fmt: skip
         assert not (run.root / "ann" / "sent.jsonl").exists()
+        rules = (
+            (
+                "models: [gpt5]",
+                rf"The policy's rule models refuses: the run's model is '{Path(own).name}'; allowed: gpt5",
+            ),
+            ("models: [gpt5]", rf"the files in {own} are your own \(--model\)"),
+            ("models: [gpt5]\nhead_blocks: 3", "The policy's rules models, head_blocks refuse: models: the run"),
+        )
+        for text, said in rules:
+            policy.write_text(f"{text}\n")
+            with pytest.raises(PolicyRefused, match=said):
+                join(
+                    f"localhost:{run.port}", data=run.files["ann"], out=run.root / "ann", name="ann", model=own,
+                    policy=policy, progress=False,
+                )  # fmt: skip
+        with pytest.raises(Refused, match="The run that it is in has no name here: leave out --run"):
+            join(
+                f"localhost:{run.port}", data=run.files["ann"], out=run.root / "ann", name="ann", run="other",
+                model=own, progress=False,
+            )  # fmt: skip
         with pytest.raises(Refused, match="No run here has a client 'eve'"):
             join(
                 f"localhost:{run.port}", data=run.files["ann"], out=run.root / "eve", name="eve",

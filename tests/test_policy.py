@@ -1,5 +1,7 @@
 """The policy: ordinary runs pass, what they send can be refused, and an offered run is judged before it starts."""
 
+# ruff: noqa: F811 - a fixture that is imported
+
 from __future__ import annotations
 
 import json
@@ -10,8 +12,11 @@ from typing import Any
 import pytest
 
 from cutlayer import registry
+from cutlayer.build import layouts_of
 from cutlayer.config import RunConfig, load_config
 from cutlayer.config_types import Spec
+from cutlayer.driver import Run
+from cutlayer.entitled import entitled
 from cutlayer.errors import ConfigError, PolicyRefused
 from cutlayer.guard import Guard, held_by
 from cutlayer.guarded import guarded
@@ -20,7 +25,7 @@ from cutlayer.parties.client import ClientParty
 from cutlayer.policy import Policy, load_policy
 from cutlayer.released import Counts, Log
 from cutlayer.wire import Header, read_frames
-from spine import TWO, U, model, often, resumed, train
+from spine import TWO, U, caught, model, often, resumed, train  # noqa: F401
 from tiny import text_rows, write_rows
 
 FOUR = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
@@ -30,7 +35,7 @@ CUTS = {"two-part": TWO, "u-shape": U}
 
 
 @pytest.fixture
-def guards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Guard]]:
+def guards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: list[Run]) -> Callable[..., dict[str, Guard]]:
     """Puts a guard between each client and its link, with one policy, from the next run on; they are made as they are
     needed."""
 
@@ -41,9 +46,18 @@ def guards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
         def answer(party: ClientParty, header: Header, tensors: Any) -> Any:
             name = party.name
             if name not in made:
+                run = caught[-1]
+                blocks = run.parts.base.anatomy.num_blocks
+                use = entitled(run.config, layouts_of(run.config, blocks)[name], hosts=True)
                 log, counts = Log(tmp_path / f"{name}.jsonl"), Counts.load(tmp_path / f"{name}.json")
                 made[name] = Guard(
-                    policy or Policy(), log, counts, client=name, held=lambda: held_by(party), planned=10**6
+                    policy or Policy(),
+                    log,
+                    counts,
+                    client=name,
+                    entitled=use,
+                    held=lambda: held_by(party),
+                    planned=10**6,
                 )
                 answers[name] = guarded(original, made[name])
             return answers[name](party, header, tensors)

@@ -29,6 +29,7 @@ from cutlayer.models.slots import Slot
 from cutlayer.wire import Header, Meter, encode, read_frames
 from rays import Killer, made, same
 from spine import TWO, U, adapter, equal, model, resumed
+from test_joining import Noted
 from tiny import write_rows
 
 ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
@@ -94,6 +95,17 @@ def test_every_framework_is_the_same_in_actors(
         assert steps(one.out) == steps(two.out)
     else:
         same(one, two)
+
+
+@pytest.mark.slow
+def test_defenses_in_actors(tmp_path: Path, here: None) -> None:
+    """The noise of a simulated client is the same wherever it is, and so is what was spent."""
+    run = Apart(tmp_path, defense=[{"name": "dp-forward", "noise": 0.5}, "clip-noise"], eval_every=1)
+    one = cutlayer.train(run.simulated, out=tmp_path / "one")
+    two = cutlayer.train({**run.simulated, "engine": TWO_IN_ONE}, out=tmp_path / "two")
+    same(one, two)
+    assert one.summary["privacy"] == two.summary["privacy"]
+    assert set(two.summary["privacy"]) == set(run.files)
 
 
 @pytest.mark.slow
@@ -200,6 +212,37 @@ def test_errors_at_an_actor_are_told_in_words(tmp_path: Path, here: None, monkey
             {**run.simulated, "engine": {"name": "ray", "num_cpus": 2, "clients_per_actor": 1}}, out=tmp_path / "one"
         )
     assert not (tmp_path / "one").exists()
+
+
+class _Leaves(Noted):
+    """Somebody else's actor, which goes when it is said that it is waited for."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.other = other
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if "have not begun" in text:
+            ray.kill(self.other)
+
+
+@pytest.mark.slow
+def test_a_busy_cluster_is_waited_for_in_words(tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is taken by others; when it is free, the run begins, and is the same."""
+    monkeypatch.setattr(cluster, "LOOK", 1.0)
+
+    class Other:
+        def here(self) -> bool:
+            return True
+
+    other = ray.remote(Other).options(num_cpus=2).remote()
+    assert ray.get(other.here.remote())
+    run, noted = Apart(tmp_path, framework="sfl-v2", rounds=1), _Leaves(other)
+    one = cutlayer.train(run.simulated, out=tmp_path / "one")
+    two = cutlayer.train({**run.simulated, "engine": "ray"}, out=tmp_path / "two", progress=noted)
+    same(one, two)
+    assert any("of the cluster's 2, of which 0 are free." in words for words in noted.words), noted.words
 
 
 @pytest.mark.slow

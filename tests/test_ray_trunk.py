@@ -21,6 +21,7 @@ from cutlayer.models.standins import Skip
 from cutlayer.stretch import Stretch
 from rays import Killer, made, same
 from spine import TWO, U, adapter, equal, model, resumed
+from test_joining import Noted
 from tiny import write_rows
 
 ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
@@ -51,6 +52,8 @@ class _Handle:
         self.actor = actor
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__ray_ready__":
+            return SimpleNamespace(remote=lambda: _Reference(lambda: True, ()))
         return SimpleNamespace(remote=lambda *arguments: _Reference(getattr(self.actor, name), arguments))
 
 
@@ -59,14 +62,16 @@ class Inside:
 
     def __init__(self) -> None:
         self.made: list[_Handle] = []
-        self.cpus = 8.0
+        self.cpus = self.free = 8.0
+        self.busy = 0  # looks at which nobody has begun
         self.module = ModuleType("ray")
         self.module.__spec__ = ray.__spec__
         for name, value in {
             "remote": self._remote, "is_initialized": lambda: True, "kill": lambda _: None,
             "get": lambda reference: reference.future().result(),
             "get_runtime_context": lambda: SimpleNamespace(gcs_address=""),
-            "nodes": lambda: [{"Alive": True, "Resources": {"CPU": self.cpus}}],
+            "nodes": lambda: [{"Alive": True, "Resources": {"CPU": self.cpus}}], "wait": self._wait,
+            "cluster_resources": lambda: {"CPU": self.cpus}, "available_resources": lambda: {"CPU": self.free},
         }.items():  # fmt: skip
             setattr(self.module, name, value)
 
@@ -76,6 +81,14 @@ class Inside:
             return self.made[-1]
 
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=make))
+
+    def _wait(self, waited: list[Any], *, num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        assert num_returns == len(waited)
+        assert timeout > 0, "it is not waited for without a word"
+        if not self.busy:
+            return waited, []
+        self.busy -= 1
+        return waited[1:], waited[:1]
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -293,6 +306,52 @@ def test_a_machine_without_room_is_refused(tmp_path: Path, inside: Inside) -> No
     with pytest.raises(ConfigError, match=r"no node of the cluster has that, as the trunk is in 4 actors.*Lower"):
         cutlayer.train({**run.simulated, "engine": {**BOTH, "clients_per_actor": None}}, out=out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("clients_per_actor", [None, 1])
+def test_a_cluster_elsewhere_that_can_never_have_room_is_refused(
+    clients_per_actor: int | None, tmp_path: Path, inside: Inside
+) -> None:  # fmt: skip
+    """An actor larger than each node, however many clients it is to have."""
+    run, out = Apart(tmp_path, framework="sfl-v1"), tmp_path / "out"
+    engine = {"name": "ray", "address": "auto", "clients_per_actor": clients_per_actor, "num_cpus": 9}
+    with pytest.raises(ConfigError, match="Each actor wants 9 CPUs, and no node of the cluster has that"):
+        cutlayer.train({**run.simulated, "engine": engine}, out=out)
+    inside.cpus = 3
+    with pytest.raises(
+        ConfigError, match="the trunk is in 4 actors that want 1 CPUs each, and the cluster has no room"
+    ):
+        cutlayer.train({**run.simulated, "engine": {**BOTH, **engine, "num_cpus": 1}}, out=out)
+    assert not out.exists()
+
+
+def test_a_busy_cluster_is_waited_for_and_that_is_said(tmp_path: Path, inside: Inside) -> None:
+    """Once for each state of things, with what is wanted and what there is."""
+    run, noted = Apart(tmp_path, framework="sfl-v2", rounds=1), Noted()
+    inside.cpus, inside.free, inside.busy = 2.0, 0.0, 3
+    result = cutlayer.train({**run.simulated, "engine": "ray"}, out=tmp_path / "out", progress=noted)
+    assert result.summary["rounds"] == 1
+    said = [words for words in noted.words if "have not begun" in words]
+    assert said == [
+        "engine 'ray': 1 of 2 actors have not begun (ann). All together want 2 CPUs of the cluster's 2, of which 0 are "
+        "free."
+    ]
+
+
+def test_a_cluster_that_must_grow_is_said(tmp_path: Path, inside: Inside) -> None:
+    run, noted = Apart(tmp_path, framework="sfl-v2", rounds=1), Noted()
+    inside.cpus, inside.free, inside.busy = 1.0, 1.0, 1
+    engine = {"name": "ray", "address": "auto", "clients_per_actor": 1}
+    cutlayer.train({**run.simulated, "engine": engine}, out=tmp_path / "out", progress=noted)
+    assert any("That is more than there is: raise engine.clients_per_actor" in words for words in noted.words)
+
+
+def test_as_many_actors_as_there_is_room_now(tmp_path: Path, inside: Inside) -> None:
+    """What others have taken of a cluster is not counted on."""
+    run, noted = Apart(tmp_path, framework="sfl-v2", rounds=1), Noted()
+    inside.cpus, inside.free = 8.0, 1.5
+    cutlayer.train({**run.simulated, "engine": "ray"}, out=tmp_path / "out", progress=noted)
+    assert "engine 'ray': 2 clients in 1 actor" in noted.words
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [

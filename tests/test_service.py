@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import signal
@@ -19,10 +20,12 @@ import yaml
 
 import cutlayer
 from apart import LONG, Apart, Command, Noted, Trap, steps
+from crash import Forge
 from cutlayer import served_run, serving
+from cutlayer.apart import taken
 from cutlayer.build import load_base
 from cutlayer.config import load_config
-from cutlayer.errors import ConfigError, Refused
+from cutlayer.errors import ConfigError, NetworkError, OutputError, Refused
 from cutlayer.joining import join
 from cutlayer.links.net.connecting import connect
 from cutlayer.models.sharing import SharedModels
@@ -100,6 +103,52 @@ def test_a_client_learns_nothing_of_runs_that_it_is_not_in(tmp_path: Path) -> No
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.mark.parametrize("command", ["serve", "join", "keys"])
+@pytest.mark.parametrize("place", ["a file", "below a file", "not of this world"])
+def test_where_no_folder_can_be_is_said_in_words(command: str, place: str, tmp_path: Path, forge: Forge) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", text_rows(2))
+    out = {"a file": file, "below a file": file / "x", "not of this world": Path("/proc/x")}[place]
+    run = Apart(tmp_path / "apart")
+    arguments = {
+        "serve": [str(run.file), "--bind", "localhost:0", "--insecure"],
+        "join": ["localhost:1", "--data", str(file), "--insecure", "--name", "ann"],
+        "keys": ["--host", "localhost", "--client", "ann"],
+    }[command]
+    said = forge.run(command, *arguments, "--out", out).refused("--out", str(out))
+    assert "Delete" not in said
+    assert file.is_file()
+
+
+def test_a_folder_of_another_owner_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Apart(tmp_path / "apart")
+    rights: list[Any] = []
+
+    def access(path: Any, mode: int) -> bool:
+        rights.append((path, mode))
+        return False
+
+    monkeypatch.setattr("cutlayer.files.os.access", access)
+    with pytest.raises(OutputError, match=r"You have no right to write into .*out"):
+        serving.serve(str(run.file), bind="localhost:0", out=tmp_path / "out", progress=False)
+    with pytest.raises(OutputError, match=r"You have no right to write into .*out"):
+        join("localhost:1", data=run.files["ann"], out=tmp_path / "out", name="ann", progress=False)
+    assert (tmp_path / "out", os.W_OK | os.X_OK) in rights
+
+
+def test_an_error_of_the_machine_ends_a_run_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run.yaml")
+
+    monkeypatch.setattr("cutlayer.served_run.checkpoint.write_text", full)
+    with caplog.at_level("INFO"), pytest.raises(OSError, match="No space left"):
+        serving.serve(str(Apart(tmp_path / "apart").file), bind="localhost:0", out=tmp_path / "out", progress=False)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.slow
@@ -218,6 +267,64 @@ def test_sessions_live_on_while_a_new_run_is_looked_at(tmp_path: Path, monkeypat
         assert set(service.runs) == {"flu", "fraud"}
         assert "the service file is read when it is started again" in noted.words[-1]
         await asyncio.gather(going, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_hundreds_of_clients_are_all_let_in(tmp_path: Path) -> None:
+    """Each is told the run with all the others, and all are here at once."""
+    names = [f"hospital-of-region-{number:03d}" for number in range(300)]
+    run = Apart(tmp_path / "apart", clients=[{"name": name, "profile": "laptop"} for name in names])
+    config = serving._checked(str(run.file), [], tmp_path / "server")
+
+    async def scenario() -> None:
+        service = Service("localhost:0", None, Noted())
+        service.begin("", config, tmp_path / "server", Patience(60))
+        going = asyncio.ensure_future(service.run())
+        while not service.port:
+            await asyncio.sleep(0.01)
+        sessions = []
+        for name in names:
+            sessions.append(await connect(f"localhost:{service.port}", None, "", {"client": name, "wants": "run"}))
+        assert taken(sessions[-1].welcome["run"], model=config.model, device="cpu").client_names == names
+        while len(service.listener.sessions) < len(names):
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*(session.close() for session in sessions))
+        going.cancel()
+        await asyncio.gather(going, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_a_run_that_is_too_long_to_be_told_is_refused_as_serving_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Apart(tmp_path / "apart")
+    monkeypatch.setattr(serving, "WELCOME", serving.ABOUT + 500)
+    with pytest.raises(ConfigError, match=r"with its 2 clients is \d+ bytes as it is told to each"):
+        serving._checked(str(run.file), [], tmp_path / "server")
+
+
+def test_more_clients_than_connections_are_refused_as_serving_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = Two(tmp_path / "apart", stay=True)
+    (flu, fraud) = load_service(both.file).runs
+    monkeypatch.setattr("cutlayer.service.resource.getrlimit", lambda _: (261, 261))
+    monkeypatch.setattr("cutlayer.service.CONNECTIONS", 4)
+
+    async def scenario() -> None:
+        out, few = tmp_path / "server", Patience(60)
+        service = Service("localhost:0", None, Noted())
+        service.begin("flu", serving._entry(flu, out), out / "flu", few)
+        service._bound()
+        assert service.listener.max_connections == 5
+        with pytest.raises(NetworkError, match="2 clients more are too many for the 5 connections"):
+            await service.begin_beside({"fraud": (serving._entry(fraud, out), out / "fraud")}, few)
+        assert set(service.runs) == {"flu"}
+        service.begin("fraud", serving._entry(fraud, out), out / "fraud", few)
+        with pytest.raises(NetworkError, match="4 clients need 264 open files, and this process may have 261"):
+            await service.run()
 
     asyncio.run(scenario())
 

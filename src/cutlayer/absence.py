@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from cutlayer import checkpoint
 from cutlayer.allotment import Allotter
 from cutlayer.arrangement import Arranger, names_hosts
+from cutlayer.comings_back import ComingsBack
 from cutlayer.config_fit import batches_meet
 from cutlayer.draining import Drained
-from cutlayer.errors import AllLeft, CutlayerError, Gone, NetworkError, RequestFailed, WireError
+from cutlayer.errors import AllLeft, CutlayerError, Gone, NetworkError, OutputError, RequestFailed, WireError
 from cutlayer.files import write_text
 from cutlayer.links.net.remote import Remote
 from cutlayer.links.network import NetworkLink
@@ -69,6 +70,7 @@ class Absence:
         self.told: dict[str, Told] = _read_told(out / FILE)
         self._left: dict[str, tuple[object, str]] = {}  # the process that has left, and why
         self._why: dict[str, str] = {}  # of who is away
+        self._again = ComingsBack()
         self._begun = False  # a round has
         self._run: Run | None = None
 
@@ -99,6 +101,7 @@ class Absence:
             if not said:
                 self.progress.note("nobody is there; the run waits for a client to come")
                 said = True
+            self._again.play()
             await asyncio.sleep(LOOK)
 
     def here(self) -> list[str]:
@@ -109,7 +112,13 @@ class Absence:
         remote = self.remotes[name]
         if name in self._left and self._left[name][0] != remote.instance:
             del self._left[name]
-        return remote.session is not None and name not in self._left
+        return remote.session is not None and name not in self._left and not self._sits_out(name)
+
+    def _sits_out(self, name: str) -> bool:
+        return self._run is not None and self._again.sits_out(name, self._run.counters.rounds)
+
+    def _too_often(self, name: str) -> bool:
+        return self._again.too_often(name, self.remotes[name].instance, self.run.counters.rounds)
 
     def outset(self, here: Sequence[str]) -> Outset:
         """The newest round that the server and all who are there hold, but for those who were away in it.
@@ -156,6 +165,8 @@ class Absence:
         """
         if isinstance(error, Gone):
             left, goes_on = error.kind == "left", error.kind in ("away", "left")
+            if error.kind == "anew" and self._too_often(name):
+                goes_on = True
         else:  # what it refuses before the first round it would refuse always: that is for the operator to mend
             begun = self._begun and not self.run.unsketched
             left = goes_on = isinstance(error, RequestFailed | WireError) and begun
@@ -164,6 +175,7 @@ class Absence:
         if left:
             self._left[name] = (self.remotes[name].instance, str(error))
         if goes_on and self._goes_back:
+            self._too_often(name)
             raise Gone(name, error.why if isinstance(error, Gone) else str(error), "left" if left else "away")
         return goes_on
 
@@ -200,6 +212,7 @@ class Absence:
     async def begin_round(self) -> None:
         """Take back who is there again, and wait until somebody can train; those who take part hold where they are."""
         run = self.run
+        self._again.begins(run.counters.rounds, run.counters.away)
         await self._need(run.unsketched, "has told no sketch of its data yet")
         since = time.monotonic()
         number, self._begun, said = run.counters.rounds, True, False
@@ -211,6 +224,7 @@ class Absence:
                     break
             if not any(map(run.steps_left, run.clients)):
                 break
+            self._again.play()
             if not said:
                 said = True
                 self.progress.note(f"round {number} waits for a client: {', '.join(sorted(run.counters.away))}")
@@ -236,6 +250,7 @@ class Absence:
             if not said:
                 said = True
                 self.progress.note("nobody is there; the run waits for a client to come back")
+            self._again.play()
             await self._pause()
             await self.take_back()
 
@@ -251,6 +266,7 @@ class Absence:
             if not said:
                 said = True
                 self.progress.note(f"the run waits for {', '.join(missing)}, who {why}")
+            self._again.play(missing)
             await self._pause()
             await self.take_back()
 
@@ -334,12 +350,13 @@ class Absence:
         await self.take_back()
         for name in self.run.counters.away:
             if self.remotes[name].session is not None:  # it has left, and waits for the end: it has its own part
+                self.remotes[name].renew()
                 with contextlib.suppress(Lost):
                     await self._link(name).begin(max(self.run.counters.away[name], 0), self.run.parts.lines[name])
                     await self._link(name).finish()
 
     def _missing(self) -> list[str]:
-        return [name for name in self.run.counters.away if name not in self._left]
+        return [name for name in self.run.counters.away if name not in self._left and not self._sits_out(name)]
 
     def summary(self, name: str) -> dict[str, Any]:
         """For ``summary.json``: the rounds in which a client was lost, and those that began without it."""
@@ -369,5 +386,7 @@ def _read_told(file: Path) -> dict[str, Told]:
         return {name: Told(**told) for name, told in json.loads(file.read_text(encoding="utf-8")).items()}
     except FileNotFoundError:
         return {}
+    except NotADirectoryError as error:
+        raise OutputError(f"{file.parent} cannot be the server's folder: a part of the path is a file.") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise NetworkError(f"{file} cannot be read ({error}). Delete it: the clients will tell anew.") from error

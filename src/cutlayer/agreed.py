@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -107,3 +107,20 @@ def load_secret(file: str | Path) -> AgreedSecret:
             "FILE', and give it to the other clients of the run."
         )
     return AgreedSecret(bytes.fromhex(text))
+
+
+def needed(why: str | None, agreed: AgreedSecret | None, note: Callable[[str], None]) -> AgreedSecret | None:
+    """The secret of a run's clients, where the run needs it (``why``, in words).
+
+    Raises:
+        KeysError: it does, and this client has none.
+    """
+    if why is not None and agreed is None:
+        raise KeysError(
+            f"This run needs a secret that its clients have agreed on: {why}. Ask the owners of the other clients "
+            "for theirs; one of you makes it by 'cutlayer secret FILE', and gives it to the others, not to the "
+            "server. Then join with --secret FILE."
+        )
+    if why is None and agreed is not None:
+        note("--secret is not used: this run needs no secret of its clients")
+    return agreed if why is not None else None

@@ -59,6 +59,9 @@ def _without_data(tree: dict[str, Any]) -> dict[str, Any]:
         data = {}
     if isinstance(data, dict):
         data = {key: AT_CLIENT if key == "eval" and value else value for key, value in data.items() if key != "train"}
+        evaluated = any(tree.get(key) is not None for key in ("eval_every", "early_stop"))
+        if evaluated and data.get("eval") is None and data.get("eval_fraction") is None:
+            data["eval"] = AT_CLIENT  # whoever joins brings it, or nobody: ``engine.unevaluated``
     return {**tree, "clients": clients, "data": data}
 
 

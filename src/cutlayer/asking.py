@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cutlayer.errors import PolicyRefused
+from cutlayer.models.slots import parameter_of
 from cutlayer.policy import Policy, Told
 from cutlayer.wire import Header
 
@@ -105,6 +106,31 @@ def check_tensors(header: Header, tensors: Sequence[Tensor], head: frozenset[str
         if not found[name].is_floating_point():
             raise PolicyRefused(
                 "shape", f"{named(header)} brings '{name}' as {found[name].dtype}, not as real numbers."
+            )
+
+
+def check_owned(
+    header: Header, tensors: Sequence[Tensor], held: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
+    """Whether what came is of tensors that the client has, and fits them.
+
+    Raises:
+        PolicyRefused: by the rule ``owned``.
+    """
+    for name, tensor in zip(header.names, tensors, strict=True):
+        own = held.get(parameter_of(name))
+        if own is None:
+            raise PolicyRefused("owned", f"{named(header)} brings '{name}', which is not of this client's part.")
+        shape, dtype = own
+        if name != parameter_of(name):  # the optimizer's state of it, which may be one number, or a row
+            fits = tensor.is_floating_point() and tensor.numel() <= math.prod(shape)
+        else:
+            fits = tuple(tensor.shape) == shape and tensor.dtype == dtype
+        if not fits:
+            raise PolicyRefused(
+                "owned",
+                f"{named(header)} brings '{name}' as {list(tensor.shape)} {tensor.dtype}; this client has "
+                f"{list(shape)} {dtype}.",
             )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -22,8 +21,8 @@ from cutlayer.assembly import assemble_server, places_of
 from cutlayer.config import RunConfig
 from cutlayer.draining import Drained
 from cutlayer.driver import Run
-from cutlayer.engine import Engine
-from cutlayer.errors import Gone
+from cutlayer.engine import Engine, unevaluated
+from cutlayer.errors import DataError, Gone
 from cutlayer.judging import Judge, bounds_of
 from cutlayer.links.local import Link
 from cutlayer.links.net.remote import Remote, on_loop
@@ -89,8 +88,8 @@ class Attempt:
         self._newest = ""  # the client whose model is the run's
         self.parting = 0  # bytes by which clients got, when all was done, what they had not seen
 
-    async def drive(self, **told: Mapping[str, Any]) -> Result:
-        """To the end; ``told``: what else ``network`` in the summary says, by client.
+    async def drive(self, counted: Callable[[str], Mapping[str, float]]) -> Result:
+        """To the end; ``counted``: what ``network`` in the summary says of a client's connections.
 
         Raises:
             Drained: it stopped as it was asked to.
@@ -105,6 +104,7 @@ class Attempt:
                 config, parts, meter=meter, clock=RealClock(), out=self.out, progress=self.watch, links=self._links
             )
             engine, self.watch.run = Engine(run, asked_to_stop=self.asked_to_stop), run
+            self._check_early_stop(run)
             if absence is not None:
                 absence.know(data)
                 outset = absence.outset(self.here)
@@ -126,15 +126,20 @@ class Attempt:
         summary = summarize(run, adapter=adapter, device=str(self.base.device))
         summary["parting_bytes"] = self.parting
         summary["network"] = {
-            name: {
-                "reconnects": remote.reconnects, "retries": remote.retries, "dropped": remote.dropped,
-                "seconds_away": round(remote.seconds_away, 3), **{key: by[name] for key, by in told.items()},
-                **(absence.summary(name) if absence else {}),
-            }
-            for name, remote in self.clients.remotes.items()
-        }  # fmt: skip
+            name: {**counted(name), **(absence.summary(name) if absence else {})} for name in self.clients.remotes
+        }
         checkpoint.write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         return Result(self.out, adapter, summary)
+
+    def _check_early_stop(self, run: Run) -> None:
+        """Refuse to begin a run that is to stop early, where who evaluates has nothing to evaluate on.
+
+        Raises:
+            DataError: so it is; nothing of what clients said is written down yet, so they may come again with more.
+        """
+        why = unevaluated(run)
+        if why and self.config.early_stop is not None and not checkpoint.rounds(self.out / "checkpoints"):
+            raise DataError(f"early_stop is given, but {why} Or leave early_stop out.")
 
     def _go_back(self, engine: Engine, number: int) -> None:
         """Be as after a round; 0: as at the begin."""

@@ -101,7 +101,10 @@ def prepare_data(config: RunConfig, tokenizer: Any, *, head: Callable[[str], Hea
     return _tokenised(config, tokenizer, {name: divided[name] for name in names}, held_out, head)
 
 
-def prepare_own(config: RunConfig, tokenizer: Any, name: str, *, train: str, held_out: str | None) -> Data:
+def prepare_own(
+    config: RunConfig, tokenizer: Any, name: str, *, train: str, held_out: str | None,
+    columns: Mapping[str, str] | None = None,
+) -> Data:  # fmt: skip
     """Read and tokenise one client's own files, in the form that the run says.
 
     Args:
@@ -110,13 +113,15 @@ def prepare_own(config: RunConfig, tokenizer: Any, name: str, *, train: str, hel
         name: the client's.
         train: its file, glob or Hub data set.
         held_out: what it evaluates on, if anything.
+        columns: what its files call the columns, by our name, where that is not what the run says.
 
     Raises:
         DataError: something about the data is wrong.
     """
     form = config.data_of(name)
-    rows = load_rows(train, columns=form.columns, format=form.format)
-    kept = load_rows(held_out, columns=form.columns, format=form.format, split="eval") if held_out else []
+    named = {**form.columns, **(columns or {})}
+    rows = load_rows(train, columns=named, format=form.format)
+    kept = load_rows(held_out, columns=named, format=form.format, split="eval") if held_out else []
     return _tokenised(config, tokenizer, {name: rows}, list(kept))
 
 

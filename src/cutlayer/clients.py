@@ -155,16 +155,23 @@ def _specials(model: str, rows: int) -> tuple[int, ...]:
 
 
 def privacy(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """What the defenses of each client of a simulation have spent so far.
+    """What the defenses of each client of a simulation have spent so far; clients elsewhere write down their own.
 
     Steps that are made again after a crash are the same messages with the same noise, so that they count once. Each
     client is counted as if it made every evaluation.
     """
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
+    if run.parts.begun is None:
+        return found
+    frozen = bool(run.config.build("exchange").frozen_head)
     for name, party in run.parts.clients.items():
-        if not isinstance(party, ClientParty) or party.defending is None:
-            continue
-        epoch = party.batches.steps_per_epoch
-        sends = Sends(math.ceil(run.counters.steps.get(name, 0) / epoch), len(run.counters.evaluations))
-        found[name] = party.defending.told(sends)
+        defending = party.defending  # None also of what stands for a client in an actor
+        if defending is None:
+            defending = defending_of(
+                run.config, head=party.head, tail=party.tail, frozen=frozen, secret=b"none is made"
+            )
+        if defending is not None:
+            epoch = batches_of(run.config, run.parts.begun.data, name).steps_per_epoch
+            sends = Sends(math.ceil(run.counters.steps.get(name, 0) / epoch), len(run.counters.evaluations))
+            found[name] = defending.told(sends)
     return found

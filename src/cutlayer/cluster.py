@@ -33,6 +33,9 @@ from cutlayer.links.ray import ActorLink, Failed
 from cutlayer.parties.shadow import Shadow
 from cutlayer.report.progress import Reporter
 
+LOOK = 10.0  # seconds between two looks at actors that have not begun
+MANY = 1 << 30  # actors that want nothing
+
 
 def check(config: RunConfig, num_blocks: int) -> None:
     """Refuse what cannot be on a cluster yet, and an address without a cluster.
@@ -92,7 +95,7 @@ def started(config: RunConfig, parts: Parts, pad_id: int, progress: Reporter) ->
         actors += [actor for replica in stretches for actor in replica]
         crew = [_actor(config, parts, names, pad_id) for names in crews]
         actors += crew
-        _opened(actors)
+        _opened(actors, config, progress)
         staging.attach(parts, stretches)
         yield partial(_links, actors=crew)
     finally:
@@ -108,6 +111,11 @@ class _Actor:
 
     names: Sequence[str]
     handle: Any
+
+    @property
+    def said(self) -> str:
+        """Whom it has, in words."""
+        return f"{', '.join(self.names[:3])}{', ...' if len(self.names) > 3 else ''}"
 
     def explain(self, error: Exception) -> Exception:
         """What to raise for an error of Ray's: words where the actor has died."""
@@ -168,23 +176,23 @@ def _look_for(address: str) -> None:
 
 
 def _crew_size(config: RunConfig) -> int:
-    """How many clients an actor gets.
+    """How many clients an actor gets: where it is not said, as many actors are made as there is room for now.
 
     Raises:
-        ConfigError: the machine has no room for so many actors, and would wait for ever.
+        ConfigError: there is no room for an actor, or on this machine for so many, and they would wait for ever.
     """
-    engine, clients = config.engine, len(config.client_names)
-    room = _room(engine.num_cpus, engine.num_gpus, beside=staging.wants(config))
+    engine, clients, beside = config.engine, len(config.client_names), staging.wants(config)
+    here = "this machine" if engine.address is None else "the cluster"
+    room = _room(engine.num_cpus, engine.num_gpus, beside=beside)
     if room is None:
-        if engine.address is None:
-            raise ConfigError([f"engine: {staging.said(config)}, and this machine has no room for that."], "the run")
-        room = 0  # a cluster elsewhere may grow
+        raise ConfigError([f"engine: {staging.said(config)}, and {here} has no room for that."], "the run")
+    if not room:
+        raise ConfigError(
+            [f"engine: {_wants(config)}, and no node of the cluster has that{_beside(config)}."], "the run"
+        )
     if engine.clients_per_actor is None:
-        if not room:
-            raise ConfigError(
-                [f"engine: {_wants(config)}, and no node of the cluster has that{_beside(config)}."], "the run"
-            )
-        return -(-clients // min(room, clients))
+        now = min(room, _free_room(engine.num_cpus, engine.num_gpus, beside=beside))
+        return -(-clients // min(now or room, clients))
     count = -(-clients // engine.clients_per_actor)
     if count > room and engine.address is None:  # a cluster elsewhere may grow
         raise ConfigError(
@@ -227,6 +235,19 @@ def _room(num_cpus: float, num_gpus: float, *, beside: Sequence[tuple[float, flo
     return most
 
 
+def _free_room(num_cpus: float, num_gpus: float, *, beside: Sequence[tuple[float, float]] = ()) -> int:
+    """For how many actors, at most, the cluster has as much free at the moment, as far as it knows."""
+    import ray
+
+    free = ray.available_resources()
+    left = {
+        "CPU": free.get("CPU", 0.0) - sum(cpus for cpus, _ in beside),
+        "GPU": free.get("GPU", 0.0) - sum(gpus for _, gpus in beside),
+    }
+    wants = [(key, want) for key, want in (("CPU", num_cpus), ("GPU", num_gpus)) if want]
+    return max(0, int(min((left[key] / want for key, want in wants), default=MANY)))
+
+
 def _actor(config: RunConfig, parts: Parts, names: Sequence[str], pad_id: int) -> _Actor:
     import ray
 
@@ -245,11 +266,19 @@ def _actor(config: RunConfig, parts: Parts, names: Sequence[str], pad_id: int) -
     return _Actor(names, made.remote(dump(config), json.dumps(task), rows))
 
 
-def _opened(actors: Sequence[_Actor | staging.StretchActor]) -> None:
-    """Wait until all have loaded their part."""
+def _opened(actors: Sequence[_Actor | staging.StretchActor], config: RunConfig, progress: Reporter) -> None:
+    """Wait until all have begun and have loaded their part; who waits for room is named."""
     import ray
 
+    begun = {actor.handle.__ray_ready__.remote(): actor for actor in actors}
     waiting = [actor.handle.open.remote() for actor in actors]
+    missing, said = list(begun), ""
+    while missing:
+        _, missing = ray.wait(missing, num_returns=len(missing), timeout=LOOK)
+        words = _missing([begun[one] for one in missing], actors, config)
+        if missing and words != said:
+            progress.note(words)
+            said = words
     for actor, told in zip(actors, waiting, strict=True):
         try:
             found = ray.get(told)
@@ -257,6 +286,34 @@ def _opened(actors: Sequence[_Actor | staging.StretchActor]) -> None:
             raise actor.explain(error) from error
         if isinstance(found, Failed):
             raise found.error()
+
+
+def _missing(
+    missing: Sequence[_Actor | staging.StretchActor], actors: Sequence[_Actor | staging.StretchActor], config: RunConfig
+) -> str:  # fmt: skip
+    """Who has not begun, and what the cluster has for them."""
+    import ray
+
+    engine, beside = config.engine, staging.wants(config)
+    crews = len(actors) - len(beside)
+    wanted = {
+        "CPU": crews * engine.num_cpus + sum(cpus for cpus, _ in beside),
+        "GPU": crews * engine.num_gpus + sum(gpus for _, gpus in beside),
+    }
+    has, free = ray.cluster_resources(), ray.available_resources()
+    amounts = ", ".join(
+        f"{want:g} {key}s of the cluster's {has.get(key, 0):g}, of which {free.get(key, 0):g} are free"
+        for key, want in wanted.items()
+        if want
+    )
+    grow = ""
+    if any(want > has.get(key, 0) for key, want in wanted.items()):
+        grow = " That is more than there is: raise engine.clients_per_actor, or let the cluster grow."
+    return (
+        f"engine 'ray': {len(missing)} of {len(actors)} actors have not begun "
+        f"({'; '.join(actor.said for actor in missing[:5])}{'; ...' if len(missing) > 5 else ''}). "
+        f"All together want {amounts or 'nothing'}.{grow}"
+    )
 
 
 def _links(run: Run, *, actors: Sequence[_Actor]) -> dict[str, Link]:

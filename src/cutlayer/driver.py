@@ -278,7 +278,7 @@ class Run(Updating):
         """
         while True:
             names = self.evaluators()
-            if not self.parts.clients[names[0]].evaluation:
+            if not any(self.parts.clients[name].evaluation for name in names):
                 return None
             if self.absence is not None:
                 await self.absence.hosts_of(names)

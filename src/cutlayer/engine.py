@@ -34,6 +34,7 @@ class Engine:
         self.run, self.asked_to_stop = run, asked_to_stop
         self.data_fingerprint = data_fingerprint
         self._idle = 0  # rounds in a row without a step
+        self._told = ""  # why nothing is evaluated
         initial = {name: parameter.detach() for name, parameter in run.parts.base.initial.items()}
         run.federated.begin(initial, own_trunks(run.parts))
 
@@ -144,6 +145,10 @@ class Engine:
         except NonFinite as error:
             raise NonFinite(f"{error} That was in the evaluation {self._when()}.") from error
         if found is None:
+            why = unevaluated(run)
+            if why and why != self._told:
+                run.progress.note(f"nothing is evaluated: {why}")
+                self._told = why
             return
         if not math.isfinite(found["loss"]):
             raise NonFinite(f"The evaluation loss {self._when()} is not finite. Check the model and optimizer.lr.")
@@ -303,6 +308,24 @@ def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def unevaluated(run: Run) -> str | None:
+    """Why a run that is to be evaluated is not, as it now is; None: it is, or need not be.
+
+    Only over a network can it be so: there each client brings evaluation data, or none.
+    """
+    config, clients = run.config, run.parts.clients
+    names = run.evaluators()
+    asked = config.data.eval is not None or config.eval_every is not None
+    if not asked or any(clients[name].evaluation for name in names):
+        return None
+    others = [name for name in run.clients if clients[name].evaluation]
+    if not others:
+        return "no client has brought evaluation data. Let them join with --eval FILE."
+    who = " and ".join(f"'{name}'" for name in names)
+    whose = "whose models are the run's, have" if len(names) > 1 else "whose model is now the run's, has"
+    return f"{who}, {whose} brought no evaluation data. Let each client join with --eval FILE."
 
 
 def identity(config: RunConfig) -> dict[str, str]:

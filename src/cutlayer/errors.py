@@ -18,6 +18,7 @@
     │   ├── Dismissed        the other end has nothing more for us: the run is done
     │   ├── RequestFailed    one request was refused by the party that was asked
     │   ├── Gone             a client stayed away for longer than it is waited for
+    │   ├── LeftRun          this client refused what it was asked for, and the run went on without it
     │   └── AllLeft          no client of a run is left that could go on
     └── Deadlock             the virtual clock has nothing left to do while somebody waits
 
@@ -77,10 +78,11 @@ class KeysError(CutlayerError):
 
 
 class PolicyRefused(CutlayerError):
-    """The data owner's policy does not allow it; ``rule`` is the policy's key that says so."""
+    """The data owner's policy does not allow it; ``rule`` is the policy's key (or keys) that says so."""
 
     def __init__(self, rule: str, message: str) -> None:
-        super().__init__(f"The policy's rule {rule} refuses: {message}")
+        rules = f"rules {rule} refuse" if "," in rule else f"rule {rule} refuses"
+        super().__init__(f"The policy's {rules}: {message}")
         self.rule = rule
 
 
@@ -142,6 +144,10 @@ class TrunkGone(Gone):
 
 class AllLeft(NetworkError):
     """No client of a run is left that could go on: each refused what it was asked, or answered what cannot be."""
+
+
+class LeftRun(NetworkError):
+    """This client refused what it was asked for, so the run went on without it."""
 
 
 class Deadlock(CutlayerError):

@@ -35,6 +35,7 @@ from cutlayer.report.progress import Reporter
 LOG = getLogger("cutlayer.net")
 T = TypeVar("T")
 SERVED = "served"  # as --model
+BASE = "base"  # where the part is, in the client's folder
 LISTING = "listing.json"
 Open = Callable[[Mapping[str, Any]], Awaitable[Session]]
 
@@ -128,7 +129,7 @@ class Fetch:
         async def ask(session: Session) -> Listing:
             return Listing.from_json(bytes(await listing_of(session, self.client)))
 
-        return await self._over_sessions(ask)
+        return await self._over_sessions(ask, "It knows what would be handed of the model.")
 
     async def into(self, out: Path, listing: Listing, config: RunConfig) -> Path:
         """The folder with the part, below ``out``: fetched, or there already; every checksum is checked.
@@ -142,7 +143,7 @@ class Fetch:
             OutputError: the disk is full, or the folder holds a part of another model.
             CutlayerError: what came is not what was listed, or is not what a client takes.
         """
-        final, draft = out / "model", out / ".model.draft"
+        final, draft = out / BASE, out / f".{BASE}.draft"
         try:
             if final.is_dir():
                 await asyncio.to_thread(_check, final, listing)
@@ -179,20 +180,27 @@ class Fetch:
                 async for number, data in pieces(session, self.client, _wanted(entries)):
                     by_number[number].take(data)
 
-        await self._over_sessions(fetch, lambda: sum(entry.have for entry in entries))
+        what = "tensors" if any(entry.item.dtype for entry in entries) else "files"
+        said = f"It has the {what} of its part of the model."
+        await self._over_sessions(fetch, said, lambda: sum(entry.have for entry in entries))
 
-    async def _over_sessions(self, work: Callable[[Session], Awaitable[T]], done: Callable[[], int] = lambda: 0) -> T:
-        """Do it over as many sessions as it takes; ``done`` tells how much is."""
+    async def _over_sessions(
+        self, work: Callable[[Session], Awaitable[T]], said: str, done: Callable[[], int] = lambda: 0
+    ) -> T:
+        """Do it over as many sessions as it takes; ``said`` at its end, and ``done`` tells how much is."""
         tries, since = 0, time.monotonic()
         while True:
             before = done()
             try:
                 session = await self.connect(hello(self.client, self._instance))
+                words = "It could not use what came, or was stopped."
                 try:
-                    return await work(session)
+                    found = await work(session)
+                    words = said
+                    return found
                 finally:
                     self.received += session.received
-                    await session.close("This client has what it came for, or gives up.")
+                    await session.close(words)
             except Disconnected as error:
                 if done() != before:
                     tries, since = 0, time.monotonic()

@@ -6,6 +6,29 @@ import os
 import shutil
 from pathlib import Path
 
+from cutlayer.errors import OutputError
+
+OTHER = "Give another --out."
+
+
+def make_folder(folder: Path) -> None:
+    """Make an output folder, if it is not there, and see that files can be written into it.
+
+    Raises:
+        OutputError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputError(f"{error.filename or folder} is a file, and no folder can be made of it. {OTHER}") from error
+    except OSError as error:
+        raise OutputError(
+            f"The folder {folder} cannot be made: {(error.strerror or str(error)).lower()}. {OTHER}"
+        ) from error
+    if not writable:
+        raise OutputError(f"You have no right to write into {folder}. Change its rights, or give another --out.")
+
 
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Write a text file whole or not at all, with the rights ``mode`` (less the process's mask) from its first byte."""

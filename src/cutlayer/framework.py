@@ -61,6 +61,16 @@ class Framework(Protocol):
         return False
 
     @property
+    def optimizer_travels(self) -> bool:
+        """Whether the optimizer's state goes along where a client's part is handed on; only then a client gives it."""
+        return False
+
+    @property
+    def asks(self) -> Collection[str]:
+        """The verbs that it asks clients for by itself, beside steps, merges and hand-overs; they refuse others."""
+        return ()
+
+    @property
     def takes(self) -> Collection[str]:
         """What it can follow of a selection's arrangement (``Arranger.gives``)."""
         return ()

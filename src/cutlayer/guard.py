@@ -8,7 +8,6 @@ that was shown may be shown again only after an abort or in a new session, and i
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cutlayer.asking import HOUSEKEEPING, check_like, check_tensors, check_told, check_values, named
+from cutlayer.asking import HOUSEKEEPING, check_like, check_owned, check_tensors, check_told, check_values, named
 from cutlayer.contracts import SERVER
+from cutlayer.entitled import Entitled
 from cutlayer.errors import OutputError, PolicyRefused
 from cutlayer.leaving import ANSWERS, BEGINNINGS, HOST_VERBS, Held, held_by, is_training, kinds_of, length_of
 from cutlayer.links.net.messages import Type, pack_number
-from cutlayer.models.slots import parameter_of
 from cutlayer.policy import Policy
 from cutlayer.released import Counts, Log
 from cutlayer.wire import Header
@@ -32,7 +31,7 @@ __all__ = ["Guard", "Held", "held_by"]
 KEPT_TURNS = 64  # of which it is known what they asked for
 UNDER_WAY = 64  # micro-batches at a time, at most
 BETWEEN = ("get_state", "set_state", "move", "begin_stage", "end_stage", "sketch", "host_get", "host_put")
-SHAPED = {"set_state": "owned", "features": "owned"}  # requests whose tensors are of the slot
+SHAPED = ("set_state", "features")  # requests whose tensors are of the slot
 
 
 @dataclass
@@ -54,6 +53,7 @@ class Guard:
         log: of what leaves.
         counts: of what left, by this and earlier processes.
         client: the client's name.
+        entitled: what the run, as it was offered, asks of the client.
         held: what its party holds now (``held_by``); it changes when cuts and ranks do.
         planned: the most optimizer steps that the run, as it was offered, gives the client.
         others: the clients that it shows something, which is sealed for them.
@@ -61,11 +61,11 @@ class Guard:
     """
 
     def __init__(
-        self, policy: Policy, log: Log, counts: Counts, *, client: str, held: Callable[[], Held], planned: int,
-        others: Collection[str] = (), bytes_of: Callable[[Header, Sequence[Tensor]], int] = length_of,
+        self, policy: Policy, log: Log, counts: Counts, *, client: str, entitled: Entitled, held: Callable[[], Held],
+        planned: int, others: Collection[str] = (), bytes_of: Callable[[Header, Sequence[Tensor]], int] = length_of,
     ) -> None:  # fmt: skip
         self.policy, self.log, self.counts, self.client, self.held = policy, log, counts, client, held
-        self.planned, self.others, self.bytes_of = planned, others, bytes_of
+        self.entitled, self.planned, self.others, self.bytes_of = entitled, planned, others, bytes_of
         self._greeted = False
         self._lock = threading.RLock()  # a connection is opened again while a request is answered
         self.begin()
@@ -115,7 +115,10 @@ class Guard:
         held = self.held()
         check_values(header)
         check_told(header, self.policy)
-        self._check_tensors(header, tensors, held)
+        self.entitled.check(header)
+        check_tensors(header, tensors, held.head)
+        if header.verb in SHAPED:
+            check_owned(header, tensors, held.tensors)
         if header.verb in BEGINNINGS:
             self._may_begin(header, held)
         elif header.verb in ("tail_step", "head_backward", "probed"):
@@ -168,6 +171,7 @@ class Guard:
             self._refuse("verbs", f"'{header.verb}' is nothing that a client may be asked for.")
         self._check_client(header)
         check_values(header)
+        self.entitled.check(header)
         if header.verb == "lead" and any(shown.training for shown in self._open.values()):
             self._refuse("order", "'lead' came in the middle of a training step.")
 
@@ -243,29 +247,12 @@ class Guard:
         if header.client not in ("", self.client):
             self._refuse("verbs", f"a request for client '{header.client}' came to '{self.client}'.")
 
-    def _check_tensors(self, header: Header, tensors: Sequence[Tensor], held: Held) -> None:
-        check_tensors(header, tensors, held.head)
-        if header.verb not in SHAPED:
-            return
-        for name, tensor in zip(header.names, tensors, strict=True):
-            own = held.tensors.get(parameter_of(name))
-            if own is None:
-                self._refuse("owned", f"{named(header)} brings '{name}', which is not of this client's part.")
-            shape, dtype = own
-            if name != parameter_of(name):  # the optimizer's state of it, which may be one number, or a row
-                fits = tensor.is_floating_point() and tensor.numel() <= math.prod(shape)
-            else:
-                fits = tuple(tensor.shape) == shape and tensor.dtype == dtype
-            if not fits:
-                self._refuse(
-                    "owned",
-                    f"{named(header)} brings '{name}' as {list(tensor.shape)} {tensor.dtype}; this client has "
-                    f"{list(shape)} {dtype}.",
-                )
-
     def _may_begin(self, header: Header, held: Held) -> None:
         """Steps 2 and 3 of a micro-batch or an evaluation batch."""
         training, place, most = is_training(header), (header.step, header.micro), self.policy.most
+        if (*place, not training) in self._open:
+            other = "an evaluation" if training else "training"
+            self._refuse("order", f"{named(header)} is still open as one of {other}.")
         if not training:
             if not self.policy.may_leave.evaluation:
                 self._refuse("may_leave.evaluation", "the server asks for evaluation data.")

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import time
+from functools import lru_cache
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutlayer.config_types import Spec
 from cutlayer.config_write import mapped
 from cutlayer.errors import MethodError, ModelError
+from cutlayer.files import write_text
 
 if TYPE_CHECKING:
     from cutlayer.config import RunConfig
 
+LOG = getLogger("cutlayer.identity")
 IRRELEVANT = {"record_wire", "device", "engine", "report_to", "checkpoint_every", "verify"}  # they change no number
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-WHOLE = 256 << 20  # bytes: a file up to this size is read whole
-SAMPLES, SAMPLE = 1024, 4096  # of a larger one so many pieces are read, evenly spread, of so many bytes
+LARGE = 64 << 20  # bytes: the checksum of a file from this size on is remembered
+SETTLED = 2.0  # seconds: what changed so lately may change again without another time
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def identity_of(config: RunConfig) -> dict[str, str]:
@@ -48,7 +56,7 @@ def _is_file(spec: Spec) -> bool:
 
 
 def fingerprint(model: str) -> dict[str, str]:
-    """What a model's configuration and weights are: by file, its checksum (of a large one, of its size and samples).
+    """What a model's configuration and weights are: by file, the SHA-256 of its content, wherever it lies.
 
     Args:
         model: a folder, or a name on the Hub whose files are in the cache.
@@ -67,9 +75,7 @@ def fingerprint(model: str) -> dict[str, str]:
         folder = Path(found).parent
     try:
         files = ["config.json", *_weights(folder)]
-        # In the Hub's cache a file is a link to one that has its checksum for a name; its commit may change without it.
-        links = cached and (folder / "config.json").is_symlink()
-        return {name: (folder / name).resolve().name if links else _digest(folder / name) for name in files}
+        return {name: _digest(folder / name, hub=cached) for name in files}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"The files of the model in {folder} cannot be read: {error}.") from error
 
@@ -83,13 +89,43 @@ def _weights(folder: Path) -> list[str]:
     return [first, *sorted(name for name in shards if (folder / name).is_file())]
 
 
-def _digest(path: Path) -> str:
-    size = path.stat().st_size
+def _digest(path: Path, *, hub: bool) -> str:
+    """The SHA-256 of a file.
+
+    In the Hub's cache a large file is a link to one that has it for a name. A small one has a name that git gave it.
+    """
+    file = path.resolve()
+    if hub and path.is_symlink() and SHA256.fullmatch(file.name):
+        return file.name
+    found = file.stat()
+    if found.st_size < LARGE:
+        return _read(file)
+    return _remembered(str(file), (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+
+
+def _read(path: Path) -> str:
     with path.open("rb") as file:
-        if size <= WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        for number in range(SAMPLES):
-            file.seek(number * (size - SAMPLE) // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE))
-    return f"{digest.hexdigest()} of samples"
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _remembered(path: str, state: tuple[int, ...]) -> str:
+    """The SHA-256 of a large file whose size, times and number are these: read once, then known to later processes."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cutlayer" / "checksums"
+    note = folder / f"{hashlib.sha256(path.encode()).hexdigest()}.json"
+    try:
+        said = json.loads(note.read_text())
+        if said["file"] == [path, *state] and SHA256.fullmatch(said["sha256"]):
+            return str(said["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        LOG.debug("nothing usable is known of %s", path)
+    LOG.info("reading %s for its checksum (%.1f GB)", path, state[0] / 1e9)
+    begun = time.time()
+    digest = _read(Path(path))
+    if begun - max(state[1:3]) / 1e9 > SETTLED:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(note, json.dumps({"file": [path, *state], "sha256": digest}))
+        except OSError as error:
+            LOG.info("the checksum of %s cannot be remembered in %s: %s", path, folder, error.strerror or error)
+    return digest

@@ -26,7 +26,7 @@ from cryptography.x509.oid import NameOID
 
 from cutlayer.config_types import NAME
 from cutlayer.errors import KeysError, suggest
-from cutlayer.files import move, write_text
+from cutlayer.files import make_folder, move, write_text
 from cutlayer.keys import CA, CERTIFICATE, CLIENTS, KEY, TOKEN, USES, VERSION, fingerprint_of, serial_text, token_hash
 
 SERVER, AUTHORITY, ISSUED = "server", "ca", "issued.json"
@@ -236,7 +236,7 @@ class Authority:
             .add_extension(_usage(signs=True), critical=True)
             .sign(key, SHA256())
         )
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         draft = self.out / f".draft-{AUTHORITY}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(mode=0o700)
@@ -283,7 +283,7 @@ class Authority:
 def authority(out: Path, *, make: bool = False) -> Iterator[Authority]:
     """The CA of a folder, for one command at a time."""
     if make:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     elif not out.is_dir():
         raise KeysError(
             f"There is no folder {out}. Make keys first: cutlayer keys --out {out} --host HOST --client NAME"

@@ -12,7 +12,8 @@ from cutlayer.agreed import AgreedSecret, load_secret
 from cutlayer.audit.known import warnings
 from cutlayer.audit.own import own_run, write_own
 from cutlayer.config import RunConfig
-from cutlayer.errors import NetworkError
+from cutlayer.errors import LeftRun, NetworkError
+from cutlayer.files import make_folder
 from cutlayer.frames import limits_of
 from cutlayer.keys import client_keys
 from cutlayer.links.net.answering import Again, answer
@@ -51,6 +52,7 @@ def join(
     model: str | Path | None = None,
     device: str = "auto",
     secret: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
     again: Again | None = None,
     progress: bool | Reporter | None = None,
 ) -> Joined:
@@ -70,6 +72,7 @@ def join(
             server where that is a folder of the server's own.
         device: as in a run.
         secret: a file with what the clients agreed on among themselves (``agreed``), where the run needs it.
+        columns: what its files call the columns, by our name (``{"text": "body"}``), where the run says otherwise.
         again: when to try again after the connection was lost.
         progress: as of ``cutlayer.train``.
 
@@ -81,7 +84,7 @@ def join(
             _join(
                 address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, run, policy,
                 None if model is None else str(model), device, None if secret is None else load_secret(secret), again,
-                reporter(progress),
+                reporter(progress), columns,
             )
         )  # fmt: skip
     except KeyboardInterrupt as stop:
@@ -91,8 +94,9 @@ def join(
 async def _join(
     address: str, data: str, out: Path, held_out: str | None, folder: str | Path | None, name: str | None,
     run: str | None, policy_file: str | Path | None, model: str | None, device: str,
-    agreed: AgreedSecret | None, again: Again | None, progress: Reporter,
+    agreed: AgreedSecret | None, again: Again | None, progress: Reporter, columns: Mapping[str, str] | None,
 ) -> Joined:  # fmt: skip
+    make_folder(out)
     keys = client_keys(folder) if folder is not None else None
     name = own_name(keys, name)
     policy = load_policy(policy_file) if policy_file is not None else Policy()
@@ -100,13 +104,15 @@ async def _join(
         opener(address, keys, policy, LIMITS), address, name, policy, progress=progress, run=run, model=model,
         device=device, again=again,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     with alone(out):
         config = await offered.with_model(out)
-        seat = Seat(config, name, data, held_out, out, policy, progress, base_name=offered.config.model, agreed=agreed)
+        seat = Seat(
+            config, name, data, held_out, out, policy, progress, base_name=offered.config.model, agreed=agreed,
+            columns=columns,
+        )  # fmt: skip
         open_session = opener(address, keys, policy, limits_of(config, load_model_config(config.model)))
         progress.note(f"joined the run at {address} as '{name}'; output folder: {out}")
-        _warn(config, name, out, progress, model=offered.config.model, data=data, held_out=held_out)
+        _warn(config, name, out, progress, model=offered.config.model, data=data, held_out=held_out, columns=columns)
 
         async def open_again(extras: Mapping[str, Any]) -> Session:
             # No turn follows from an earlier session to this one, but what was released stays counted.
@@ -114,18 +120,23 @@ async def _join(
             return await open_session(told, lambda: seat.guard.greets(told, len(hello_of(told))))
 
         words = await answer(open_again, seat.handle, again=again, resent=seat.resent)
-        if not seat.result.is_dir():
+        if seat.left is not None:
+            progress.note(seat.guard.told())
+            raise LeftRun(str(seat.left))
+        if (result := seat.done) is None:
             raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
-        return Joined(out, seat.result, seat.guard.told())
+        return Joined(out, result, seat.guard.told())
 
 
 def _warn(
-    config: RunConfig, name: str, out: Path, progress: Reporter, *, model: str, data: str, held_out: str | None
-) -> None:
+    config: RunConfig, name: str, out: Path, progress: Reporter, *, model: str, data: str, held_out: str | None,
+    columns: Mapping[str, str] | None,
+) -> None:  # fmt: skip
     """Say what is known that the server can read, and write the run that measures it."""
     blocks = number_of_blocks(load_model_config(config.model))
     if config.planner is not None:
         return  # the cut is not known yet
-    command = write_own(own_run(config, blocks, name, model=model, data=data, held_out=held_out), out)
+    run = own_run(config, blocks, name, model=model, data=data, held_out=held_out, columns=columns)
+    command = write_own(run, out)
     for line in warnings(config, blocks, command=command, client=name):
         progress.note(line)

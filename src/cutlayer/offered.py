@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ async def fetched(
     tree = welcome.get("run")
     if not isinstance(tree, Mapping):
         raise Refused(f"The server at {address} offers no run.")
+    _check_folder(model, str(tree.get("model", "")), own=welcome.get("own_model") is True)
     about["run"] = str(welcome.get("name", ""))
     config = taken(tree, model=None if model == SERVED else model, device=device)
     if name not in config.client_names:
@@ -98,9 +100,46 @@ async def fetched(
         files = {"handed": listing.checksum}
     else:
         files = fingerprint(config.model)
-    if wrong := policy.problems(config, name, files=files, served=listing.checksum if listing else None):
-        raise PolicyRefused("the run", " ".join(wrong))
+    wrong = policy.problems(
+        config, name, files=files, served=listing.checksum if listing else None, named=str(tree.get("model"))
+    )
+    if wrong:
+        raise _refused(wrong, own=config.model if config.model != tree.get("model") else None)
     return Offered(config, {**about, "model": files}, listing, fetch)
+
+
+def _check_folder(given: str | None, named: str, *, own: bool) -> None:
+    """Refuse a folder that is taken for the model, and holds none.
+
+    Args:
+        given: what ``--model`` says, if anything.
+        named: the model in the run.
+        own: it is a folder of the server's own.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    folder = Path(named if given is None else given)
+    if given == SERVED or not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    if given is not None:
+        said = f"--model is {folder}, a folder without a config.json. Name the folder that has your copy of '{named}'."
+    else:
+        how = "to get your part of it from the server, join with --model served" if own else "rename that folder"
+        said = (
+            f"the run's model is '{named}', and {folder.absolute()} is a folder of that name without a config.json. If "
+            f"you have a copy of the model, name it by --model; {how}; or join from another folder."
+        )
+    raise ConfigError([said], "the call")
+
+
+def _refused(wrong: Sequence[str], own: str | None) -> PolicyRefused:
+    """What the policy has against a run; each sentence begins with its rule. ``own``: where her model is."""
+    rules = list(dict.fromkeys(re.split("[: ]", said, maxsplit=1)[0] for said in wrong))
+    said = " ".join(said.removeprefix(f"{rules[0]}: ") if len(rules) == 1 else said for said in wrong)
+    if own is not None and "models" in rules:
+        said += f" The name is the run's; the files in {own} are your own (--model)."
+    return PolicyRefused(", ".join(rules), said)
 
 
 def own_name(keys: ClientKeys | None, name: str | None) -> str:

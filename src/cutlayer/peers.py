@@ -66,6 +66,11 @@ class Peers:
         self._limits = limits_of(config, load_model_config(config.model))
         self._place(*self._at_first)
 
+    @property
+    def may_host(self) -> bool:
+        """Whether this client runs blocks for others in the run, or may come to."""
+        return self.led or bool(self.stops)
+
     def _place(self, stops: Sequence[Hosted], ends: tuple[str, str]) -> None:
         """Run these for others; ``ends`` get what this client shows, and its gradients."""
         self.stops, self.ends = stops, ends

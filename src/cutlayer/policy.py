@@ -158,8 +158,9 @@ class Policy(Tree):
     told: Told = Told()
 
     def problems(
-        self, config: RunConfig, client: str, *, files: Mapping[str, str] | None = None, served: str | None = None
-    ) -> list[str]:
+        self, config: RunConfig, client: str, *, files: Mapping[str, str] | None = None, served: str | None = None,
+        named: str | None = None,
+    ) -> list[str]:  # fmt: skip
         """Why the client may not take part in a run, as sentences; none if it may.
 
         Args:
@@ -167,11 +168,16 @@ class Policy(Tree):
             client: its name there.
             files: the SHA-256 of the model's files, by name; by default of those on this machine.
             served: of the part that the server hands, where it does; then only the server says what model it is.
+            named: what the run calls the model, where ``config.model`` is the owner's own place of it.
         """
         if client not in config.client_names:
             return [f"clients: the run has no client '{client}'; it has: {', '.join(config.client_names)}."]
         return [
-            *(self._wrong_model(config.model, files) if served is None else self._wrong_served(config.model, served)),
+            *(
+                self._wrong_model(named or config.model, files)
+                if served is None
+                else self._wrong_served(config.model, served)
+            ),
             *self._wrong_cut(config, client),
             *(said for required in self.defenses for said in _missing(required, config.defense)),
             *self._wrong_kinds(config, client),

@@ -6,7 +6,7 @@ Shared by all that changes or reconciles ranks: moved cuts, the aggregator ``lor
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -99,8 +99,3 @@ def refit(state: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Te
             up = widened(up, 1, rank)
         fitted |= {a: down.contiguous(), b: up.contiguous()}
     return fitted
-
-
-def ranks_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The rank of each factor A of a state whose shapes these are."""
-    return {a: shapes[a][0] for a in pairs(shapes)}

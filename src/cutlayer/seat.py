@@ -9,25 +9,26 @@ import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cutlayer import checkpoint
-from cutlayer.agreed import AgreedSecret
+from cutlayer.agreed import AgreedSecret, needed
 from cutlayer.apart import check_routes, known_classes, needs_secret
-from cutlayer.arrangement import Arranger
 from cutlayer.asking import HOUSEKEEPING
 from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
 from cutlayer.defense import spent_in_words
+from cutlayer.ending import Left, finished, not_finished, note_finished
 from cutlayer.engine import identity
-from cutlayer.errors import CheckpointError, CutlayerError, KeysError, OutputError, PolicyRefused, WireError
+from cutlayer.entitled import entitled
+from cutlayer.errors import CheckpointError, CutlayerError, OutputError, PolicyRefused, WireError
 from cutlayer.files import write_text
 from cutlayer.guard import Guard
 from cutlayer.guarded import guarded
@@ -71,24 +72,26 @@ class Seat:
         progress: is told what happens.
         base_name: what its adapter calls the model that it is of; None: where the model lies.
         agreed: the secret of the run's clients, if it has it.
+        columns: what its files call the columns, where that is not what the run says.
     """
 
     def __init__(
         self, config: RunConfig, name: str, data: str, held_out: str | None, out: Path, policy: Policy,
         progress: Reporter, base_name: str | None = None, agreed: AgreedSecret | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.base_name = base_name or config.model
         self.config, self.name, self.out, self.progress = config, name, out, progress
         blocks = number_of_blocks(load_model_config(config.model))
         check_routes(config, blocks)
-        self.agreed = self._needed(needs_secret(config, blocks), agreed)
+        self.agreed = needed(needs_secret(config, blocks), agreed, progress.note)
         known_classes(config)
         layouts = layouts_of(config, blocks)
         self.layout, routes = layouts[name], routes_of(config, layouts)
         self._ends = neighbours(config, routes[name])
         self.peers = peers_of(config, name, self.agreed, layouts, routes, out, policy)
         self.data, self.kept = keep_back(
-            config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out)
+            config, prepare_own(config, tokenizer_of(config), name, train=data, held_out=held_out, columns=columns)
         )
         self.sizes = told_of(config, self.data, name, self.kept[name])
         self.secret = _secret(out / "secret")
@@ -99,10 +102,13 @@ class Seat:
         if config.planner is None:  # else the server says the cut, once all clients are known
             self.party = self._party(0)
         self._begun = False  # a server has said which round it goes on from
+        self._round = 0  # that is under way, or that is to begin
+        self.left: Left | None = None  # the first refusal since the set-up: the run goes on without this client
         self._updates = 0  # that its part has in the run
         self._base_round, self._checkpoints, self._holds = 0, list[int](), 0  # what of its past it may be set back to
         self.guard = Guard(
             policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
+            entitled=entitled(config, self.layout, hosts=self.peers is not None and self.peers.may_host),
             held=lambda: held_by(self.party),
             planned=planned_steps(config, dict.fromkeys(config.client_names, self.sizes))[name],
             others=self.peers.others if self.peers else (), bytes_of=self.peers.length if self.peers else length_of,
@@ -111,22 +117,6 @@ class Seat:
             self._answered, self.guard, self.peers.opened if self.peers else None,
             self.peers.sealed if self.peers else None,
         )  # fmt: skip
-
-    def _needed(self, why: str | None, agreed: AgreedSecret | None) -> AgreedSecret | None:
-        """The secret of the run's clients, where the run needs it.
-
-        Raises:
-            KeysError: it does, and this client has none.
-        """
-        if why is not None and agreed is None:
-            raise KeysError(
-                f"This run needs a secret that its clients have agreed on: {why}. Ask the owners of the other clients "
-                "for theirs; one of you makes it by 'cutlayer secret FILE', and gives it to the others, not to the "
-                "server. Then join with --secret FILE."
-            )
-        if why is None and agreed is not None:
-            self.progress.note("--secret is not used: this run needs no secret of its clients")
-        return agreed if why is not None else None
 
     def _base(self, part: Part) -> Base:
         """The client's own blocks, and no others."""
@@ -190,6 +180,8 @@ class Seat:
             return self._handled(header, tensors)
         except CutlayerError as error:
             self.progress.note(f"'{header.verb}' was refused: {error}")
+            if self.left is None and self._begun:
+                self.left = Left(self._round, str(error))
             raise CutlayerError(self.guard.words(error, header)) from error
 
     def resent(self, turn: int, length: int) -> None:
@@ -213,7 +205,10 @@ class Seat:
             done = Header("partition", "ack", "", self.name, SERVER, self.name, turn=header.turn)
             self.guard.acknowledged(header, done)
             return done, []
-        return self._answer(self.party, header, tensors)
+        answer = self._answer(self.party, header, tensors)
+        if header.verb == "set_up":  # a server that was started again, or mended, goes on with it
+            self.left = None
+        return answer
 
     def _answered(self, party: ClientParty, header: Header, tensors: Sequence[Tensor]) -> Answer:
         """The party's answer, to whoever is next on the route."""
@@ -229,10 +224,12 @@ class Seat:
         return reply, shown
 
     @property
-    def result(self) -> Path:
-        """Where this client's part of the adapter (of the model, where all weights are trained) comes to be."""
-        whole = self.base.peft_model is None if self.base is not None else (self.out / "model").is_dir()
-        return self.out / ("model" if whole else "adapter")
+    def done(self) -> Path | None:
+        """Where this client's part of the adapter (of the model, where all weights are trained) is, once that is done.
+
+        None: the run has not come to its end with this client.
+        """
+        return finished(self.out, self._identity())
 
     @property
     def _kept(self) -> Path:
@@ -244,6 +241,10 @@ class Seat:
     def _begin(self, header: Header) -> None:
         """Be as after a round, or anew."""
         number, updates = int(header.value("round")), int(header.value("updates"))
+        self._round = number
+        if self.left is not None:  # for its part as it then was
+            self.left = replace(self.left, rounds=number)
+        not_finished(self.out)
         self.party, self._updates = self._party(updates, self._cuts(header)), updates
         self.guard.begin()
         self._base_round, self._checkpoints, self._holds = number, [], 0
@@ -275,11 +276,12 @@ class Seat:
         """Write the part of a checkpoint that is this client's."""
         number = int(header.value("round"))
         self._checkpoints.append(number)
+        self._round = number
         self._write(number)
 
     def _hold(self, header: Header) -> None:
         """Write down how this client is at the begin of a round, which it is set back to if it is lost in it."""
-        number = int(header.value("round"))
+        number = self._round = int(header.value("round"))
         self._write(number)
         self._holds = number
 
@@ -317,13 +319,7 @@ class Seat:
         }  # fmt: skip
 
     def _retime(self, header: Header) -> None:
-        """Let the learning rate end where an arrangement of who trains with whom does.
-
-        Raises:
-            PolicyRefused: the run has no selection that arranges.
-        """
-        if not isinstance(self.config.build("selection"), Arranger):
-            raise PolicyRefused("told", "the server tells another length of the run, which nothing in it changes.")
+        """Let the learning rate end where an arrangement of who trains with whom does."""
         self._last_for(self.party.slot.version + int(header.value("ahead")))
 
     def _lead(self, header: Header) -> None:
@@ -358,9 +354,9 @@ class Seat:
 
     def _finish(self, header: Header) -> None:
         """Write this client's part of the adapter."""
-        final = self.result
-        draft = final.with_name(f".{final.name}.draft")
         assert self.base is not None
+        final = self.out / ("model" if self.base.peft_model is None else "adapter")
+        draft = final.with_name(f".{final.name}.draft")
         own = self.party.names("own")
         if not self.config.build("framework").merges:  # then nobody else has what it trained for others
             own = self.party.names("all")
@@ -371,13 +367,18 @@ class Seat:
             if final.is_dir():
                 shutil.rmtree(final)
             checkpoint.move(draft, final)
+            if self.left is None:
+                note_finished(self.out, final, self._identity())
         except OSError as error:
             with contextlib.suppress(OSError):
                 shutil.rmtree(draft)
             raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from error
         for told in self._privacy():
             self.progress.note(spent_in_words(told))
-        self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
+        if self.left is None:
+            self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
+        else:
+            self.left = replace(self.left, part=final)
 
 
 def _secret(file: Path) -> bytes:

@@ -8,6 +8,7 @@ does not come back in time, ``absence.py`` speaks.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,9 +26,11 @@ from cutlayer.computing import Computing
 from cutlayer.config import RunConfig, dump
 from cutlayer.draining import PARTING, Drain, Drained
 from cutlayer.driver import Run
-from cutlayer.errors import AllLeft, Disconnected, Gone, MethodError, NonFinite, Refused
+from cutlayer.errors import AllLeft, DataError, Disconnected, Gone, MethodError, NonFinite, Refused
+from cutlayer.files import make_folder
 from cutlayer.frames import limits_of
-from cutlayer.handing import WANTS, Handing
+from cutlayer.handing import WANTS as MODEL
+from cutlayer.handing import Handing
 from cutlayer.identity import fingerprint
 from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.remote import Remote
@@ -41,10 +44,15 @@ from cutlayer.outputs import OURS, alone
 from cutlayer.report.progress import Reporter
 from cutlayer.run import Result
 from cutlayer.schedule import Told
+from cutlayer.tally import Tally
 from cutlayer.watching import State, Watch
 from cutlayer.wire import Limits
 
+RUN = "run"  # in a hello's ``wants``
 FAREWELL = 30.0  # seconds in which clients may fetch the news that the run is done
+MOST_AGAIN = (
+    5  # times that all go back with a client while no round is written down; then a run that ends with one does
+)
 MOST_EXAMPLES = 2**40  # that a client may claim to have
 
 
@@ -76,6 +84,7 @@ class ServedRun:
         self, name: str, config: RunConfig, out: Path, *, patience: Patience, progress: Reporter, computing: Computing,
         models: SharedModels, drain: Drain | None = None, label: str = "",
     ) -> None:  # fmt: skip
+        make_folder(out)
         self.name, self.config, self.out = name, config, out
         self._drain = drain or Drain()
         self.files, self.handing = fingerprint(config.model), Handing(config)
@@ -85,6 +94,7 @@ class ServedRun:
         self._agreement = Agreement(needs_secret(config, number_of_blocks(model_config)))
         self.device = device_named(config.device)
         self.remotes = {client: Remote(client, patience=patience.seconds) for client in config.client_names}
+        self._tally = Tally(out, self.remotes, self.handing.bytes)
         self.progress = self.watch = Watch(name or label, progress, self.remotes)
         self.ready: dict[str, Ready] = {}
         absence = None
@@ -102,10 +112,14 @@ class ServedRun:
 
     async def serve(self) -> Result:
         """Wait for all, drive, and part."""
-        self.out.mkdir(parents=True, exist_ok=True)
         with alone(self.out):
             checkpoint.write_text(self.out / "run.yaml", OURS + dump(self.config))
-            return await self._served()
+            counting = asyncio.ensure_future(self._tally.keep())
+            try:
+                return await self._served()
+            finally:
+                counting.cancel()
+                self._tally.write()
 
     async def _served(self) -> Result:
         try:
@@ -146,7 +160,7 @@ class ServedRun:
     @property
     def _hopeless(self) -> bool:
         """Whether it failed so that trying again would not help."""
-        return isinstance(self._error, NonFinite | MethodError | AllLeft)
+        return isinstance(self._error, NonFinite | MethodError | DataError | AllLeft)
 
     @property
     def _failure(self) -> str:
@@ -160,7 +174,10 @@ class ServedRun:
 
     async def _driven(self) -> Result:
         """Drive the run; again from the last common round when a client has come back without what it held."""
+        again, newest = Counter[str](), 0
         while True:
+            if (last := max(checkpoint.rounds(self.out / "checkpoints"), default=0)) > newest:
+                again, newest = Counter[str](), last  # a round was finished
             self.watch.state = "waiting"
             here = await self._drain.unless(self._all_here())
             self.watch.state = "training"
@@ -172,8 +189,10 @@ class ServedRun:
                 return await asyncio.shield(attempt)
             except Gone as gone:
                 remote = self.remotes[gone.client]
-                if remote.session is None and not remote.stale and self.clients.absence is None:
-                    raise
+                if self.clients.absence is None:
+                    again[gone.client] += 1
+                    if (remote.session is None and not remote.stale) or again[gone.client] > MOST_AGAIN:
+                        raise
                 self.progress.note(f"{gone} All go back to the last round that everybody holds.")
             except asyncio.CancelledError:  # the attempt ends with the next thing that it asks a client
                 await self.stop("The server was stopped.")
@@ -189,13 +208,15 @@ class ServedRun:
             Refused: it may not.
             Disconnected: not now.
         """
-        name = hello["client"]
+        name, wants = hello["client"], hello.get("wants")
+        if wants not in (None, RUN, MODEL):
+            raise Refused(f"A client may want '{RUN}' or '{MODEL}', and nothing else.", reason="protocol")
         if self.state == "failed":
             raise (Refused if self._hopeless else Disconnected)(self._failure)
-        if hello.get("wants") == "run":
+        if wants == RUN:
             return {"run": self.offered, "name": self.name, "own_model": Path(self.config.model).is_dir()}
-        if hello.get("wants") == WANTS:
-            return {"client": name}
+        if wants == MODEL:
+            return {"client": name, "name": self.name}
         model = hello.get("model")
         if model != self.files and not await self.handing.is_same(name, model):
             raise Refused(
@@ -233,10 +254,10 @@ class ServedRun:
 
     async def session(self, session: Session) -> None:
         """Serve a session that was admitted."""
-        if session.hello.get("wants") == "run":
+        if session.hello.get("wants") == RUN:
             await session.ended.wait()
             return
-        if session.hello.get("wants") == WANTS:
+        if session.hello.get("wants") == MODEL:
             await self.handing.serve(session)
             return
         name = session.hello["client"]
@@ -268,7 +289,7 @@ class ServedRun:
         attempt = Attempt(
             self.config, self.out, self._base, self.clients, here, network, self.watch, self._drain.asked
         )  # fmt: skip
-        return await attempt.drive(model_bytes=self.handing.bytes)
+        return await attempt.drive(counted=self._tally.told)
 
 
 def read_told(data: object, *, planned: bool = False) -> Told:

@@ -7,6 +7,7 @@ keeps no heartbeat waiting, of its own run or of another's. A run that fails lea
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Mapping
 from logging import getLogger
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 from cutlayer.computing import Computing
 from cutlayer.config import RunConfig
 from cutlayer.draining import Drained
-from cutlayer.errors import CutlayerError, Refused
+from cutlayer.errors import CutlayerError, NetworkError, Refused
 from cutlayer.keys import ServerKeys
 from cutlayer.links.net.listener import Listener
+from cutlayer.links.net.room import SPARE
 from cutlayer.links.net.session import Session
 from cutlayer.links.net.tls import Credentials
 from cutlayer.models.sharing import SharedModels
@@ -27,6 +29,9 @@ from cutlayer.served_run import Patience, ServedRun
 from cutlayer.watching import House
 
 LOG = getLogger("cutlayer.net")
+FILES = 256  # open files that are kept for all but connections: checkpoints, models, logs
+CONNECTIONS = 1024  # at least, where files allow it
+WANTED = ("", "run", "model")  # what the sessions of a client in a run are for
 RECHECK = 5.0  # seconds between two looks at who was revoked
 
 
@@ -59,11 +64,37 @@ class Service:
         revoked = keys.revoked if keys else lambda serial: False
         self.listener = Listener(
             bind, credentials, self._admit, self._session, limits=lambda hello: self._run_of(hello).limits(hello),
-            revoked=revoked,
+            revoked=revoked, max_sessions=lambda: len(WANTED) * self._clients(), max_each=self._streams,
         )  # fmt: skip
         self.port = 0  # once it listens
         self._serving: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+
+    def _bound(self) -> None:
+        """Bound connections, so that those who only knock leave files to be opened.
+
+        Raises:
+            NetworkError: the clients of all runs are more than this process can have connections.
+        """
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        files = hard if hard != resource.RLIM_INFINITY else 1 << 20
+        needed = 2 * self._clients()  # a client may be back before its first connection has ended
+        if needed > files - FILES:
+            raise NetworkError(
+                f"{self._clients()} clients need {needed + FILES} open files, and this process may have {files}. Raise "
+                "that limit (ulimit -Hn; LimitNOFILE in a systemd unit), or serve fewer clients at a time."
+            )
+        self.listener.max_connections = min(max(CONNECTIONS, 2 * needed), files - FILES)
+
+    def _clients(self) -> int:
+        """Clients of all runs."""
+        return sum(len(run.remotes) for run in self.runs.values())
+
+    def _streams(self, name: str) -> int:
+        """How many streams a client may have open: its sessions twice, as it may be back before one has ended."""
+        return SPARE + 2 * len(WANTED) * sum(name in run.remotes for run in self.runs.values())
 
     def begin(self, name: str, config: RunConfig, out: Path, patience: Patience) -> None:
         """Serve one more run, whose name is empty where it is the only one.
@@ -86,7 +117,14 @@ class Service:
         async def made() -> list[ServedRun]:
             return [self._made(name, config, out, patience) for name, (config, out) in runs.items()]
 
-        for run in await self.computing.do(made()):
+        found = await self.computing.do(made())
+        clients, most = sum(len(run.remotes) for run in found), self.listener.max_connections
+        if most is not None and 2 * (self._clients() + clients) > most:
+            raise NetworkError(
+                f"{clients} clients more are too many for the {most} connections that the server began with. Stop it "
+                "and start it again: it goes on with all its runs."
+            )
+        for run in found:
             self._add(run)
 
     def _made(self, name: str, config: RunConfig, out: Path, patience: Patience) -> ServedRun:
@@ -115,6 +153,7 @@ class Service:
     async def run(self) -> None:
         """Listen, and serve until all runs have ended (or, where it is to stay, until it is cancelled)."""
         try:
+            self._bound()
             self.port = await self.listener.start()
             self.house.listener, self.house.loop = self.listener, asyncio.get_running_loop()
             for run in self.runs.values():
@@ -162,6 +201,11 @@ class Service:
             self.failures[run.name] = error
             if run.name:  # of the only run it is what the server ends with
                 run.progress.note(f"the run has ended: {error}")
+        except OSError as error:  # of the machine, such as a full disk: the command says what to do
+            self.failures[run.name] = error
+            LOG.debug("Run '%s' failed.", run.name, exc_info=True)
+            if run.name:
+                run.progress.note(f"the run has ended: {error}")
         except Exception as error:
             self.failures[run.name] = error
             LOG.exception("Run '%s' failed.", run.name)
@@ -201,7 +245,8 @@ class Service:
                 f"Client '{client}' is in several runs here: {names}. Say which (cutlayer join --run).", reason="client"
             )
         if asked and own:
-            raise Refused(f"No run {asked!r} here has a client '{client}'. It is in: {names}.", reason="client")
+            where = f"It is in: {names}." if own[0].name else "The run that it is in has no name here: leave out --run."
+            raise Refused(f"No run {asked!r} here has a client '{client}'. {where}", reason="client")
         raise Refused(
             f"No run here has a client {client!r}. The operator knows the names in the run file.", reason="client"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cutlayer.apart import check_routes, known_classes, served
+from cutlayer.apart import check_routes, known_classes, offer, served
 from cutlayer.build import open_model
 from cutlayer.config import RunConfig, dump
 from cutlayer.draining import DRAIN, Drain, Drained, Paused
 from cutlayer.errors import ConfigError, CutlayerError, NetworkError, OutputError
 from cutlayer.keys import server_keys
+from cutlayer.links.net.messages import WELCOME
 from cutlayer.outputs import OURS, holds_a_run
 from cutlayer.preflight import preflight
 from cutlayer.report.progress import Reporter, reporter
@@ -26,6 +28,7 @@ from cutlayer.service_file import Entry, ServiceFile, load_service
 from cutlayer.status import status_server
 from cutlayer.watching import House
 
+ABOUT = 4096  # bytes of a welcome for all but the run
 PATIENCE = 600.0  # seconds that a client may stay away before the run gives it up
 
 
@@ -218,9 +221,28 @@ def _checked(source: Any, overrides: Sequence[str] | Mapping[str, Any], folder: 
     _, blocks = open_model(config)
     check_routes(config, blocks)
     known_classes(config)
+    _check_offer(config)
     if begun and (folder / "run.yaml").read_text(encoding="utf-8") != OURS + dump(config):
         raise OutputError(f"{folder} holds another run. Serve the run that it was made with, or give another --out.")
     return config
+
+
+def _check_offer(config: RunConfig) -> None:
+    """Whether the run can be told to a client.
+
+    Raises:
+        ConfigError: it is too long.
+    """
+    length, most = len(json.dumps(offer(config)).encode()), WELCOME - ABOUT
+    if length > most:
+        raise ConfigError(
+            [
+                f"the run with its {len(config.client_list)} clients is {length} bytes as it is told to each of them, "
+                f"and {most} are accepted. Serve fewer clients in one run, or give them shorter names and named "
+                "profiles."
+            ],
+            "the run",
+        )
 
 
 def _placed(config: RunConfig, source: object) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ STEPS = 40
 
 
 def own_run(
-    config: RunConfig, num_blocks: int, name: str, *, model: str, data: str, held_out: str | None
-) -> dict[str, Any]:
+    config: RunConfig, num_blocks: int, name: str, *, model: str, data: str, held_out: str | None,
+    columns: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The keys of a run of one client, with the cut, the training and the defenses that it has in the run it joins.
 
     Args:
@@ -34,9 +36,11 @@ def own_run(
         model: the whole model, which an audit needs: where it is, or its name on the Hub.
         data: the client's text.
         held_out: what it evaluates on, if anything.
+        columns: what its files call the columns, where that is not what the run says.
     """
     tree, layout = tree_of(config), layouts_of(config, num_blocks)[name]
     form = config.data_of(name).model_dump(mode="json", exclude={"train", "eval", "eval_fraction", "division"})
+    form["columns"] = {**(form["columns"] or {}), **(columns or {})}
     partition: dict[str, Any] = {"name": "two-part-split", "head_blocks": len(layout.head)}
     if layout.tail_at_client:
         partition = {"name": "u-shaped-split", "head_blocks": len(layout.head), "tail_blocks": len(layout.tail)}

@@ -82,12 +82,6 @@ class PublicModel:
         logits: Tensor = self.tail(start).forward({}, hidden=hidden).logits
         return logits.float()
 
-    def next_token(self, input_ids: Tensor) -> Tensor:
-        """Log-probabilities [B,T,V] of the token after each position of ``input_ids`` [B,T]."""
-        with torch.no_grad():
-            logits: Tensor = self.model(input_ids=input_ids.to(self.base.device), use_cache=False).logits
-        return torch.log_softmax(logits.float(), dim=-1)
-
 
 def load_public(model: str, *, task: str = "causal", precision: str = "float32", device: str = "cpu") -> PublicModel:
     """The base model of a run, from its checkpoint."""

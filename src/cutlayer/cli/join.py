@@ -28,6 +28,10 @@ def join(
     secret: Annotated[
         Path | None, typer.Option(help="A secret of the run's clients ('cutlayer secret'), where the run needs one.")
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COLUMN", help="What your files call a column, as text=body; may be repeated."),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Plain text and no keys; only to a server on this machine.")
     ] = False,
@@ -37,6 +41,9 @@ def join(
     """Take part in a run: your text, the first (and last) blocks and their adapters stay here."""
     if insecure == (keys is not None):
         raise typer.BadParameter("Give --keys with your folder, or --insecure for a server on this machine.")
+    named = dict(one.partition("=")[::2] for one in columns or [])
+    if not all(ours and theirs for ours, theirs in named.items()):
+        raise typer.BadParameter("--columns takes our name and your column, such as: --columns text=body")
 
     from cutlayer.keys import client_keys
 
@@ -52,7 +59,7 @@ def join(
     try:
         joined = join_run(
             address, data=data, out=out, held_out=held_out, keys=keys, name=name, run=run, policy=policy,
-            model=model, device=device, secret=secret, progress=progress,
+            model=model, device=device, secret=secret, columns=named, progress=progress,
         )  # fmt: skip
     finally:
         progress.stop()

@@ -128,7 +128,7 @@ def _checked(where: str, placed: Sequence[Placed], columns: Mapping[str, str], f
         if placed and theirs not in there:
             raise DataError(
                 f"{where} has no column '{theirs}'.{suggest(theirs, there)} Columns there: {', '.join(there)}. "
-                f"Set data.columns: {{{ours}: <column>}}."
+                f"Set data.columns: {{{ours}: <column>}} (cutlayer join: --columns {ours}=<column>)."
             )
     rows = []
     for place, row in placed:

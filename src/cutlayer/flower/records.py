@@ -39,3 +39,13 @@ def reply_of(key: str, state: Mapping[str, Tensor] | None, metrics: Mapping[str,
     """The content of a node's answer."""
     records = {METRICS: MetricRecord(dict(metrics))}
     return RecordDict(records if state is None else {key: record_of(state), **records})
+
+
+def parts_of(content: Any) -> list[dict[str, Tensor]]:
+    """The tensors of a node's answer, by record."""
+    return [dict(record.to_torch_state_dict()) for record in content.array_records.values()]
+
+
+def counts_of(content: Any) -> list[float]:
+    """By how much a node's answer weighs, as it says."""
+    return [float(record["num-examples"]) for record in content.metric_records.values() if "num-examples" in record]

@@ -15,10 +15,10 @@ from cutlayer.build import layouts_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED, Framework
 from cutlayer.errors import ConfigError
-from cutlayer.flower.records import OURS
+from cutlayer.flower.records import OURS, counts_of, parts_of
 
 if TYPE_CHECKING:
-    from cutlayer.flower.server import Federation
+    from cutlayer.federation import Federation
 
 POLL = 1.0  # seconds between looks for replies
 
@@ -82,7 +82,7 @@ class Rounds:
         until = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             came = list(self._grid.pull_messages(open_))
-            found += came
+            found += [message for message in came if self._fits(message)]
             open_ -= {message.metadata.reply_to_message_id for message in came}
             for message in came:
                 if message.has_error():
@@ -90,3 +90,14 @@ class Rounds:
             if not open_ or time.monotonic() > until:
                 return found
             time.sleep(POLL)
+
+    def _fits(self, message: Any) -> bool:
+        """Whether the strategy may have this reply; one node's numbers that are none would spoil the merge for all."""
+        if message.has_error():
+            return True
+        why = next(filter(None, map(self._trunk.unfit, parts_of(message.content))), None)
+        if why is None and not all(0 <= count < math.inf for count in counts_of(message.content)):
+            why = "its 'num-examples' is no count"
+        if why is not None:
+            self._trunk.progress.note(f"what node {message.metadata.src_node_id} gave is not merged: {why}")
+        return why is None

@@ -1,56 +1,27 @@
-"""The server's side: the trunk and our stream beside a Flower strategy, which draws the clients and merges their parts.
+"""The server's side: a run's trunk beside a Flower strategy, which draws the clients and merges their parts.
 
-Flower's main thread sends the messages of a round and waits. Meanwhile the nodes open our stream (served by a thread of
-its own), and a third thread drives the round's steps with whoever was drawn.
+Flower's main thread sends the messages of a round and waits; meanwhile ``cutlayer.federation`` makes the round's steps.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import math
-import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from cutlayer import checkpoint
-from cutlayer.apart import known_classes, offer, served
-from cutlayer.assembly import assemble_server
-from cutlayer.build import load_base, open_model
-from cutlayer.config import RunConfig, dump
-from cutlayer.driver import Run
-from cutlayer.engine import Engine
-from cutlayer.errors import CutlayerError, Gone, Refused
+from cutlayer.apart import served
+from cutlayer.build import open_model
+from cutlayer.config import dump
+from cutlayer.federation import Federation
 from cutlayer.flower.records import record_of
 from cutlayer.flower.rounds import Rounds, check
-from cutlayer.identity import fingerprint
-from cutlayer.keys import ServerKeys, server_keys
-from cutlayer.links.local import Link
-from cutlayer.links.net.listener import Listener
-from cutlayer.links.net.remote import Remote, on_loop
-from cutlayer.links.net.session import Session
-from cutlayer.links.net.tls import Credentials
-from cutlayer.links.network import Carry, NetworkLink
-from cutlayer.losing import at_once
-from cutlayer.models.adapters import save_part
-from cutlayer.models.loading import device_named
+from cutlayer.keys import server_keys
 from cutlayer.outputs import OURS, alone
 from cutlayer.preflight import preflight
-from cutlayer.real_clock import RealClock
 from cutlayer.report.progress import Reporter, reporter
-from cutlayer.report.summary import summarize
-from cutlayer.run import Result, first_of
-from cutlayer.schedule import Told
-from cutlayer.served_run import read_rounds, read_told
-from cutlayer.step import split_evaluate
-from cutlayer.wire import Frame, Header, Meter
-
-T = TypeVar("T")
-UNKNOWN = Told(1, 1, 1, 0)  # of a client that has not come yet; in a run of so many rounds nothing depends on it
+from cutlayer.run import Result
+from cutlayer.wire import Meter
 
 
 def train(
@@ -101,231 +72,3 @@ def train(
                 grid=rounds, initial_arrays=record_of(trunk.initial()), num_rounds=config.length[1], timeout=timeout
             )
             return trunk.finished(dict(result.arrays.to_torch_state_dict()))
-
-
-class _FlowerRun(Run):
-    """A run whose clients' parts Flower merges."""
-
-    async def merge(self, clients: Sequence[str], **how: Any) -> None:
-        """Step 11 is the strategy's."""
-
-    async def catch_up(self, clients: Sequence[str], *, trunks: bool = False) -> None:
-        """Each client of a round begins with the strategy's arrays."""
-
-
-class Federation:
-    """The trunk of a run, the clients of its present round, and the threads that serve them."""
-
-    def __init__(
-        self, config: RunConfig, out: Path, keys: ServerKeys | None, meter: Meter, patience: float, progress: Reporter
-    ) -> None:
-        self.config, self.out, self.keys, self.patience, self.progress = config, out, keys, patience, progress
-        self.files, self.device = fingerprint(config.model), device_named(config.device)
-        with torch.random.fork_rng(devices=[]):
-            base = load_base(config, labels=known_classes(config), device=self.device)
-        parts = assemble_server(config, base, dict.fromkeys(config.client_names, UNKNOWN))
-        self.run = _FlowerRun(
-            config, parts, meter=meter, clock=RealClock(), out=out, progress=progress, links=self._links
-        )
-        self.engine = Engine(self.run)
-        self.last = dict.fromkeys(config.client_names, 0)  # by client: the last round that it was in
-        self.held: dict[str, Sequence[int]] = {}
-        self.number, self._count = 0, 0
-        self.remotes: dict[str, Remote] = {}
-        self._network = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._network.run_forever, name="cutlayer-network", daemon=True)
-        self._driver = ThreadPoolExecutor(1, "cutlayer-run")
-        self._runner = asyncio.Runner()
-        self._listener: Listener | None = None
-
-    def __enter__(self) -> Federation:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._listener is not None:
-            self._soon(self._listener.stop()).result()
-        self._driver.submit(self._runner.close).result()
-        self._driver.shutdown()
-        self._network.call_soon_threadsafe(self._network.stop)
-        self._thread.join()
-        self._network.close()
-
-    def listen(self, bind: str) -> int:
-        """Take sessions; the port."""
-        own = self.keys
-        credentials = Credentials(own.ca, own.certificate, own.key) if own else None
-        self._listener = Listener(
-            bind, credentials, self._admit, self._session, revoked=own.revoked if own else lambda serial: False
-        )
-        return self._soon(self._listener.start()).result()
-
-    def initial(self) -> dict[str, torch.Tensor]:
-        """What every client's part begins with."""
-        party = self.run.parts.clients[self.config.client_names[0]]
-        own = party.names("own")
-        return {name: tensor for name, tensor in party.slot.get().items() if name in own}
-
-    def open(self, count: int, *, training: bool) -> tuple[int, Future[None]]:
-        """A round begins with so many clients: its number, and its end."""
-        self.number += 1
-        self._soon(self._opened(count)).result()
-        return self.number, self._driver.submit(self._driven, training)
-
-    async def _opened(self, count: int) -> None:
-        self._count = count
-        self._came, self._closed = asyncio.Event(), asyncio.Event()
-        self.remotes = {name: Remote(name, patience=self.patience) for name in self.config.client_names}
-
-    def lacks_one(self) -> None:
-        """One client fewer will come; if it is here already, its session says so."""
-
-        def told() -> None:
-            self._count -= 1
-            self._came.set()
-
-        self._network.call_soon_threadsafe(told)
-
-    def over(self) -> None:
-        """All replies that there will be are here: nobody else is waited for."""
-        self._network.call_soon_threadsafe(self._closed.set)
-
-    def finished(self, merged: dict[str, torch.Tensor]) -> Result:
-        """Write the result: the strategy's arrays and the trunk, as one adapter."""
-        run, base = self.run, self.run.parts.base
-        run.clients = self.config.client_names
-        final = self.out / ("adapter" if base.peft_model is not None else "model")
-        state = dict(merged)
-        for slot in run.slots_of(run.clients):
-            state |= slot.get()
-        save_part(base, state, final, base_name=Path(self.config.model).name)
-        summary = summarize(run, adapter=final, device=self.device)
-        checkpoint.write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return Result(self.out, final, summary)
-
-    # ------------------------------------------------------------ the thread of sessions
-
-    def _soon(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, self._network)
-
-    async def _admit(self, peer: str, token: str, hello: dict[str, Any]) -> dict[str, Any]:
-        """The welcome of a client that may come in."""
-        name = hello.get("client")
-        assert isinstance(name, str), "the listener has seen to it"
-        if self.keys is not None and not self.keys.belong(peer, name, token):
-            raise Refused("The certificate and the token do not belong to this client, or were revoked.")
-        if name not in self.config.client_names:
-            raise Refused(f"This run has no client {name!r}. It has: {', '.join(self.config.client_names)}.")
-        if hello.get("wants") == "run":
-            return {"run": offer(self.config)}
-        if hello.get("wants"):
-            raise Refused("In a federation the server does not hand its model. Name the client's own by model.")
-        if hello.get("model") != self.files:
-            raise Refused(f"The model is another here: its files have other checksums than those of '{name}'.")
-        if hello.get("round") != self.number:
-            raise Refused(f"'{name}' comes for round {hello.get('round')!r}, but this is round {self.number}.")
-        self.held[name] = read_rounds(hello.get("rounds"))
-        if self.last[name] and self.last[name] not in self.held[name]:
-            raise Refused(f"'{name}' has no checkpoint of round {self.last[name]}, the last that it was in.")
-        told = read_told(hello.get("data"))
-        self.run.parts.clients[name].evaluation = range(told.evaluation_batches)
-        return {"client": name}
-
-    async def _session(self, session: Session) -> None:
-        if session.hello.get("wants") == "run":
-            await session.ended.wait()
-            return
-        self._came.set()
-        await self.remotes[session.hello["client"]].serve(session)
-
-    async def _gathered(self) -> list[str]:
-        """The clients of this round, once all are here, or no more will come."""
-        closed = asyncio.ensure_future(self._closed.wait())
-        until = asyncio.get_running_loop().time() + self.patience
-        while True:
-            here = [name for name, remote in self.remotes.items() if remote.session is not None]
-            left = until - asyncio.get_running_loop().time()
-            if len(here) >= self._count or closed.done() or left <= 0:
-                closed.cancel()
-                return here
-            self._came.clear()
-            came = asyncio.ensure_future(self._came.wait())
-            await asyncio.wait({came, closed}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            came.cancel()
-
-    async def _dismissed(self, words: Mapping[str, Mapping[str, float]]) -> None:
-        """Tell the clients of a round that it is over, and what was measured of them."""
-        for name, told in words.items():
-            await self.remotes[name].close(json.dumps(told))
-
-    async def _refused(self, error: BaseException) -> None:
-        for remote in self.remotes.values():
-            if remote.session is not None:
-                await remote.session.refuse(f"The round failed at the server: {type(error).__name__}.")
-
-    # ------------------------------------------------------------ the thread of the run
-
-    def _links(self, run: Run) -> dict[str, Link]:
-        return {name: NetworkLink(name, self._carry(name), meter=run.meter) for name in run.clients}
-
-    def _carry(self, name: str) -> Carry:
-        async def carry(frame: Frame) -> tuple[Header, list[torch.Tensor]]:
-            header, tensors, _ = await on_loop(self._network, self.remotes[name].call(frame))
-            return header, tensors
-
-        return carry
-
-    def _driven(self, training: bool) -> None:
-        """The steps of one round."""
-        try:
-            clients = self._soon(self._gathered()).result()
-            if not clients:
-                raise Gone("of the round", "nobody of those whom Flower drew has come.")
-            work: Callable[[], Coroutine[Any, Any, dict[str, dict[str, float]]]]
-            work = self._trained if training else self._evaluated
-            self.run.clients = clients  # a round is of those whom Flower drew
-            words = self._runner.run(work())
-            self._soon(self._dismissed(words)).result()
-        except BaseException as error:
-            found = first_of(error) if isinstance(error, BaseExceptionGroup) else error
-            self._soon(self._refused(found)).result()
-            raise found from error
-
-    async def _begun(self) -> None:
-        run = self.run
-        await at_once(lambda name: run.links[name].begin(self.last[name], run.parts.lines[name]), run.clients)
-        await run.set_up()
-        run.book_outside()
-
-    async def _trained(self) -> dict[str, dict[str, float]]:
-        run, counters = self.run, self.run.counters
-        await self._begun()
-        run.begin_round()
-        await run.framework.round(run, counters.rounds)
-        run.end_round()
-        counters.rounds += 1
-        found = {name: _mean([line for line in run.metrics if line["client"] == name]) for name in run.clients}
-        await self.engine.save()
-        self.last |= dict.fromkeys(run.clients, counters.rounds)
-        return {name: {**told, "num-examples": run.sizes[name]["examples"]} for name, told in found.items()}
-
-    async def _evaluated(self) -> dict[str, dict[str, float]]:
-        run = self.run
-        await self._begun()
-        found = {}
-        for name in run.clients:
-            end, middle, tail, _ = run.route(name)
-            count = len(run.parts.clients[name].evaluation)
-            if not count:
-                raise CutlayerError(f"'{name}' has nothing to evaluate on. Give its node 'eval', or evaluate nobody.")
-            lines = [await split_evaluate(end, middle, tail, batch=number) for number in range(count)]
-            tokens = sum(line.label_tokens for line in lines)
-            loss = sum(line.loss * line.label_tokens for line in lines) / tokens if tokens else math.nan
-            found[name] = {"eval_loss": loss, "num-examples": float(tokens)}
-        return found
-
-
-def _mean(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    tokens = sum(line["label_tokens"] for line in lines)
-    loss = sum(line["loss"] * line["label_tokens"] for line in lines) / tokens if tokens else math.nan
-    return {"train_loss": loss, "label-tokens": float(tokens)}

@@ -81,7 +81,7 @@ class ClientParty(Holder):
         self.params = {**(frozen or {}), **slot.params}
         self.batches, self.evaluation, self.validation = batches, evaluation, validation
         self.sizes, self.seed, self.teller = sizes, seed, teller
-        self._open: dict[tuple[int, int], _Open] = {}
+        self._open: dict[tuple[int, int, bool], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
         self._tells_step_tokens = self._cached = False
 
@@ -135,7 +135,7 @@ class ClientParty(Holder):
         else:
             batch, weight, last = [*self.evaluation, *self.validation][header.step](), 1.0, True
         if training and self._cached and header.step >= self.batches.steps_per_epoch:  # the server has them all
-            self._open[header.step, header.micro] = _Open(batch, None, weight, last)
+            self._open[_place(header)] = _Open(batch, None, weight, last)
             return self._told_samples(header, batch, weight, last)
         hidden, penalty = self._head(header, batch, training and not self.frozen_head), None
         if self.defending is not None:
@@ -144,7 +144,7 @@ class ClientParty(Holder):
             hidden = self.defending.shown(hidden, passing)
         kept = hidden if training and hidden.requires_grad else None
         if training or self.tail is not None:
-            self._open[header.step, header.micro] = _Open(batch, kept, weight, last, penalty=penalty)
+            self._open[_place(header)] = _Open(batch, kept, weight, last, penalty=penalty)
         shown = self._shown(batch, hidden, labels=self.tail is None)
         if training and self._cached:
             shown["samples"] = self._samples(header)
@@ -240,7 +240,7 @@ class ClientParty(Holder):
             )
         held.loss = done.loss
         if done.gradient is None:
-            del self._open[header.step, header.micro]
+            del self._open[_place(header)]
             return self._reply(header, "tail_step", "ack", {**self._told(held), "correct": done.correct})
         values: dict[str, Value] = {"last": held.last}
         if self._tells_step_tokens:
@@ -253,7 +253,7 @@ class ClientParty(Holder):
     def on_head_backward(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 10: backward through the head, and the optimizer step of the client's part if it is the last."""
         held = self._held(header)
-        del self._open[header.step, header.micro]
+        del self._open[_place(header)]
         key = (self.name, header.step, header.micro)
         if self.tail is None:
             held.loss = float(header.value("loss"))
@@ -282,7 +282,7 @@ class ClientParty(Holder):
         """
         assert self.tail is None, "the loss is the server's"
         batch, weight, last = self._draw(header.step, header.micro)
-        self._open[header.step, header.micro] = _Open(batch, None, weight, last)
+        self._open[_place(header)] = _Open(batch, None, weight, last)
         probe = Probe(int(header.value("directions")), float(header.value("mu")), copy=bool(header.value("copy")))
         shown = self._shown(batch, self._head(header, batch, training=False), labels=True)
         for number, seed in enumerate(self._directions(header, probe.directions)):
@@ -296,7 +296,7 @@ class ClientParty(Holder):
     def on_probed(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """Step 10 without backpropagation: the ``slopes`` [directions] of the loss; update by them."""
         self._held(header)
-        del self._open[header.step, header.micro]
+        del self._open[_place(header)]
         slopes = tensors["slopes"].tolist()
         key, seeds = (self.name, header.step, header.micro), self._directions(header, len(slopes))
         self.slot.add(estimate(self._own(), seeds, slopes), key=key)
@@ -336,7 +336,7 @@ class ClientParty(Holder):
         return sum(batch.label_tokens for batch in self._drawn[1])
 
     def _held(self, header: Header) -> _Open:
-        held = self._open.get((header.step, header.micro))
+        held = self._open.get(_place(header))
         if held is None:
             raise WireError(
                 f"Client '{self.name}' was asked for '{header.verb}' of step {header.step}, micro-batch "
@@ -365,6 +365,12 @@ class ClientParty(Holder):
 def secret_of(seed: int, name: str) -> bytes:
     """The secret of a simulated client, which follows from the run's seed so that runs repeat; a real one draws it."""
     return str(derive(seed, "secret", name)).encode()
+
+
+def _place(header: Header) -> tuple[int, int, bool]:
+    """Where a micro-batch or an evaluation batch is kept while it is open; the two are never taken for each other."""
+    training = header.verb not in ("head_forward", "tail_step") or bool(header.value("graph"))
+    return header.step, header.micro, training
 
 
 def _to(tensor: Tensor | None, device: Any) -> Tensor | None:

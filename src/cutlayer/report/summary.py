@@ -84,8 +84,8 @@ def summarize(run: Run, *, adapter: Path, device: str) -> dict[str, Any]:
             name: {"head_blocks": len(run.parts.layouts[name].head), "moves": counters.cuts.get(name, [])}
             for name in run.clients
         }
-    if config.defense:
-        summary["privacy"] = privacy(run)
+    if config.defense and (spent := privacy(run)):
+        summary["privacy"] = spent
     if isinstance(run.parts.peft, Allotter):
         summary["ranks"] = allotting.summary(run)
     if run.paces.profiles:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import grpc
 
 from cutlayer.errors import Disconnected, Refused
-from cutlayer.links.net.messages import most_bytes
+from cutlayer.links.net.messages import most_bytes, shown
 from cutlayer.links.net.session import Heartbeat
 from cutlayer.wire import Limits
 
@@ -70,6 +70,8 @@ def lost(error: Exception) -> Disconnected | Refused:
     code, details = error.code(), error.details()
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return Refused("What listens there speaks gRPC, but is no cutlayer server.")
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        return Refused(shown(details or "The server has turned this client away."))
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Disconnected(f"The other end has no room ({details}).")
     return Disconnected(f"The connection broke ({code.name}: {details}).")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from logging import getLogger
@@ -16,12 +17,15 @@ from cutlayer.errors import CutlayerError, Disconnected, NetworkError, Refused, 
 from cutlayer.links.net.connecting import check_versions, versions
 from cutlayer.links.net.grpc_pipe import METHOD, SERVICE, GrpcPipe, Options, options
 from cutlayer.links.net.messages import Type, cut, pack, pack_bye, pack_greeting, read, read_greeting
+from cutlayer.links.net.room import EACH, Room
 from cutlayer.links.net.session import FAREWELL, Heartbeat, Session
-from cutlayer.links.net.tls import Credentials, Peer, is_loopback, peer_of, split_address
+from cutlayer.links.net.tls import Credentials, Peer, has_address, is_loopback, peer_of, split_address
 from cutlayer.wire import Limits
 
 LOG = getLogger("cutlayer.net")
 NAME = 200  # characters of a client's name
+STREAMS = 16  # on one connection with a certificate; a client has one session on each
+QUIET = 10.0  # seconds in which who is turned away at the door, and why, is logged once
 
 Admit = Callable[[str, str, dict[str, Any]], Awaitable[dict[str, Any]]]
 OnSession = Callable[[Session], Awaitable[None]]
@@ -31,7 +35,8 @@ class Listener:
     """Takes sessions on one address.
 
     A second session of the same client (certificate, run, name, and what it comes for) replaces the first: a client
-    that lost its connection is back before the server has noticed.
+    that lost its connection is back before the server has noticed. Who is revoked, or has more streams open than one
+    certificate may have, is turned away at once by the status of the stream, and takes up no room.
 
     Args:
         bind: ``HOST:PORT``; port 0 lets the system choose.
@@ -45,7 +50,9 @@ class Listener:
         hello_timeout: seconds for a handshake, and again for a hello.
         revoked: whether the certificate of this serial number is revoked; asked at each session, and by ``recheck``.
         max_sessions: sessions at once.
+        max_each: streams at once of one certificate, by its name: sessions, those that wait and those that part.
         max_waiting: streams that have not been greeted yet, at once.
+        max_connections: connections at once, those in their handshake included; None: as many as there can be.
     """
 
     def __init__(
@@ -59,18 +66,21 @@ class Listener:
         heartbeat: Heartbeat | None = None,
         hello_timeout: float = 20.0,
         revoked: Callable[[int], bool] = lambda serial: False,
-        max_sessions: int = 256,
+        max_sessions: Callable[[], int] = lambda: 256,
+        max_each: Callable[[str], int] = lambda name: EACH,
         max_waiting: int = 128,
+        max_connections: int | None = None,
     ) -> None:
         self.bind, self.credentials, self.admit, self.on_session = bind, credentials, admit, on_session
         self.limits, self.heartbeat = limits, heartbeat or Heartbeat()
         self.hello_timeout, self.revoked = hello_timeout, revoked
-        self.max_sessions, self.max_waiting = max_sessions, max_waiting
+        self.max_sessions, self.max_connections = max_sessions, max_connections
+        self.room = Room(max_each, max_waiting, lambda: max_sessions() + max_waiting)
         self.sessions: dict[tuple[str, ...], Session] = {}
         self.refusals: Counter[str] = Counter()  # of those who were turned away, by their peer's name
         self.reasons: Counter[str] = Counter()  # the same by a word for the reason, and who may come again ("later")
         self._serials: dict[Session, int | None] = {}
-        self._waiting: Counter[str] = Counter()
+        self._logged: dict[tuple[str, str], float] = {}  # when, by name and reason
         self._ending: set[asyncio.Future[None]] = set()
         self._stopping = False
         self._server: grpc.aio.Server | None = None
@@ -87,7 +97,8 @@ class Listener:
                 f"Without keys, {self.bind} would let anybody read and join. Bind to 127.0.0.1, or make keys with "
                 "'cutlayer keys' and give them with --keys."
             )
-        server = grpc.aio.server(options=self._options(), maximum_concurrent_rpcs=self.max_sessions + self.max_waiting)
+        # No limit of gRPC's on all streams together: whoever used it up would lock all others out.
+        server = grpc.aio.server(options=self._options())
         handler = grpc.stream_stream_rpc_method_handler(self._handle)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
         try:
@@ -98,6 +109,11 @@ class Listener:
                 secret = grpc.ssl_server_credentials([(own.key, own.certificate)], own.ca, require_client_auth=True)
                 found = server.add_secure_port(self.bind, secret)
         except RuntimeError as error:
+            if not has_address(host):
+                raise NetworkError(
+                    f"{self.bind} cannot be listened at: this machine knows no address of '{host}'. Check the name, or "
+                    "give an address of the machine's own, such as 0.0.0.0."
+                ) from error
             raise NetworkError(
                 f"{self.bind} cannot be listened at. Is another server using port {port}, and is the address this "
                 "machine's?"
@@ -107,8 +123,14 @@ class Listener:
         return int(found)
 
     def _options(self) -> Options:
+        bounded: Options = []
+        if self.credentials is not None:  # without, all clients of a process share one connection
+            bounded.append(("grpc.max_concurrent_streams", STREAMS))
+        if self.max_connections is not None:
+            bounded.append(("grpc.max_allowed_incoming_connections", self.max_connections))
         return [
             *options(Limits(), self.heartbeat),
+            *bounded,
             ("grpc.so_reuseport", 0),  # two servers on one port would share its clients without a word
             ("grpc.server_handshake_timeout_ms", int(self.hello_timeout * 1000)),
             ("grpc.max_connection_idle_ms", int(max(self.hello_timeout, 1.0) * 1000)),
@@ -124,13 +146,15 @@ class Listener:
 
     async def recheck(self) -> None:
         """End the sessions whose certificates have been revoked since they began."""
+        ending = []
         for session, serial in list(self._serials.items()):
             if serial is not None and self.revoked(serial):
                 self._count(session.peer, "revoked")
                 LOG.warning("Ended the session of '%s': its certificate was revoked.", session.peer, extra={
                     "client": session.peer, "reason": "revoked"
                 })  # fmt: skip
-                await session.refuse("Your certificate has been revoked.")
+                ending.append(session.refuse("Your certificate has been revoked."))
+        await asyncio.gather(*ending)
 
     def _count(self, peer: str, reason: str) -> None:
         self.refusals[peer] += 1
@@ -148,21 +172,48 @@ class Listener:
             peer = self._peer(context)
             if peer.serial is not None and self.revoked(peer.serial):
                 raise Refused("Your certificate has been revoked. Ask the operator for a new one.", reason="revoked")
-            session = await self._greeted(pipe, peer, context)
+        except Refused as error:
+            self._turn_away(peer, context, str(error), error.reason)
+            return
+        if full := self.room.full(peer.name):
+            self._turn_away(peer, context, full, "later")
+        else:
+            with self.room.stream(peer.name):
+                session = await self._let_in(pipe, peer, context)
+                if session is not None:
+                    await self._serve(session, peer)
+
+    def _turn_away(self, peer: Peer, context: Any, said: str, reason: str) -> None:
+        """Let the stream end with words in its status: those need not be waited for, and whoever comes thousands of
+        times a second fills no log."""
+        later = reason == "later"
+        context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED if later else grpc.StatusCode.PERMISSION_DENIED)
+        context.set_details(said)
+        self.reasons[reason] += 1
+        if not later:
+            self.refusals[peer.name] += 1
+        now, key = time.monotonic(), (peer.name, reason)
+        if now - self._logged.get(key, -QUIET) >= QUIET:
+            self._logged[key] = now
+            about = {"client": peer.name, "peer": _where(context), "reason": reason}
+            LOG.warning("Turned '%s' (%s) away: %s", peer.name, _where(context), said, extra=about)
+
+    async def _let_in(self, pipe: GrpcPipe, peer: Peer, context: Any) -> Session | None:
+        """The session, once both have greeted; None: it was refused, in words."""
+        try:
+            return await self._greeted(pipe, peer, context)
         except (Refused, WireError) as error:
             reason = error.reason if isinstance(error, Refused) else "protocol"
             self._count(peer.name, reason)
             about = {"client": peer.name, "peer": _where(context), "reason": reason}
             LOG.warning("Refused a session of '%s' (%s): %s", peer.name, _where(context), error, extra=about)
             await self._last_word(pipe, pack(Type.REFUSED, cut(str(error))))
-            return
         except CutlayerError as error:
             self.reasons["later"] += 1
             about = {"client": peer.name, "peer": _where(context), "reason": "later"}
             LOG.info("No session with '%s' (%s): %s", peer.name, _where(context), error, extra=about)
             await self._last_word(pipe, pack_bye(str(error), done=False))
-            return
-        await self._serve(session, peer)
+        return None
 
     def _peer(self, context: Any) -> Peer:
         if self.credentials is None:
@@ -174,27 +225,25 @@ class Listener:
 
     async def _greeted(self, pipe: GrpcPipe, peer: Peer, context: Any) -> Session:
         """Exchange greetings."""
-        most = max(self.max_waiting // 2, 1) if peer.name else self.max_waiting  # half the room for one certificate
-        if self._stopping or self._waiting.total() >= self.max_waiting or self._waiting[peer.name] >= most:
-            raise Disconnected("The server is busy or going down. Try again in a while.")
-        self._waiting[peer.name] += 1
+        if self._stopping:
+            raise Disconnected("The server is going down. Try again in a while.")
         try:
-            async with asyncio.timeout(self.hello_timeout):
-                data = await pipe.read()
-            if data is None:
-                raise Disconnected("The stream ended without a hello.")
-            hello = _hello(data)
-            welcome = await self._admitted(peer, _token(context), hello)
-            key = (peer.name, *(str(hello.get(name, "")) for name in ("run", "client", "wants")))
-            if key not in self.sessions and len(self.sessions) >= self.max_sessions:
-                raise Disconnected(f"The server has its {self.max_sessions} sessions. Try again in a while.")
-            async with asyncio.timeout(self.hello_timeout):
-                await pipe.write(pack_greeting(Type.WELCOME, {**welcome, "versions": versions()}))
+            with self.room.greeting(peer.name):
+                async with asyncio.timeout(self.hello_timeout):
+                    data = await pipe.read()
+                if data is None:
+                    raise Disconnected("The stream ended without a hello.")
+                hello = _hello(data)
+                welcome = await self._admitted(peer, _token(context), hello)
+                run = str(welcome.get("name", hello.get("run", "")))  # by its name, whatever the client calls it
+                key = (peer.name, run, hello["client"], hello.get("wants", ""))
+                most = self.max_sessions()
+                if key not in self.sessions and len(self.sessions) >= most:
+                    raise Disconnected(f"The server has its {most} sessions. Try again in a while.")
+                async with asyncio.timeout(self.hello_timeout):
+                    await pipe.write(_welcome(peer, welcome))
         except TimeoutError as error:
             raise Disconnected(f"No hello came within {self.hello_timeout:g} seconds.") from error
-        finally:
-            self._waiting[peer.name] -= 1
-            self._waiting += Counter()  # drops those at 0, or each name ever seen would stay
         session = Session(
             pipe, peer=peer.name, hello=hello, welcome=welcome, limits=self.limits(hello), heartbeat=self.heartbeat
         )
@@ -283,7 +332,22 @@ def _hello(data: bytes) -> dict[str, Any]:
     name = hello.get("client")
     if not isinstance(name, str) or not name.strip() or len(name) > NAME or not name.isprintable():
         raise Refused(f"A client needs a name of 1 to {NAME} printable characters.", reason="protocol")
+    if any(not isinstance(hello.get(key, ""), str) for key in ("run", "wants")):
+        raise Refused("A hello names a run, and what it wants, by text.", reason="protocol")
     return hello
+
+
+def _welcome(peer: Peer, welcome: dict[str, Any]) -> bytes:
+    """The answer to a hello.
+
+    Raises:
+        Disconnected: it cannot be sent, which is no fault of the client's.
+    """
+    try:
+        return pack_greeting(Type.WELCOME, {**welcome, "versions": versions()})
+    except WireError as error:
+        LOG.error("Admitting '%s' failed: %s", peer.name, error, extra={"client": peer.name})
+        raise Disconnected("The server could not take this client; its log says why.") from error
 
 
 async def _replace(before: Session, hello: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ from cutlayer.wire import Frame, Limits
 
 PROTOCOL = 1  # changes with anything in this module
 CHUNK = 1 << 20  # bytes of a body in one message; a slow link must carry one well within the silence allowed
-GREETING = 16 << 10  # bytes of a HELLO or WELCOME
+GREETING = 16 << 10  # bytes of a HELLO, which comes from anybody
+WELCOME = CHUNK  # of a WELCOME, which tells a run with all its clients: some 9000 with their profiles
 TEXT = 4 << 10
 WINDOW = 4  # frames that a receiver takes before it has looked at them, and requests in flight to one client
 MOST_CREDIT = 1 << 16
@@ -112,8 +113,9 @@ def pack_greeting(kind: Type, values: Mapping[str, Any]) -> bytes:
         WireError: the values are too many bytes.
     """
     data = json.dumps(values, allow_nan=False).encode()
-    if len(data) > GREETING:
-        raise WireError(f"A {kind.name} of {len(data)} bytes is longer than the {GREETING} that are accepted.")
+    most = WELCOME if kind is Type.WELCOME else GREETING
+    if len(data) > most:
+        raise WireError(f"A {kind.name} of {len(data)} bytes is longer than the {most} that are accepted.")
     return pack(kind, data)
 
 
@@ -171,7 +173,7 @@ def read(data: bytes) -> Message:
 
 _SIZES = {  # bytes, least and most; the rest of FRAME_HEAD is checked under the receiver's limits
     Type.HELLO: (2, GREETING),
-    Type.WELCOME: (2, GREETING),
+    Type.WELCOME: (2, WELCOME),
     Type.REFUSED: (0, TEXT),
     Type.BYE: (1, 1 + TEXT),
     Type.CHUNK: (1, CHUNK),

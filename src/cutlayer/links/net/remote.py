@@ -79,6 +79,11 @@ class Remote:
         return before + (0.0 if since is None else time.monotonic() - since)
 
     @property
+    def sessions(self) -> int:
+        """How many there have been."""
+        return self._sessions
+
+    @property
     def in_flight(self) -> int:
         """Requests whose reply has not come."""
         return len(self._requests)

@@ -61,6 +61,14 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or (host.startswith("127.") and host.count(".") == 3)
 
 
+def has_address(host: str) -> bool:
+    """Whether the machine knows an address of a host; asks name servers, so it may take seconds."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except (OSError, UnicodeError):  # the second: no name can be so
+        return False
+
+
 def peer_of(pem: bytes) -> Peer:
     """Who a certificate says it is.
 
@@ -145,6 +153,11 @@ async def _fetch(address: str, credentials: Credentials, seconds: float) -> byte
         return await asyncio.to_thread(_handshake, host, port, credentials.ca, seconds)
     except ssl.SSLCertVerificationError as error:
         raise Refused(_words(error, address)) from error
+    except ssl.SSLEOFError as error:
+        raise Disconnected(
+            f"{address} closed the connection before it was secure. Its server has no room for more connections now, "
+            "or what listens there does not speak TLS."
+        ) from error
     except ssl.SSLError as error:
         raise Refused(
             f"What listens at {address} does not speak TLS as a cutlayer server does ({error.reason}). "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -77,6 +77,16 @@ class CliCooper(Framework):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.mark_weights < self.mark_bits:
             raise ValueError(f"mark_weights is {self.mark_weights}; it must be mark_bits ({self.mark_bits}) or more")
+
+    @property
+    def optimizer_travels(self) -> bool:
+        """With the owners' part."""
+        return True
+
+    @property
+    def asks(self) -> Collection[str]:
+        """The stages of the watermark."""
+        return ("begin_stage", "end_stage") if self.watermark else ()
 
     def trainers(self, clients: Sequence[str]) -> Sequence[str]:
         """Who makes steps in a run: the owners.

@@ -77,6 +77,11 @@ class GSFL(Framework):
         """Groups with a trunk each do."""
         return self.outer == "parallel"
 
+    @property
+    def optimizer_travels(self) -> bool:
+        """Along a group."""
+        return self.intra == "sequential"
+
     def following(self, arrangement: Arrangement) -> GSFL:
         """With the selection's groups."""
         return replace(self, groups=[list(group.members) for group in arrangement.groups])

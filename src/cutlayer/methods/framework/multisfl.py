@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -79,6 +79,16 @@ class MultiSFL(Framework):
         if self.max_trials < 1:
             raise ValueError(f"max_trials is {self.max_trials}; it must be 1 or more")
         object.__setattr__(self, "_kept", _Kept(Memory(self.p0)))
+
+    @property
+    def optimizer_travels(self) -> bool:
+        """With a branch's part, if it is to."""
+        return self.optimizer_state == "travel"
+
+    @property
+    def asks(self) -> Collection[str]:
+        """What replay needs."""
+        return ("histogram", "features") if self.replay else ()
 
     @property
     def participation(self) -> float:

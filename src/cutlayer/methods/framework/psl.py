@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -46,6 +46,11 @@ class PSL(Framework):
     def needs_step_tokens(self) -> bool:
         """The weights of a real joint batch must be known before its backward."""
         return self.joint == "concatenate"
+
+    @property
+    def asks(self) -> Collection[str]:
+        """An update of each part, where what scales it is known after the step of all."""
+        return ("update",) if self.grad_scale == "joint" else ()
 
     def layouts(
         self, given: Mapping[str, Layout], num_blocks: int, speeds: Mapping[str, float] | None

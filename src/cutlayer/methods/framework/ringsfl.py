@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,11 @@ class RingSFL(Framework):
         check_options(self.local_steps, 1.0)
         if self.lengths is not None and min(self.lengths, default=0) < 1:
             raise ValueError(f"lengths is {self.lengths}; each client runs at least one block")
+
+    @property
+    def asks(self) -> Collection[str]:
+        """An update of each device, when all owners have made their step."""
+        return ("update",)
 
     @property
     def participation(self) -> float:

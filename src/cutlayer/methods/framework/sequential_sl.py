@@ -29,6 +29,11 @@ class SequentialSL(Framework):
     def __post_init__(self) -> None:
         check_options(self.local_steps, self.participation)
 
+    @property
+    def optimizer_travels(self) -> bool:
+        """As the option says."""
+        return self.optimizer_state == "travel"
+
     async def round(self, run: Run, number: int) -> None:
         """One turn of every client of the cohort."""
         for client in ordered(run, cohort(run, number, self.participation), self.order, number):
