@@ -12,7 +12,7 @@ import cutlayer
 import sanitising
 from apart import Apart, steps
 from cutlayer.contracts import IGNORE, Example
-from cutlayer.defense import Sends
+from cutlayer.defense import Sends, spent_in_words
 from cutlayer.errors import ConfigError
 from cutlayer.noise import Noise
 from cutlayer.parties.client import secret_of
@@ -106,6 +106,8 @@ def test_what_is_claimed(name: str, tmp_path: Path) -> None:
     fresh = made(name, toy(40), unchanged=0.5, mode="fresh").spent(toy(40), Sends(3, 5))
     assert fresh.releases == 3
     assert "50% of " in told.mechanism
+    words = spent_in_words({"defense": name, **told.told()})
+    assert ("no epsilon" in words) == (told.kind != "local"), "a rate of distance is not called one"
     assert (told.kind, told.delta) == (KINDS[name], 0.0 if KINDS[name] == "local" else None)
     if told.kind != "empirical":
         assert fresh.epsilon == pytest.approx(3 * told.epsilon)

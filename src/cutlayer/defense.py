@@ -138,8 +138,12 @@ def spent_in_words(told: Mapping[str, Any]) -> str:
         return f"{name}: nothing is counted"
     if told["epsilon"] is None:
         return f"{name}: {told['mechanism']}; no epsilon is claimed, since {told['why']}"
+    if told["kind"] == "metric":
+        bound = f"log-odds of at most {told['epsilon']:.3g} a unit of distance (metric privacy, no epsilon)"
+    else:
+        bound = f"epsilon {told['epsilon']:.3g} (delta {told['delta']:.0e})"
     return (
-        f"{name}: {told['mechanism']}; epsilon {told['epsilon']:.3g} (delta {told['delta']:.0e}) for "
+        f"{name}: {told['mechanism']}; {bound} for "
         f"{told['neighbours']}, after at most {told['releases']} releases of a record. "
         f"Not covered: {told['not_covered']}"
     )
