@@ -42,8 +42,8 @@ def await_fate(fate: Fate) -> None:
     import cutlayer.links.local
     import cutlayer.links.net.answering
     import cutlayer.links.network
-    import cutlayer.parties.client
     import cutlayer.parties.trunk
+    import cutlayer.parties.verbs
     from cutlayer.step import at
 
     struck = False
@@ -61,7 +61,7 @@ def await_fate(fate: Fate) -> None:
         with at(step):
             yield
 
-    for module in (cutlayer.links.local, cutlayer.links.network, cutlayer.parties.client, cutlayer.parties.trunk):
+    for module in (cutlayer.links.local, cutlayer.links.network, cutlayer.parties.trunk, cutlayer.parties.verbs):
         assert module.at is at
         module.at = watched  # type: ignore[attr-defined]
 

@@ -132,7 +132,8 @@ def test_the_gradient_goes_back_through_what_a_defense_did(tmp_path: Path) -> No
             "return_gradients", "gradient", "head_backward", "server", name, name,
             values={"head_weight": 1.0, "update": False, "loss": 0.0}, names=("hidden",),
         )  # fmt: skip
-        party._open[0, 0].loss = 0.0
+        (held,) = party._open.values()
+        held.loss = 0.0
         party.handle(back, [torch.ones_like(shown[0])])
         found: dict[str, torch.Tensor] = party.slot._total()
         return found

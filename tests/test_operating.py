@@ -560,7 +560,8 @@ def test_who_is_not_let_in_is_counted_and_logged(log: Any) -> None:
 def test_only_dates_of_certificates_depend_on_the_clock_on_the_wall() -> None:
     """Who asks for the time of day, by module: certificates, times in logs, the name of an output folder.
 
-    And what is sealed between clients: its numbers must grow, which a file sees to, and the clock where that is lost.
+    What is sealed between clients: its numbers must grow, which a file sees to, and the clock where that is lost. And
+    whether a file was left alone for a while, so that its checksum may be remembered with its times.
     """
     asks = re.compile(
         r"((dt|datetime)\.)+(now|today|utcnow|fromtimestamp)|time\.(time|time_ns|strftime|localtime|gmtime)"
@@ -573,7 +574,7 @@ def test_only_dates_of_certificates_depend_on_the_clock_on_the_wall() -> None:
         ):
             found.add(path.relative_to(SOURCE).as_posix())
     certificates = {"issuing.py", "keys.py", "links/net/tls.py"}
-    assert found == certificates | {"logs.py", "released.py", "run.py", "sealing.py"}
+    assert found == certificates | {"identity.py", "logs.py", "released.py", "run.py", "sealing.py"}
 
 
 def test_bytes_are_those_of_the_meter() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cutlayer.errors import OutputError
@@ -28,6 +30,24 @@ def make_folder(folder: Path) -> None:
         ) from error
     if not writable:
         raise OutputError(f"You have no right to write into {folder}. Change its rights, or give another --out.")
+
+
+@contextmanager
+def folder_for(folder: Path) -> Iterator[None]:
+    """Have an output folder; one that was made for it goes again where what follows fails and leaves it empty.
+
+    Raises:
+        OutputError: as of ``make_folder``.
+    """
+    new = not folder.exists()
+    make_folder(folder)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # it has something in it that must stay
+                folder.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:

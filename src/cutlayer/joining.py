@@ -13,7 +13,7 @@ from cutlayer.audit.known import warnings
 from cutlayer.audit.own import own_run, write_own
 from cutlayer.config import RunConfig
 from cutlayer.errors import LeftRun, NetworkError
-from cutlayer.files import make_folder
+from cutlayer.files import folder_for
 from cutlayer.frames import limits_of
 from cutlayer.keys import client_keys
 from cutlayer.links.net.answering import Again, answer
@@ -80,13 +80,14 @@ def join(
         CutlayerError: anything that a user can mend.
     """
     try:
-        return asyncio.run(
-            _join(
-                address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, run, policy,
-                None if model is None else str(model), device, None if secret is None else load_secret(secret), again,
-                reporter(progress), columns,
-            )
-        )  # fmt: skip
+        with folder_for(Path(out)):
+            return asyncio.run(
+                _join(
+                    address, str(data), Path(out), None if held_out is None else str(held_out), keys, name, run, policy,
+                    None if model is None else str(model), device, None if secret is None else load_secret(secret),
+                    again, reporter(progress), columns,
+                )
+            )  # fmt: skip
     except KeyboardInterrupt as stop:
         raise Interrupted("this client was stopped; the same command goes on with the run") from stop
 
@@ -96,7 +97,6 @@ async def _join(
     run: str | None, policy_file: str | Path | None, model: str | None, device: str,
     agreed: AgreedSecret | None, again: Again | None, progress: Reporter, columns: Mapping[str, str] | None,
 ) -> Joined:  # fmt: skip
-    make_folder(out)
     keys = client_keys(folder) if folder is not None else None
     name = own_name(keys, name)
     policy = load_policy(policy_file) if policy_file is not None else Policy()

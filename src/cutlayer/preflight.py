@@ -17,6 +17,7 @@ from cutlayer.contracts import SERVER
 from cutlayer.errors import ConfigError, CutlayerError, ModelError, suggest
 from cutlayer.models.families import Anatomy, anatomy
 from cutlayer.models.loading import class_of, device_named
+from cutlayer.models.making import making
 from cutlayer.models.verify import refuse_unasked
 from cutlayer.outputs import check_places
 from cutlayer.presence import Routes
@@ -110,8 +111,8 @@ def _check_parties(config: RunConfig, routes: Routes) -> None:
 
 
 def _empty(cls: Any, found: Any, **options: Any) -> Any:
-    with torch.device("meta"):
-        return cls._from_config(copy.deepcopy(found), **options)
+    with making(), torch.device("meta"):
+        return cls._from_config(copy.deepcopy(found), dtype=torch.get_default_dtype(), **options)
 
 
 def _check_attention(wanted: str | None, model: Any, found: Any) -> None:

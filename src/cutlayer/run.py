@@ -115,19 +115,22 @@ def train(
         which = "folder of record_wire" if place != folder else "output folder"
         other = "Name another" if place != folder else "Give another --out"
         raise OutputError(f"The {which} {place} cannot be written: {error}. {other}.") from error
-    if warn:
-        command = f"cutlayer audit {shlex.quote(str(folder / 'run.yaml'))} --out {shlex.quote(f'{folder}-audit')}"
-        for line in warnings(config, open_model(config)[1], command=command):
-            shown.note(line)
+    command = f"cutlayer audit {shlex.quote(str(folder / 'run.yaml'))} --out {shlex.quote(f'{folder}-audit')}"
+    known = warnings(config, open_model(config)[1], command=command) if warn else ()
     with alone(folder):
-        return _attempt(config, folder, shown, undo=undo)
+        return _attempt(config, folder, shown, undo=undo, known=known)
 
 
-def _attempt(config: RunConfig, folder: Path, progress: Reporter, *, undo: Callable[[], None] | None) -> Result:
-    """Carry the run out; undo it if it fails before its first checkpoint, else say how to go on after a full disk."""
+def _attempt(
+    config: RunConfig, folder: Path, progress: Reporter, *, undo: Callable[[], None] | None, known: Sequence[str] = ()
+) -> Result:
+    """Carry the run out; undo it if it fails before its first checkpoint, else say how to go on after a full disk.
+
+    ``known`` is told once the run has begun: what is known of runs like it.
+    """
     again = f"cutlayer train --resume {shlex.quote(str(folder))}"
     try:
-        return _going_on(config, folder, progress)
+        return _going_on(config, folder, progress, known)
     except KeyboardInterrupt as stop:
         raise Interrupted(f"nothing half-written is left. Take the run up where it was with: {again}") from stop
     except Exception as error:
@@ -147,17 +150,18 @@ def _attempt(config: RunConfig, folder: Path, progress: Reporter, *, undo: Calla
         raise OutputError(f"{said} Free some space (or mend the rights), then {then}.") from error
 
 
-def _going_on(config: RunConfig, folder: Path, progress: Reporter) -> Result:
+def _going_on(config: RunConfig, folder: Path, progress: Reporter, known: Sequence[str]) -> Result:
     """Carry the run out; again from its newest checkpoint when an actor has died, as long as there is a newer one."""
     kept = folder / "checkpoints"
     while True:
         before = checkpoint.newest(kept)
         try:
-            return _carry_out(config, folder, progress)
+            return _carry_out(config, folder, progress, known)
         except Gone as gone:
             if checkpoint.newest(kept) == before:
                 raise
             progress.note(f"{gone} All go back to the newest checkpoint.")
+            known = ()
 
 
 def _config_of(folder: Path) -> RunConfig:
@@ -184,7 +188,7 @@ def _new_folder(source: object) -> Path:
     return Path("outputs") / f"{name}-{stamp}"
 
 
-def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
+def _carry_out(config: RunConfig, out: Path, progress: Reporter, known: Sequence[str]) -> Result:
     """From a configuration and a folder to the result."""
     device = device_named("cpu" if config.engine.trunk_apart else config.device)  # else this process computes
     for gpu in gpus_of(device):
@@ -196,7 +200,8 @@ def _carry_out(config: RunConfig, out: Path, progress: Reporter) -> Result:
         parts = assemble(config, base, data)
         for layout in dict.fromkeys(parts.layouts.values()):
             check_unknown_family(base, layout, when=config.verify)
-        progress.note(f"output folder: {out}")
+        for line in (f"output folder: {out}", *known):
+            progress.note(line)
         if config.planner:
             cuts = ", ".join(f"{client} {len(layout.head)}" for client, layout in parts.layouts.items())
             progress.note(f"head blocks, as planner '{config.planner.name}' begins: {cuts}")

@@ -13,6 +13,7 @@ import torch
 
 from cutlayer.errors import ModelError
 from cutlayer.models.families import anatomy
+from cutlayer.models.making import making
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def shape_of(config: Any, *, task: Literal["causal", "classification"] = "causal
 
     auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
     try:
-        with torch.device("meta"):
-            model = auto.from_config(copy.deepcopy(config))
+        with making(), torch.device("meta"):
+            model = auto.from_config(copy.deepcopy(config), dtype=torch.get_default_dtype())
     except ValueError as error:
         raise ModelError(f"'{config.model_type}' cannot be built for the task '{task}': {error}") from error
     config, parts = model.config, anatomy(model, causal=task == "causal")

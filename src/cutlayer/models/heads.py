@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.utils import logging as hf_logging
-
 from cutlayer.errors import ModelError
 from cutlayer.models.loading import cannot_load, class_of, load_config
+from cutlayer.models.making import making
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,13 @@ def head_of(model: str | os.PathLike[str]) -> Head | None:
     """
     config = load_config(model)
     cls = class_of(model, config, "classification")
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
     try:  # on the meta device nothing is read but the names and shapes of the tensors
-        loaded, info = cls.from_pretrained(
-            model, config=config, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        with making():
+            loaded, info = cls.from_pretrained(
+                model, config=config, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True
+            )
     except Exception as error:
         raise ModelError(cannot_load(model, error)) from error
-    finally:
-        hf_logging.set_verbosity(before)
     own = {name for name, _ in loaded.named_parameters() if not name.startswith(f"{loaded.base_model_prefix}.")}
     if wrong := sorted(info["mismatched_keys"]):
         name, shape, expected = wrong[0]

@@ -20,10 +20,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import cached_file
-from transformers.utils import logging as hf_logging
 
 from cutlayer.errors import ConfigError, ModelError
 from cutlayer.models.families import Anatomy, anatomy, number_of_blocks
+from cutlayer.models.making import making
 from cutlayer.models.placement import MAPS, check_map, placed
 from cutlayer.models.standins import Skip, stand_in
 from cutlayer.seeds import derive
@@ -135,25 +135,23 @@ def load_model(
         config.label2id = {label: number for number, label in enumerate(labels)}
         config.problem_type = "single_label_classification"
     causal = task == "causal"
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # its table of missing keys is answered below, in our words
     try:
         if part is None:
-            loaded, info = cls.from_pretrained(model, config=config, output_loading_info=True, **options)
+            with making():
+                loaded, info = cls.from_pretrained(model, config=config, output_loading_info=True, **options)
             shape = anatomy(loaded, causal=causal)
         else:
             config = _own_config(config, part, causal)
             cut = _cut_class(cls, part, causal)
             with tempfile.TemporaryDirectory(prefix="cutlayer-") as folder:
                 source = _filtered(model, cut, config, Path(folder))
-                loaded, info = cut.from_pretrained(source, config=config, output_loading_info=True, **options)
+                with making():
+                    loaded, info = cut.from_pretrained(source, config=config, output_loading_info=True, **options)
             shape = loaded.cutlayer_anatomy
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(cannot_load(model, error)) from error
-    finally:
-        hf_logging.set_verbosity(before)
     _fill_missing(loaded, info, shape, seed, str(model), causal)
     loaded.requires_grad_(False)
     loaded.eval()
@@ -253,7 +251,7 @@ def _filtered(model: str | os.PathLike[str], cut: Any, config: Any, folder: Path
 
 def _on_meta(cut: Any, config: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """The tensors of a part, and the whole model; both without memory."""
-    with torch.device("meta"):
+    with making(), torch.device("meta"):
         return cut(copy.deepcopy(config)).state_dict(), cut.__mro__[1](copy.deepcopy(config))
 
 

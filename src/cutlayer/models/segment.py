@@ -40,13 +40,15 @@ class Base:
         self.device = next(model.parameters()).device
         self.initial: dict[str, Parameter] = {}
         self._sites: dict[str, tuple[nn.Module, str]] = {}
+        self._table: Any = None  # as in a part without the embedding
         for path, module in model.named_modules(remove_duplicate=False):
+            if path == anatomy.embedding:
+                self._table = module
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     name = f"{path}.{leaf}"
                     self.initial[name] = parameter
                     self._sites[name] = (module, leaf)
-        self._table = model.get_input_embeddings()
         self._blocks: list[nn.Module] = list(model.get_submodule(anatomy.blocks))
         below, above = set(anatomy.below), set(anatomy.above)
         self._around = {path: _child(model, path) for path in below | above}
@@ -66,6 +68,7 @@ class Base:
     def embedding(self) -> Tensor:
         """The input embeddings [V,H] that the run begins with, whatever trained copy is bound now; shared, to read."""
         table = self._table
+        assert table is not None, "asked of a part without the embedding"
         first = next((self.initial[n] for n, (module, _) in self._sites.items() if module is table), table.weight)
         return first.detach()
 

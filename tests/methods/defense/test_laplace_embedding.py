@@ -10,8 +10,7 @@ import torch
 from scipy import stats
 
 from cutlayer.defense import Sends
-from cutlayer.errors import MethodError
-from cutlayer.registry import create
+from cutlayer.errors import ConfigError
 from defending import defending, passing, trained, whole_batch
 from spine import U, adapter, equal, losses
 
@@ -75,7 +74,7 @@ def test_rounding_rounds_and_lets_the_gradient_pass(tmp_path: Path) -> None:
     assert torch.equal(found, torch.ones_like(hidden))
 
 
-def test_what_is_missing_is_said() -> None:
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for options in ({}, {"noise": 1.0, "epsilon": 1.0}):
-        with pytest.raises(MethodError, match="give one of epsilon, noise and decimals"):
-            create("defense", NAME, options)
+        with pytest.raises(ConfigError, match="give one of epsilon, noise and decimals"):
+            defending(tmp_path, [{"name": NAME, **options}])

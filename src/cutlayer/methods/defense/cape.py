@@ -75,11 +75,13 @@ class Cape(Defense):
     labels: Labels = "sanitised"  # of a language model: those of the new text, or the true ones
     mode: Mode = "once"  # a text is replaced once, or anew in each epoch, which adds up
 
-    rate: float = field(init=False, default=0.0)  # epsilon, as it is used
-    stay: float = field(init=False, default=0.0)  # the share that stays of what the client's own model writes
-    _guess: Callable[[Tensor], Tensor] = field(init=False, repr=False)
-    _vocabulary: Vocabulary = field(init=False, repr=False)
-    _texts: Texts = field(init=False, repr=False)
+    rate: float = field(init=False, default=0.0, compare=False)  # epsilon, as it is used
+    stay: float = field(
+        init=False, default=0.0, compare=False
+    )  # the share that stays of what the client's own model writes
+    _guess: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
+    _vocabulary: Vocabulary = field(init=False, repr=False, compare=False)
+    _texts: Texts = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and self.unchanged is not None:

@@ -45,8 +45,8 @@ class ClipNoise(Defense):
     noise: Literal["gaussian", "laplace"] = "gaussian"
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
-    scale: float = field(init=False, default=0.0)
-    most: float | None = field(init=False, default=None)
+    scale: float = field(init=False, default=0.0, compare=False)
+    most: float | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.clip is None and self.multiplier:

@@ -42,7 +42,7 @@ AHEAD = 64  # tokens whose distances are made at once while groups are formed
 RANGE = (1e-3, 1e3)  # of epsilon, in which it is sought
 
 
-@method("defense", paper="Findings of ACL 2023, Chen et al.")
+@method("defense", paper="Chen et al., Findings of ACL 2023, arXiv:2207.01193")
 @dataclass
 class Custext(Defense):
     """Replace each token by one of its own group of like tokens, nearer ones more often (CusText).
@@ -67,10 +67,10 @@ class Custext(Defense):
     labels: Labels = "sanitised"  # of a language model: those of the new text, or the true ones (U-shape only)
     mode: Mode = "once"  # a text is replaced once, or anew in each epoch, which adds up
 
-    rate: float = field(init=False, default=0.0)  # epsilon, as it is used
-    stay: float = field(init=False, default=0.0)  # the share of public random tokens that stay
-    _vocabulary: Vocabulary = field(init=False, repr=False)
-    _texts: Texts = field(init=False, repr=False)
+    rate: float = field(init=False, default=0.0, compare=False)  # epsilon, as it is used
+    stay: float = field(init=False, default=0.0, compare=False)  # the share of public random tokens that stay
+    _vocabulary: Vocabulary = field(init=False, repr=False, compare=False)
+    _texts: Texts = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and self.unchanged is not None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from cutlayer.config import RunConfig
 
 
-@method("defense", paper="WSDM 2020, Feyisetan et al.")
+@method("defense", paper="Feyisetan et al., WSDM 2020, doi:10.1145/3336191.3371856")
 @dataclass
 class DchiEmbedding(Defense):
     """Replace each token by the one nearest to its embedding plus multivariate Laplace noise (d_chi-privacy).
@@ -54,10 +54,10 @@ class DchiEmbedding(Defense):
     labels: Labels = "sanitised"  # of a language model: those of the new text, or the true ones (U-shape only)
     mode: Mode = "once"  # a text is replaced once, or anew in each epoch, which adds up
 
-    rate: float = field(init=False, default=0.0)  # eta, as it is used
-    stay: float = field(init=False, default=0.0)  # the share of public random tokens that stay
-    _vocabulary: Vocabulary = field(init=False, repr=False)
-    _texts: Texts = field(init=False, repr=False)
+    rate: float = field(init=False, default=0.0, compare=False)  # eta, as it is used
+    stay: float = field(init=False, default=0.0, compare=False)  # the share of public random tokens that stay
+    _vocabulary: Vocabulary = field(init=False, repr=False, compare=False)
+    _texts: Texts = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.eta is not None and self.unchanged is not None:

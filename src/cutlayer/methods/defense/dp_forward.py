@@ -49,9 +49,9 @@ class DpForward(Defense):
     clip: Positive | None = 1.0  # norm of a text, in parts of the public median; null: none is cut
     project: Annotated[int, Field(ge=1)] | None = None  # directions that are kept
 
-    scale: float = field(init=False, default=0.0)  # the standard deviation
-    most: float | None = field(init=False, default=None)  # the norm that texts are cut to
-    _basis: Tensor | None = field(init=False, default=None, repr=False)
+    scale: float = field(init=False, default=0.0, compare=False)  # the standard deviation
+    most: float | None = field(init=False, default=None, compare=False)  # the norm that texts are cut to
+    _basis: Tensor | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and self.noise is not None:

@@ -41,7 +41,7 @@ class LabelDpRr(Defense):
     epsilon: Annotated[float, Field(gt=0)] = 4.0  # of a label
     most: Annotated[int, Field(ge=2)] = 1024  # candidates that are looked at, of a language model
 
-    _ground: Ground | None = field(init=False, default=None, repr=False)
+    _ground: Ground | None = field(init=False, default=None, repr=False, compare=False)
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         """A language model's prior needs the tail at the client."""

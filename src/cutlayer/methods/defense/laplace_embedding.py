@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 Positive = Annotated[float, Field(gt=0)]
 
 
-@method("defense", paper="IEEE S&P 2020, Pan et al.", needs=["an untrained head for a guarantee: else it is empirical"])
+@method(
+    "defense",
+    paper="Pan et al., IEEE S&P 2020, doi:10.1109/SP40000.2020.00095",
+    needs=["an untrained head for a guarantee: else it is empirical"],
+)
 @dataclass
 class LaplaceEmbedding(Defense):
     """Add independent Laplace noise to every coordinate of the hidden states, or round them.
@@ -45,16 +49,14 @@ class LaplaceEmbedding(Defense):
     clip: Positive | None = None  # L1 norm of a text, in parts of the public median; with epsilon 1 unless given
     decimals: Annotated[int, Field(ge=0)] | None = None  # to round to, in place of noise
 
-    scale: float = field(init=False, default=0.0)  # b
-    most: float | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("epsilon", "noise", "decimals") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give one of epsilon, noise and decimals; there is {' and '.join(given) or 'none'}")
+    scale: float = field(init=False, default=0.0, compare=False)  # b
+    most: float | None = field(init=False, default=None, compare=False)
 
     def problems(self, config: RunConfig) -> Iterator[str]:
-        """The library that counts must be there, where there is something to count."""
+        """One strength must be given; and the library that counts must be there, where there is something to count."""
+        given = [name for name in ("epsilon", "noise", "decimals") if getattr(self, name) is not None]
+        if len(given) != 1:
+            yield f"give one of epsilon, noise and decimals; there is {' and '.join(given) or 'none'}"
         if self.epsilon is not None or self.clip is not None:
             yield from unavailable()
 

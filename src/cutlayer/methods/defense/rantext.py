@@ -67,12 +67,12 @@ class Rantext(Defense):
     labels: Labels = "sanitised"  # of a language model: those of the new text, or the true ones (U-shape only)
     mode: Mode = "once"  # a text is replaced once, or anew in each epoch, which adds up
 
-    rate: float = field(init=False, default=0.0)  # epsilon, as it is used
-    stay: float = field(init=False, default=0.0)  # the share of public random tokens that stay
-    listed: float = field(init=False, default=0.0)  # how many candidates they have, on average
-    _ranges: Tensor = field(init=False, repr=False)  # of the coordinates of the embedding [H]
-    _vocabulary: Vocabulary = field(init=False, repr=False)
-    _texts: Texts = field(init=False, repr=False)
+    rate: float = field(init=False, default=0.0, compare=False)  # epsilon, as it is used
+    stay: float = field(init=False, default=0.0, compare=False)  # the share of public random tokens that stay
+    listed: float = field(init=False, default=0.0, compare=False)  # how many candidates they have, on average
+    _ranges: Tensor = field(init=False, repr=False, compare=False)  # of the coordinates of the embedding [H]
+    _vocabulary: Vocabulary = field(init=False, repr=False, compare=False)
+    _texts: Texts = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and self.unchanged is not None:

@@ -41,7 +41,7 @@ PLAIN = 0.3  # how often a token that is not sensitive is replaced, where nothin
 RANGE = (1e-3, 1e4)  # of epsilon times the median distance, in which it is sought
 
 
-@method("defense", paper="Findings of ACL 2021, Yue et al.")
+@method("defense", paper="Yue et al., Findings of ACL 2021, arXiv:2106.01221")
 @dataclass
 class Santext(Defense):
     """Replace each token by one drawn from the vocabulary, with odds of exp(-epsilon / 2 * distance) (SanText).
@@ -62,11 +62,11 @@ class Santext(Defense):
     labels: Labels = "sanitised"  # of a language model: those of the new text, or the true ones (U-shape only)
     mode: Mode = "once"  # a text is replaced once, or anew in each epoch, which adds up
 
-    rate: float = field(init=False, default=0.0)  # epsilon, as it is used
-    stay: float = field(init=False, default=0.0)  # the share of public random sensitive tokens that stay
-    hidden: Tensor = field(init=False, repr=False)  # which tokens [V] are sensitive
-    _vocabulary: Vocabulary = field(init=False, repr=False)
-    _texts: Texts = field(init=False, repr=False)
+    rate: float = field(init=False, default=0.0, compare=False)  # epsilon, as it is used
+    stay: float = field(init=False, default=0.0, compare=False)  # the share of public random sensitive tokens that stay
+    hidden: Tensor = field(init=False, repr=False, compare=False)  # which tokens [V] are sensitive
+    _vocabulary: Vocabulary = field(init=False, repr=False, compare=False)
+    _texts: Texts = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and self.unchanged is not None:
