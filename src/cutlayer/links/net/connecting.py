@@ -17,6 +17,7 @@ from cutlayer.links.net.tls import Credentials, is_loopback, pinned, split_addre
 from cutlayer.wire import VERSION, Limits
 
 PATIENCE = 30.0  # seconds for the connection and the server's welcome
+TRIES = 3  # to hear why a server ended a stream before it was greeted
 
 
 def versions() -> dict[str, Any]:
@@ -85,16 +86,43 @@ async def connect(
     settings = options(limits, heartbeat)
     if is_loopback(host):
         settings.append(("grpc.enable_http_proxy", 0))
-    if credentials is None:
-        if not is_loopback(host) or fingerprint:
-            raise Refused(f"Without keys, nothing is sent to {address}: plain text stays on this machine. Use --keys.")
-        channel = grpc.aio.insecure_channel(address, options=settings)
-        server = ""
-    else:
+    secret: grpc.ChannelCredentials | None = None
+    if credentials is not None:
         root = await pinned(address, credentials, fingerprint, patience) if fingerprint else credentials.ca
         secret = grpc.ssl_channel_credentials(root, credentials.key, credentials.certificate)
-        channel = grpc.aio.secure_channel(address, secret, options=settings)
-        server = host
+    elif not is_loopback(host) or fingerprint:
+        raise Refused(f"Without keys, nothing is sent to {address}: plain text stays on this machine. Use --keys.")
+    for left in reversed(range(TRIES)):
+        channel = (
+            grpc.aio.insecure_channel(address, options=settings)
+            if secret is None
+            else grpc.aio.secure_channel(address, secret, options=settings)
+        )
+        try:
+            pipe, welcome = await _opened_and_greeted(
+                channel, token, hello, address, credentials, patience=patience, leaving=leaving
+            )
+        except Disconnected as error:
+            if not left or not _lost_words(error):
+                raise
+        else:
+            server = host if credentials is not None else ""
+            return Session(pipe, peer=server, hello=dict(hello), welcome=welcome, limits=limits, heartbeat=heartbeat)
+    raise AssertionError("the last try returns or raises")
+
+
+def _lost_words(error: Disconnected) -> bool:
+    """Whether gRPC lost what the server said: of a stream that it ended before the hello was written whole, there is
+    now and then no status."""
+    cause = error.__cause__
+    return isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.INTERNAL
+
+
+async def _opened_and_greeted(
+    channel: grpc.aio.Channel, token: str, hello: Mapping[str, Any], address: str, credentials: Credentials | None, *,
+    patience: float, leaving: Callable[[], None],
+) -> tuple[GrpcPipe, dict[str, Any]]:  # fmt: skip
+    """A stream and the server's welcome on it."""
     call = channel.stream_stream(PATH)(metadata=(("authorization", f"Bearer {token}"),))
 
     def cut() -> None:
@@ -112,7 +140,7 @@ async def connect(
     except BaseException:
         cut()
         raise
-    return Session(pipe, peer=server, hello=dict(hello), welcome=welcome, limits=limits, heartbeat=heartbeat)
+    return pipe, welcome
 
 
 async def _opened(channel: grpc.aio.Channel, address: str, patience: float) -> bool:
