@@ -6,6 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
 import cutlayer
 from cutlayer.audit.public import load_public
 from cutlayer.audit.recording import Recording, limited, recorded
@@ -52,3 +56,22 @@ def scored(found: Recording, attack: Attack, seen: View) -> Score:
         count = len(next(iter(one.tensors.values()))["hidden"])
         truths[one.key] = Truth(whole.tokens[:count], whole.counts[:count])
     return score(attack.finish(seen), truths, found.tokenizer.decode)
+
+
+def told_by(scores: Tensor, first: Tensor) -> float:
+    """How well scores [N] tell two classes [N] apart, whichever is larger: the area under the curve."""
+    area = float(roc_auc_score(first.cpu().numpy(), scores.detach().cpu().numpy()))
+    return max(area, 1 - area)
+
+
+def norm_auc(gradients: Tensor, first: Tensor) -> float:
+    """What the lengths of gradients [N,D] tell of their classes [N]."""
+    return told_by(torch.linalg.vector_norm(gradients, dim=1), first)
+
+
+def direction_auc(gradients: Tensor, first: Tensor, line: Tensor) -> float:
+    """What they tell who knows a direction [D], such as that between the classes' means: by cosine, and by length."""
+    along = gradients @ line
+    return max(
+        told_by(along, first), told_by(along / torch.linalg.vector_norm(gradients, dim=1).clamp(min=1e-30), first)
+    )

@@ -83,7 +83,7 @@ def defending_of(
             _layout(head, tail), task, config.data.max_length, head_trained=bool(head.names) and not frozen,
             tail_trained=tail is not None and bool(tail.names), embedding=lambda: base.embedding, look=_looking(head),
             pull=None if tail is None else _pulling(tail, config.seed),
-            guess=None if tail is None else _guessing(head, tail),
+            guess=None if tail is None else _guessing(head, tail), tokens_of=partial(_tokens_of, config.model),
             classes=0 if base.anatomy.causal else int(base.model.config.num_labels),
             specials=specials, seed=config.seed,
         )  # fmt: skip
@@ -144,6 +144,11 @@ def _guessing(head: Segment, tail: Segment) -> Callable[[Tensor], Tensor]:
         return logits.float()
 
     return guess
+
+
+def _tokens_of(model: str, text: str) -> Sequence[int]:
+    found: Sequence[int] = load_tokenizer(model)(text, add_special_tokens=False)["input_ids"]
+    return found
 
 
 @lru_cache(maxsize=8)

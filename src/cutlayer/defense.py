@@ -40,6 +40,7 @@ class Ground:
             labels; None where the client has no tail.
         guess: gives logits [B,T,V] of tokens [B,T] by the public head and tail with nothing between them: a poor
             language model, but one that the client has and everybody knows; None where the client has no tail.
+        tokens_of: gives the tokens of a piece of text, without special ones.
         classes: of a classifier.
         specials: tokens with a task of their own (end of text and the like), and rows of the embedding that are of no
             token.
@@ -55,6 +56,7 @@ class Ground:
     look: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor], Tensor] | None
     guess: Callable[[Tensor], Tensor] | None
+    tokens_of: Callable[[str], Sequence[int]]
     classes: int
     specials: Sequence[int]
     seed: int
