@@ -86,7 +86,7 @@ def test_no_other_noise_of_its_power_does_better(
 def test_two_gaussians_are_as_alike_as_was_asked(share: float, error: float) -> None:
     """By what the noised gradients are; below noise in all directions of the same power; and so are the attacks."""
     made = create("defense", NAME, {"error": error})
-    examples, first, line = two_gaussians(10_000, 64, share=share)
+    examples, first, line = two_gaussians(100_000, 64, share=share)
     shown = made.noised(examples, first, noise())
     direction, spread, part, gap = moments(examples, first)
     wanted = (2 - 4 * error) ** 2
@@ -213,7 +213,7 @@ def test_what_is_told_and_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words):
             trained(tmp_path / name, [{"name": NAME, **defense}], **changes)
     three = [{**row, "label": number % 3} for number, row in enumerate(text_rows(9))]
-    run = classes(tmp_path / "y")
+    run = classes(tmp_path / "y", model=str(model("bert", num_labels=3)))
     write_rows(Path(run["data"]["train"]), three)
     with pytest.raises(MethodError, match="there are 3"):
         trained(tmp_path / "three", [NAME], **run)
