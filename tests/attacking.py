@@ -75,3 +75,32 @@ def direction_auc(gradients: Tensor, first: Tensor, line: Tensor) -> float:
     return max(
         told_by(along, first), told_by(along / torch.linalg.vector_norm(gradients, dim=1).clamp(min=1e-30), first)
     )
+
+
+class Hijack:
+    """A server that pulls hidden states to where it knows what they mean (feature-space hijacking, adapted).
+
+    It does not know the client's head, but how often tokens come. Its own codes for them are what the client's states
+    [B,T,H] are to be distributed as: it returns the gradient by which a kernel tells the two apart (in place of the
+    discriminator of the published attack, which has to be trained), and reads each state as the nearest code.
+    """
+
+    def __init__(self, shares: Tensor, width: int, *, seed: int) -> None:
+        self._draw = torch.Generator().manual_seed(seed)
+        self._shares, self._width = shares, width
+        self._codes = torch.randn(len(shares), width, generator=self._draw)
+
+    def read(self, states: Tensor) -> Tensor:
+        """Which token [B,T] each state is taken for."""
+        return torch.cdist(states.flatten(0, 1), self._codes).argmin(1).reshape(states.shape[:2])
+
+    def pull(self, states: Tensor) -> Tensor:
+        """The gradient [B,T,H], of length 1."""
+        own = states.flatten(0, 1).clone().requires_grad_()
+        wanted = self._codes[torch.multinomial(self._shares, 400, replacement=True, generator=self._draw)]
+        apart = self._near(own, own.detach()).mean(1) - self._near(own, wanted).mean(1)
+        (found,) = torch.autograd.grad(apart.sum(), [own])
+        return (found / found.norm()).reshape(states.shape)
+
+    def _near(self, one: Tensor, other: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(one, other).square() / (2 * self._width))

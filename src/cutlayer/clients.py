@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,7 +92,7 @@ def defending_of(
             pull=None if tail is None else _pulling(tail, config.seed),
             guess=None if tail is None else _guessing(head, tail), tokens_of=partial(_tokens_of, config.model),
             measured=None if tail is None else _measuring(head, tail, frozen, config.seed),
-            trunk_trained=partial(_trained_outside, config, _layout(head, tail)),
+            trunk_trained=cache(partial(_trained_outside, config, _layout(head, tail))),
             classes=0 if base.anatomy.causal else int(base.model.config.num_labels),
             specials=specials, seed=config.seed,
         )  # fmt: skip

@@ -159,7 +159,8 @@ def _counted(labels: Tensor) -> int:
 
 def _norm(gradients: Mapping[str, Tensor]) -> Tensor:
     """The L2 norm of all of an example's gradients together, in float64."""
-    return torch.stack([g.double().square().sum().cpu() for g in gradients.values()]).sum().sqrt()
+    parts = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients.values()]
+    return torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
 
 
 def _sum(one: Gradients, other: Gradients) -> Gradients:

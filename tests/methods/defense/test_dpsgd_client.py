@@ -10,6 +10,7 @@ import torch
 from dp_accounting import GaussianDpEvent
 from dp_accounting.pld import PLDAccountant
 
+from attacking import Hijack
 from cutlayer.accounting import gaussian_epsilon
 from cutlayer.defense import Sends
 from cutlayer.errors import ConfigError, MethodError
@@ -23,6 +24,7 @@ from tiny import text_rows, write_rows
 
 NAME = "dpsgd-client"
 BARE = {"name": NAME, "cut": False, "multiplier": 0}
+SCALE = 0.02  # of the numbers in a random embedding
 OWN = {"targets": r"model\.layers\.0\..*(q_proj|v_proj)"}  # the head's block alone
 
 
@@ -169,6 +171,42 @@ def test_a_claim_only_where_the_server_trains_nothing(tmp_path: Path) -> None:
     assert "the messages" in told["not_covered"]
 
 
+def hijacked(root: Path, defense: list[Any], steps: int) -> list[float]:
+    """The share of tokens that a hijacking server reads of each step, of a head that is an embedding alone."""
+    shares, rows, length = torch.tensor([8, 4, 2, 1]) / 15, 4, 20
+    draw = torch.Generator().manual_seed(5)
+    words = torch.multinomial(shares, 16 * length, replacement=True, generator=draw).reshape(16, length)
+    texts = [{"text": " ".join(f"w{3 + int(word)}" for word in row)} for row in words]
+    data = {"train": str(write_rows(root / "texts.jsonl", texts)), "format": "text", "append_eos": False}
+    party = client(
+        root, defense, data=data, partition={**U, "head_blocks": 0}, peft="full", batch_size=rows,
+        gradient_accumulation=1, optimizer={"name": "sgd", "lr": float(rows * length)},
+    )  # fmt: skip
+    server, found = Hijack(shares, 32, seed=0), []
+    for number in range(steps):
+        shown = answered(party, "head_forward", {}, step=number)["hidden"].detach() / SCALE
+        found.append(float((server.read(shown) == party.batches.step(number)[0].input_ids - 3).float().mean()))
+        gradient = server.pull(shown) * SCALE / (rows * length)
+        answered(party, "head_backward", {"hidden": gradient}, step=number, update=True)
+    return found
+
+
+@pytest.mark.parametrize("steps", [30, pytest.param(120, marks=pytest.mark.slow)])
+def test_a_server_that_pulls_the_head_is_slowed_down_and_not_stopped(steps: int, tmp_path: Path) -> None:
+    """It reads less while it pulls, and in the end as much."""
+    found = {}
+    for name, defense in (("plain", []), ("slow", [{"name": NAME, "norm": 0.06 * SCALE, "multiplier": 1.0}])):
+        (tmp_path / name).mkdir()
+        found[name] = torch.tensor(hijacked(tmp_path / name, defense, steps))
+    early = slice(5, 15)
+    gap = float(found["plain"][early].mean() - found["slow"][early].mean())
+    assert gap > 0.15
+    if steps > 100:
+        later = float(found["plain"][-30:].mean() - found["slow"][-30:].mean())
+        assert later < gap / 2
+        assert float(found["slow"][-30:].mean()) > 8 / 15 + 0.2, "more than the most frequent token"
+
+
 def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
     plain = trained(tmp_path / "a", [NAME], steps=4, checkpoint_every=1)
     kept = adapter(plain.out)
@@ -177,6 +215,8 @@ def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="nothing that the client trains"):
+        client(tmp_path / "none", [NAME], partition={**U, "head_blocks": 0, "tail_blocks": 0})
     with pytest.raises(ConfigError, match="needs norm: in the two-part split"):
         trained(tmp_path / "a", [NAME], partition=TWO)
     with pytest.raises(MethodError, match="'pslf' cannot be on with"):

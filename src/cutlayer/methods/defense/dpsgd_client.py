@@ -18,6 +18,7 @@ from torch import Tensor
 from cutlayer.accounting import gaussian_epsilon, unavailable
 from cutlayer.contracts import Defense
 from cutlayer.defense import Ground, Privacy, Sends
+from cutlayer.errors import MethodError
 from cutlayer.methods.defense._claims import UNCOVERED
 from cutlayer.methods.defense._rows import public_texts
 from cutlayer.noise import Noise
@@ -69,13 +70,20 @@ class DpsgdClient(Defense):
         """Without a tail there is no public gradient to measure by."""
         if config.partition.name == "two-part-split" and self.cut and self.norm is None:
             yield "needs norm: in the two-part split the client has no loss to measure a public gradient by"
-        if config.build("exchange").frozen_head and config.partition.name == "two-part-split":
-            yield "has nothing to do: the client trains nothing with a frozen head in the two-part split"
         if self.multiplier:
             yield from unavailable()
 
     def prepare(self, ground: Ground) -> None:
-        """Take the norm from public gradients."""
+        """Take the norm from public gradients.
+
+        Raises:
+            MethodError: the client trains nothing.
+        """
+        if not (ground.head_trained or ground.tail_trained):
+            raise MethodError(
+                "The defense 'dpsgd-client' is about gradients, but there is nothing that the client trains. Give it "
+                "blocks by partition.head_blocks or partition.tail_blocks, or leave the defense out."
+            )
         if not self.cut:
             return
         if self.norm is not None:
