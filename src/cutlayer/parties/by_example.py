@@ -160,7 +160,8 @@ def _counted(labels: Tensor) -> int:
 def _norm(gradients: Mapping[str, Tensor]) -> Tensor:
     """The L2 norm of all of an example's gradients together, in float64."""
     parts = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients.values()]
-    return torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
+    found: Tensor = torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
+    return found
 
 
 def _sum(one: Gradients, other: Gradients) -> Gradients:

@@ -207,6 +207,12 @@ def test_a_server_that_pulls_the_head_is_slowed_down_and_not_stopped(steps: int,
         assert float(found["slow"][-30:].mean()) > 8 / 15 + 0.2, "more than the most frequent token"
 
 
+@pytest.mark.parametrize(("multiplier", "releases", "epsilon"), [(2.0, 3, 3.7188), (1.0, 10, 17.8673)])
+def test_the_epsilon_is_that_of_opacus(multiplier: float, releases: int, epsilon: float) -> None:
+    """The numbers are those of the PRV accountant of opacus 1.6.0, without sampling (sample_rate=1), at delta 1e-5."""
+    assert gaussian_epsilon(multiplier, releases, 1e-5) == pytest.approx(epsilon, rel=0.01)
+
+
 def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
     plain = trained(tmp_path / "a", [NAME], steps=4, checkpoint_every=1)
     kept = adapter(plain.out)
