@@ -176,6 +176,9 @@ class Defense(Protocol):
     def prepare(self, ground: Ground) -> None:
         """Before the first batch: take norms and tables from what is public."""
 
+    def know(self, examples: Sequence[Example]) -> None:
+        """Before the first batch, after ``prepare``: what the client trains with, which is private."""
+
     @property
     def fresh(self) -> bool:
         """Whether ``example`` is to be called anew in each epoch, or once for each."""

@@ -108,6 +108,8 @@ class Defending:
 
     def defended(self, batches: Batches) -> None:
         """Have a client's schedule give examples as they are to be trained with."""
+        for defense in self.defenses:
+            defense.know(batches.examples)
         batches.change = lambda example, row, epoch: self.example(example, "train", row, epoch=epoch)
 
     def evaluated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import torch
 from dp_accounting import GaussianDpEvent
 from dp_accounting.pld import PLDAccountant
 
+import cutlayer
+from apart import Apart, steps
 from attacking import Hijack
 from cutlayer.accounting import gaussian_epsilon
 from cutlayer.defense import Sends
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.parties.by_example import row_of
-from cutlayer.parties.client import ClientParty
+from cutlayer.parties.client import ClientParty, secret_of
 from cutlayer.registry import create
 from cutlayer.wire import Header
-from defending import client, defending, trained
+from defending import ROWS, client, defending, trained
 from spine import PARTITIONS, TWO, U, adapter, equal, losses, model, resumed
 from tiny import text_rows, write_rows
 
@@ -218,6 +221,26 @@ def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
     kept = adapter(plain.out)
     again = resumed(plain.out)
     assert equal(adapter(again.out), kept)
+
+
+@pytest.mark.slow
+def test_between_processes_is_the_simulation(tmp_path: Path) -> None:
+    """With a defense of the gradients of step 7 beside it, and clients that are merged."""
+    both = [{"name": NAME, "multiplier": 0.5}, {"name": "marvell", "sensitive": [f"w{n}" for n in range(3, 40)]}]
+    run = Apart(tmp_path / "apart", {"ann": ROWS, "bob": ROWS[:5]}, defense=both, rounds=2, framework="sfl-v2")
+    for name in run.files:
+        (run.root / name).mkdir()
+        (run.root / name / "secret").write_bytes(secret_of(0, name))
+    server = run.serve()
+    run.ended({**{name: run.join(name) for name in run.files}, "server": server})
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
+    assert steps(run.root / "server") == steps(alone.out)
+    assert run.same(alone.out)
+    assert run.same_state(alone.out)
+    for name in run.files:
+        told = json.loads((run.root / name / "privacy.json").read_text())
+        assert [one["defense"] for one in told] == [NAME, "marvell"]
+        assert [one["epsilon"] for one in told] == [None, None]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
