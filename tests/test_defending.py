@@ -18,7 +18,7 @@ from cutlayer.parties.client import secret_of
 from cutlayer.parties.releases import Releases
 from cutlayer.wire import Header
 from defending import ROWS, client, defending, frames, passing, run_of, trained, whole_batch
-from spine import PARTITIONS, TWO, U, adapter, equal, losses, resumed
+from spine import MOSTLY_U, PARTITIONS, TWO, U, adapter, equal, losses, resumed
 
 NOTHING = {"name": "dp-forward", "noise": 0, "clip": None}
 NOISE = {"name": "dp-forward", "noise": 0.5}
@@ -45,7 +45,7 @@ def own(root: Path, body: str, name: str = "own.py") -> str:
     return str(root / name)
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_a_defense_that_does_nothing_changes_no_bit(partition: dict[str, Any], tmp_path: Path) -> None:
     """Padded batches, accumulation, evaluation."""
     plain = trained(tmp_path / "plain", [], partition=partition)
