@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cutlayer
 from apart import Apart, steps
 from cutlayer.config import load_config
 from cutlayer.defense import Sends
 from cutlayer.errors import CheckpointError, ConfigError, MethodError, OutputError
-from cutlayer.parties.client import secret_of
+from cutlayer.parties.client import ClientParty, secret_of
 from cutlayer.parties.releases import Releases
 from cutlayer.wire import Header
 from defending import ROWS, client, defending, frames, passing, run_of, trained, whole_batch
@@ -26,6 +27,7 @@ PROBES = {"exchange": "mu-splitfed", "framework": "sfl-v1", "gradient_accumulati
 HEAD = """from dataclasses import dataclass, field
 import torch
 from cutlayer.contracts import Defense
+from cutlayer.defense import Learned
 from cutlayer.registry import method
 
 """
@@ -158,6 +160,88 @@ def test_a_penalty_is_added_to_the_heads_loss(tmp_path: Path) -> None:
     halves = trained(tmp_path / "halves", [twice, twice])
     for name, tensor in adapter(other.out).items():
         torch.testing.assert_close(adapter(halves.out)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+LEARNS = """    learning = True
+    lr: float = 0.01
+    def learns(self, ground):
+        width = ground.look(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
+        self.map = torch.nn.Linear(width, width)
+        with torch.no_grad():
+            self.map.weight.copy_(torch.eye(width)); self.map.bias.zero_()
+        return Learned(self.map, self.lr)
+"""
+SHOWS = (
+    LEARNS
+    + "    def protect(self, shown, about): return self.map(shown) if about.leg == 'send_activations' else shown\n"
+)
+GETS = LEARNS + "    def received(self, hidden, about): return self.map(hidden)\n"
+
+
+@pytest.mark.parametrize("body", [SHOWS, GETS], ids=["shown", "received"])
+def test_what_a_defense_learns_is_trained_beside_the_model(body: str, tmp_path: Path) -> None:
+    """With no rate an identity stays one, and nothing but rounding is changed; with one it and the run are others."""
+    file = own(tmp_path, body)
+    still = {"name": file, "lr": 0.0}
+    plain, same = trained(tmp_path / "plain", []), trained(tmp_path / "same", [still])
+    for name, tensor in adapter(plain.out).items():
+        torch.testing.assert_close(adapter(same.out)[name], tensor, rtol=1e-4, atol=1e-6)
+    other = trained(tmp_path / "other", [file], steps=4, checkpoint_every=1)
+    kept = adapter(other.out)
+    assert not equal(kept, adapter(trained(tmp_path / "long", [still], steps=4).out))
+    state = load_file(sorted((other.out / "checkpoints").glob("*/defense-client-0.safetensors"))[-1])
+    assert {name for name in state if not name.startswith("optimizer/")} == {"0.weight", "0.bias"}
+    assert not torch.equal(state["0.weight"], torch.eye(32))
+    assert equal(adapter(resumed(other.out).out), kept), "it is in the checkpoints"
+
+
+@pytest.mark.parametrize("body", [SHOWS, GETS], ids=["shown", "received"])
+def test_the_gradient_of_what_is_learned_is_that_of_the_loss(body: str, tmp_path: Path) -> None:
+    """Against the change of the loss when a number of the map is nudged."""
+    made = client(tmp_path, [own(tmp_path, body)], precision="float32", gradient_accumulation=1)
+    assert made.defending is not None
+    assert made.defending.aside is not None
+    batch, _, _ = made._draw(0, 0)
+
+    ask = Header("head_forward", "control", "head_forward", "server", "c", "c", values={"graph": True})
+    _, shown = made.handle(ask, [])  # goes straight into the tail
+    up = Header(
+        "tail_step", "activations", "tail_step", "server", "c", "c", values={"graph": True, "head_weight": 1.0},
+        names=("hidden",),
+    )  # fmt: skip
+    _, back = made.handle(up, [shown[0].detach()])
+    down = Header(
+        "return_gradients", "gradient", "head_backward", "server", "c", "c", names=("hidden",),
+        values={"head_weight": 1.0, "update": False, "loss": 0.0},
+    )  # fmt: skip
+    made.handle(down, [back[0]])
+    for name, gradient in made.defending.aside._total().items():
+        numbers, steepest = made.defending.aside.params[name].view(-1), int(gradient.abs().flatten().argmax())
+        told = []
+        with torch.no_grad():
+            for nudge in (1e-2, -1e-2):
+                numbers[steepest] += nudge
+                told.append(_evaluated(made, batch))
+                numbers[steepest] -= nudge
+        assert float(gradient.flatten()[steepest]) == pytest.approx((told[0] - told[1]) / 2e-2, rel=0.02)
+
+
+def _evaluated(made: ClientParty, batch: Any) -> float:
+    """The loss of a training batch without dropout, the head's output straight into the tail."""
+    made.evaluation = [lambda: batch]
+    ask = Header("head_forward", "control", "head_forward", "server", "c", "c", values={"graph": False})
+    _, shown = made.handle(ask, [])
+    up = Header("tail_step", "activations", "tail_step", "server", "c", "c", values={"graph": False}, names=("hidden",))
+    told, _ = made.handle(up, [shown[0].detach()])
+    return float(told.values["loss"])
+
+
+def test_who_learns_needs_gradients_and_checkpoints(tmp_path: Path) -> None:
+    file = own(tmp_path, SHOWS)
+    with pytest.raises(ConfigError, match="sends no gradient back"):
+        load_config(run_of(tmp_path / "frozen", [file], exchange="splitfrozen"))
+    with pytest.raises(ConfigError, match="actors of engine 'ray' do not keep"):
+        load_config(run_of(tmp_path / "ray", [file], engine="ray"))
 
 
 def test_the_gradient_at_the_logits_can_be_replaced(tmp_path: Path) -> None:
