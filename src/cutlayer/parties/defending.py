@@ -136,9 +136,10 @@ class Defending:
     def penalty(self, hidden: Tensor, passing: Passing, gradient: Tensor) -> Tensor | None:
         """Step 10: the sum of all that is added to the loss at the head's output [B,T,H]; None: nothing.
 
-        ``gradient`` is what came back for what was shown of it.
+        ``gradient`` is what came back for what was shown of it; the defenses see it as if this were the whole step.
         """
-        return self._penalty(hidden, "send_activations", passing, gradient)
+        whole = gradient if passing.weight in (0.0, 1.0) else gradient / passing.weight
+        return self._penalty(hidden, "send_activations", passing, whole)
 
     def _penalty(self, hidden: Tensor, leg: Leg, passing: Passing, gradient: Tensor | None = None) -> Tensor | None:
         found: Tensor | None = None
