@@ -76,7 +76,7 @@ def test_what_it_needs_is_said(tmp_path: Path) -> None:
 
 
 def lowered(root: Path, rho: float, steps: int) -> tuple[float, float, float]:
-    """Of a head of two blocks that is trained wholly: the unbiased correlation, what a fresh inverter reads, the loss."""
+    """Of two blocks that are trained wholly: the unbiased correlation, what a fresh inverter reads, the loss."""
     made = trained(
         root, [{"name": NAME, "rho": rho}] if rho else [], steps=steps, peft="full", partition=HEAD,
         optimizer={"name": "adamw", "lr": 1e-3}, gradient_accumulation=1,
@@ -91,7 +91,7 @@ def lowered(root: Path, rho: float, steps: int) -> tuple[float, float, float]:
 
 
 def test_a_head_that_is_trained_wholly_shows_less(tmp_path: Path) -> None:
-    """With rho 0.5 the unbiased correlation falls by more than 30 percent; what an inverter reads and the loss beside it."""
+    """With rho 0.5 the unbiased correlation falls by more than 30 percent."""
     plain, defended = lowered(tmp_path / "plain", 0.0, 60), lowered(tmp_path / "defended", 0.5, 60)
     print("correlation, tokens read, loss:", plain, defended)
     assert defended[0] < 0.7 * plain[0]
