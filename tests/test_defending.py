@@ -20,6 +20,7 @@ from cutlayer.parties.releases import Releases
 from cutlayer.wire import Header
 from defending import ROWS, client, defending, frames, passing, run_of, trained, whole_batch
 from spine import PARTITIONS, TWO, U, adapter, equal, losses, resumed
+from striking import Fate
 
 NOTHING = {"name": "dp-forward", "noise": 0, "clip": None}
 NOISE = {"name": "dp-forward", "noise": 0.5}
@@ -314,9 +315,13 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_between_processes_is_the_simulation(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "defense", [[NOISE, "clip-noise"], pytest.param([{"name": "mi-regularization"}, "nopeek"], marks=pytest.mark.slow)],
+    ids=["noise", "learned"],
+)  # fmt: skip
+def test_between_processes_is_the_simulation(defense: list[Any], tmp_path: Path) -> None:
     """The noise of a client that joins is of its own secret: with the simulated one's, all bits are the same."""
-    run = Apart(tmp_path / "apart", {"ann": ROWS, "bob": ROWS[:5]}, defense=[NOISE, "clip-noise"], rounds=2)
+    run = Apart(tmp_path / "apart", {"ann": ROWS, "bob": ROWS[:5]}, defense=defense, rounds=2)
     for name in run.files:
         (run.root / name).mkdir()
         (run.root / name / "secret").write_bytes(secret_of(0, name))
@@ -334,6 +339,22 @@ def test_between_processes_is_the_simulation(tmp_path: Path) -> None:
             assert 0 < own["releases"] <= bound["releases"], "a simulation counts as if each client evaluated"
             assert {**own, "releases": 0} == {**bound, "releases": 0}
         assert "no epsilon is claimed" in run.said(name)
+
+
+@pytest.mark.slow
+def test_what_a_client_has_learned_is_there_again_after_it_was_killed(tmp_path: Path) -> None:
+    run = Apart(tmp_path / "apart", {"ann": ROWS, "bob": ROWS[:5]}, defense=["mi-regularization"], rounds=3)
+    for name in run.files:
+        (run.root / name).mkdir()
+        (run.root / name / "secret").write_bytes(secret_of(0, name))
+    server = run.serve()
+    fate = Fate("head_backward", after=run.root / "ann" / "checkpoints" / "round-000001")
+    bob, ann = run.join("bob"), run.join("ann", fate=fate)
+    assert ann.wait() == -9
+    run.ended({"ann": run.join("ann"), "bob": bob, "server": server})
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
+    assert run.same(alone.out)
+    assert (run.root / "ann" / "checkpoints" / "round-000003" / "defense.safetensors").is_file()
 
 
 def test_a_message_counts_once_and_before_it_leaves(tmp_path: Path) -> None:
