@@ -16,7 +16,7 @@ from cutlayer.parties.client import ClientParty
 from cutlayer.parties.defending import Passing
 from cutlayer.wire import Header
 from defending import client, inverted, trained, whole_batch
-from spine import PARTITIONS, TWO, U, adapter, equal, losses, resumed
+from spine import MOSTLY_U, TWO, U, adapter, equal, losses, resumed
 
 NAME = "mi-regularization"
 
@@ -51,7 +51,7 @@ def test_it_begins_with_the_undefended_loss(position: str, tmp_path: Path) -> No
     assert same.summary["bytes"] == plain.summary["bytes"]
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_it_goes_on_exactly_where_it_was(partition: dict[str, Any], tmp_path: Path) -> None:
     made = trained(tmp_path, [{"name": NAME, "ramp": 4}], partition=partition, steps=4, checkpoint_every=1)
     kept = adapter(made.out)

@@ -12,7 +12,7 @@ from cutlayer.errors import MethodError
 from cutlayer.methods.defense._dcor import squared_correlation, unbiased_correlation
 from cutlayer.registry import create
 from defending import client, head_states, inverted, trained, whole_batch
-from spine import PARTITIONS, U, adapter, equal, losses, model
+from spine import MOSTLY_U, U, adapter, equal, losses, model
 
 NAME = "nopeek"
 HEAD = {**U, "head_blocks": 2}
@@ -40,7 +40,7 @@ def test_its_gradient_is_that_of_finite_differences_and_finite_where_points_are_
     assert slope.isfinite().all()
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_with_no_weight_it_changes_no_bit(partition: dict[str, Any], tmp_path: Path) -> None:
     plain = trained(tmp_path / "plain", [], partition=partition)
     for number, options in enumerate(({"rho": 0.0}, {"rho": None, "alpha": 0.0})):
