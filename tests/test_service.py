@@ -74,7 +74,7 @@ class Two(Apart):
 
 
 def test_two_runs_in_one_server_have_the_numbers_that_they_have_alone(tmp_path: Path) -> None:
-    both = Two(tmp_path / "apart", rounds=4)
+    both = Two(tmp_path / "apart", rounds=2)
     server = both.serve()
     both.ended({**{name: both.join(name) for names in NAMES.values() for name in names}, "server": server})
     for run, clients in NAMES.items():
@@ -148,7 +148,8 @@ def test_an_error_of_the_machine_ends_a_run_without_a_traceback(
     monkeypatch.setattr("cutlayer.served_run.checkpoint.write_text", full)
     with caplog.at_level("INFO"), pytest.raises(OSError, match="No space left"):
         serving.serve(str(Apart(tmp_path / "apart").file), bind="localhost:0", out=tmp_path / "out", progress=False)
-    assert not [record for record in caplog.records if record.exc_info]
+    # gRPC's one poller of the process may call a loop of an earlier test, which is closed; that is asyncio's record
+    assert not [record for record in caplog.records if record.exc_info and record.name != "asyncio"]
 
 
 @pytest.mark.slow

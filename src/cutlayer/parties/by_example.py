@@ -76,7 +76,7 @@ class ByExample:
             part = replace(passing, batch=row_of(passing.batch, row), records=passing.records[row : row + 1], part=row)
             done = run_tail(
                 segment, taken, own, seed=derive(seed, row) if row else seed, slot_weight=1.0, watch=watch,
-                instead=self._defending.coefficients(part),
+                instead=self._defending.coefficients(part), entering=self._defending.entering(part),
             )  # fmt: skip
             assert done.gradient is not None
             loss += done.loss

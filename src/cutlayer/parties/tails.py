@@ -42,16 +42,27 @@ def client_tail(
 
     The loss is that of the tail which is seen; of an evaluation, that of the one which predicts.
     """
-    if defending is None or not defending.two_tails:
-        instead = None if defending is None else defending.coefficients(passing)
-        return run_tail(segment, slot, work, seed=seed, slot_weight=slot_weight, watch=watch, instead=instead)
-    second = SecondTail(slot)
+    if defending is None:
+        return run_tail(segment, slot, work, seed=seed, slot_weight=slot_weight, watch=watch)
+    entering = defending.entering(passing)
+    if not defending.two_tails:
+        return run_tail(
+            segment, slot, work, seed=seed, slot_weight=slot_weight, watch=watch, entering=entering,
+            instead=defending.coefficients(passing),
+        )  # fmt: skip
+
+    def unlearned(hidden: Tensor) -> tuple[Tensor, None]:
+        """What the second tail gets; what a defense learns at its entrance, learns nothing of it."""
+        with torch.no_grad():
+            return entering(hidden)[0].detach(), None
+
     true = replace(work, hidden=work.hidden.detach(), wanted=False)
-    done = run_tail(segment, second, true, seed=seed, slot_weight=slot_weight, watch=watch)
+    second = SecondTail(slot)
+    done = run_tail(segment, second, true, seed=seed, slot_weight=slot_weight, watch=watch, entering=unlearned)
     if seed is None:
         return done
     labels = defending.learned(work.labels, passing)
     counted = (work.labels != IGNORE)[..., None].expand_as(labels)
     masses = counted.to(torch.float32) / (labels.shape[-1] * max(1, work.label_tokens))
     seen = replace(work, labels=labels, masses=masses)
-    return run_tail(segment, slot, seen, seed=seed, slot_weight=slot_weight, watch=watch)
+    return run_tail(segment, slot, seen, seed=seed, slot_weight=slot_weight, watch=watch, entering=entering)
