@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 import cutlayer
 from apart import Apart, steps
 from attacking import direction_auc
+from cutlayer.asking import check_owned
 from cutlayer.defense import Sends
-from cutlayer.errors import ConfigError, MethodError
+from cutlayer.errors import ConfigError, MethodError, PolicyRefused
+from cutlayer.leaving import held_by
 from cutlayer.methods.defense._flips import kept_with
 from cutlayer.methods.defense._two_classes import moments
 from cutlayer.models.slots import PRIVATE
 from cutlayer.parties.client import secret_of
+from cutlayer.wire import Header
 from defending import ROWS, client, defending, frames, passing, run_of, trained, whole_batch
 from spine import PARTITIONS, TWO, U, adapter, equal, losses, model, resumed
 from tiny import text_rows, write_rows
@@ -106,6 +109,19 @@ def test_only_the_second_tail_predicts_and_stays(tmp_path: Path) -> None:
     leaving = [n for tensors in seen(tmp_path / "wire") for n in tensors]
     assert any(n in tail for n in leaving)
     assert not any(PRIVATE in n for n in leaving)
+
+
+def test_a_server_can_neither_ask_for_the_second_tail_nor_set_it(tmp_path: Path) -> None:
+    party = client(tmp_path, [NAME])
+    own = [name for name in party.slot.params if name.startswith(PRIVATE)]
+    assert own
+    for part in ("own", "hosted", "all"):
+        assert not party.names(part) & {*own}
+    held = held_by(party)
+    assert not {*own} & held.tensors.keys()
+    asked = Header("aggregate", "state", "set_state", "server", party.name, party.name, names=(own[0],))
+    with pytest.raises(PolicyRefused, match="which is not of this client's part"):
+        check_owned(asked, [party.slot.params[own[0]].detach()], held.tensors)
 
 
 def test_flips_are_drawn_once_for_each_record(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_at_the_same_mean_length_the_task_is_learned_better(tmp_path: Path) -> N
     assert made is not None
     plain = learned(made, 1.0, 3.0)
     less = learned(made, 5.0, even(3.0, 5.0, 0.1))
-    assert less < plain / 2, "0.53 and 0.11; of a class that one word of ten decides, whichever it is: 0.64 and 0.61"
+    assert less < plain / 2, "0.53 and 0.11; where any one word of ten decides, with a radius of 1, 0.64 and 0.61"
 
 
 def test_nothing_is_claimed_and_what_is_refused(tmp_path: Path) -> None:
