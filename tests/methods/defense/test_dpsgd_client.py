@@ -22,7 +22,7 @@ from cutlayer.parties.client import ClientParty, secret_of
 from cutlayer.registry import create
 from cutlayer.wire import Header
 from defending import ROWS, client, defending, trained
-from spine import PARTITIONS, TWO, U, adapter, equal, losses, model, resumed
+from spine import TWO, U, adapter, equal, losses, model, often, resumed
 from tiny import text_rows, write_rows
 
 NAME = "dpsgd-client"
@@ -53,13 +53,17 @@ def step(party: ClientParty, *, number: int = 0, size: float = 1.0) -> dict[str,
     return found
 
 
-@PARTITIONS
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("partition", "changes"),
+    often([(TWO, {"gradient_accumulation": 1}), (TWO, {}), (U, {"gradient_accumulation": 1}), (U, {}),
+           (U, {"exchange": "splitfrozen"}), (U, {"max_grad_norm": 0.05})], (U, {}), (U, {"exchange": "splitfrozen"})),
+    ids=str,
+)  # fmt: skip
 def test_without_norm_and_noise_it_is_the_undefended_run(
-    partition: dict[str, Any], accumulation: int, tmp_path: Path
+    partition: dict[str, Any], changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Padded batches of unequal texts."""
-    run = {"partition": partition, "gradient_accumulation": accumulation, "optimizer": {"name": "sgd", "lr": 0.1}}
+    """Padded batches of unequal texts, with accumulation; a head that is frozen and whose states the server keeps."""
+    run = {"partition": partition, "optimizer": {"name": "sgd", "lr": 0.1}, **changes}
     plain = trained(tmp_path / "a", [], **run)
     same = trained(tmp_path / "b", [BARE], **run)
     for (_, one), (_, other) in zip(losses(plain.out), losses(same.out), strict=True):
@@ -69,7 +73,7 @@ def test_without_norm_and_noise_it_is_the_undefended_run(
     assert plain.summary["bytes"] == same.summary["bytes"]
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("family", often(["llama", "bert", "gpt2"], "gpt2"))
 def test_gradients_are_those_of_batches_of_one(family: str, tmp_path: Path) -> None:
     """Of each text, of the sum over its labels, in head and tail; full fine-tuning with tied weights too."""
     changes: dict[str, Any] = {"model": str(model(family)), "gradient_accumulation": 1, "batch_size": 4}
@@ -160,17 +164,17 @@ def test_the_norm_is_the_median_of_public_gradients(tmp_path: Path) -> None:
 
 
 def test_a_claim_only_where_the_server_trains_nothing(tmp_path: Path) -> None:
-    (told,) = defending(tmp_path / "a", [{"name": NAME, "multiplier": 4.0}]).told(Sends(3, 9))
+    noise = {"name": NAME, "multiplier": 4.0, "norm": 0.5}
+    (told,) = defending(tmp_path / "a", [noise]).told(Sends(3, 9))
     assert (told["kind"], told["epsilon"]) == ("empirical", None)
     assert "the server trains on the same texts in clear" in told["why"]
-    alone = defending(tmp_path / "b", [{"name": NAME, "multiplier": 4.0}], peft={"name": "lora", "rank": 2, **OWN})
+    alone = defending(tmp_path / "b", [noise], peft={"name": "lora", "rank": 2, **OWN})
     (told,) = alone.told(Sends(3, 9))
     assert (told["kind"], told["delta"], told["releases"]) == ("central", 1e-5, 3)
     assert told["epsilon"] == pytest.approx(gaussian_epsilon(2.0, 3, 1e-5))
     event = PLDAccountant().compose(GaussianDpEvent(2.0), 3)
     assert told["epsilon"] == pytest.approx(event.get_epsilon(1e-5), rel=0.01)
-    assert told["sensitivity"] == 2 * told["clip"]
-    assert told["scale"] == 4 * told["clip"]
+    assert (told["clip"], told["sensitivity"], told["scale"]) == (0.5, 1.0, 2.0)
     assert "the messages" in told["not_covered"]
 
 
@@ -217,7 +221,7 @@ def test_the_epsilon_is_that_of_opacus(multiplier: float, releases: int, epsilon
 
 
 def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
-    plain = trained(tmp_path / "a", [NAME], steps=4, checkpoint_every=1)
+    plain = trained(tmp_path / "a", [{"name": NAME, "norm": 1.0}], steps=2, checkpoint_every=1)
     kept = adapter(plain.out)
     again = resumed(plain.out)
     assert equal(adapter(again.out), kept)

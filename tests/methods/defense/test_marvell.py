@@ -17,7 +17,7 @@ from cutlayer.methods.defense.marvell import best_variances
 from cutlayer.noise import Noise
 from cutlayer.registry import create
 from defending import defending, frames, passing, run_of, trained, two_gaussians, whole_batch
-from spine import TWO, U, model
+from spine import TWO, U, model, often
 from tiny import text_rows, write_rows
 
 NAME = "marvell"
@@ -144,7 +144,7 @@ def seen(root: Path, defense: list[Any], **changes: Any) -> torch.Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize("tail", [0, 1])
+@pytest.mark.parametrize("tail", often([0, 1], 1))
 def test_a_classifiers_gradients(tail: int, tmp_path: Path) -> None:
     """Without it the direction of the gradient gives each text's class away."""
     run = {**classes(tmp_path), "partition": {**U, "tail_blocks": tail}}
@@ -189,6 +189,7 @@ def test_a_batch_of_one_class_is_hidden_altogether(tmp_path: Path) -> None:
     assert float(huge.std()) == pytest.approx(scale, rel=0.05), "nor does a large one show"
 
 
+@pytest.mark.slow
 def test_what_it_costs_a_language_model(tmp_path: Path) -> None:
     """The loss falls, and less than without."""
     runs = {"plain": [], "noisy": [{"name": NAME, "sensitive": WORDS}]}

@@ -19,7 +19,7 @@ from cutlayer.methods.defense.projpert import apart, least_part
 from cutlayer.noise import Noise
 from cutlayer.registry import create
 from defending import defending, frames, passing, trained, two_gaussians, whole_batch
-from spine import TWO, U, model
+from spine import TWO, U, model, often
 from tiny import text_rows, write_rows
 
 NAME = "projpert"
@@ -73,7 +73,7 @@ def test_attacks_find_no_more_than_was_asked(shape: dict[str, Any], advantage: f
     assert norm_auc(shown, first) <= (1 + advantage) / 2 + 0.05
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", often(SHAPES, SHAPES[1]), ids=str)
 def test_it_moves_less_than_noise_that_hides_as_much(shape: dict[str, Any]) -> None:
     """Than marvell, and than Gaussian noise in all directions, each tuned to the same attacks."""
     examples, first, _ = two_gaussians(3000, 64, **shape)

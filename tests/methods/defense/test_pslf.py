@@ -74,11 +74,11 @@ def test_no_label_that_the_second_tail_learns_is_in_what_is_seen(tmp_path: Path)
     for name, turned in (("as they are", False), ("turned", True)):
         root = tmp_path / name.replace(" ", "-")
         labels = [{**row, "label": 1 - row["label"] if turned else row["label"]} for row in rows]
-        run = classes(root, labels, record_wire=str(root / "wire"), steps=8)
+        run = classes(root, labels, record_wire=str(root / "wire"), steps=5)
         done = trained(root, [str(tmp_path / "fixed.py")], **run)
         found[name] = seen(root / "wire"), losses(done.out), private(done.out)
     (one, told, own), (other, also, their) = found.values()
-    assert len(one) == len(other) > 16
+    assert len(one) == len(other) > 10
     assert all(
         a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(one, other, strict=True)
     )
@@ -92,7 +92,7 @@ def test_only_the_second_tail_predicts_and_stays(tmp_path: Path) -> None:
     rows = {name: write_rows(tmp_path / f"{name}.jsonl", text_rows(9, seed=n)) for n, name in enumerate("ab", start=5)}
     clients = [{"name": name, "data": str(path)} for name, path in rows.items()]
     done = trained(
-        tmp_path, [{"name": NAME, "epsilon": 1.0}], clients=clients, framework="sfl-v1", steps=4,
+        tmp_path, [{"name": NAME, "epsilon": 1.0}], clients=clients, framework="sfl-v1", steps=2,
         record_wire=str(tmp_path / "wire"),
     )  # fmt: skip
     own = {name: private(done.out, name) for name in "ab"}
@@ -140,6 +140,11 @@ def test_flips_are_drawn_once_for_each_record(tmp_path: Path) -> None:
     elsewhere = again.learned(batch.labels, replace(passing(batch), records=[1, 2, 3]))
     assert not torch.equal(one[:, 1:], elsewhere[:, 1:])
     assert (one[:, 1:] != one[:, 1:, :1]).any(), "the flips of a label are independent"
+    mask = torch.ones(3, 24, dtype=torch.int64)
+    mask[:, :5] = 0  # behind padding at the left the first token is a label too, and nothing public stands before it
+    left = replace(batch, attention_mask=mask, labels=batch.labels.masked_fill(mask == 0, -100))
+    first = made.learned(left.labels, passing(left))[:, 5]
+    assert (first != batch.labels[:, 5, None]).any()
 
 
 def test_the_channel_of_a_classifier(tmp_path: Path) -> None:
@@ -172,6 +177,7 @@ def test_a_direction_tells_what_flipped_labels_tell(epsilon: float, tmp_path: Pa
     assert areas["label-dp-rr"] == pytest.approx(areas[NAME], abs=0.1)
 
 
+@pytest.mark.slow
 def test_it_predicts_better_than_one_tail_that_learns_flipped_labels(tmp_path: Path) -> None:
     options, found = {"epsilon": 0.5, "most": 64}, {}
     for name in (NAME, "label-dp-rr"):
@@ -182,7 +188,7 @@ def test_it_predicts_better_than_one_tail_that_learns_flipped_labels(tmp_path: P
 
 
 def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
-    plain = trained(tmp_path / "a", [NAME], steps=4, checkpoint_every=1, max_grad_norm=0.1)
+    plain = trained(tmp_path / "a", [NAME], steps=2, checkpoint_every=1, max_grad_norm=0.1)
     kept, own, told = adapter(plain.out), private(plain.out), plain.summary["eval"]
     again = resumed(plain.out)
     assert equal(adapter(again.out), kept)
