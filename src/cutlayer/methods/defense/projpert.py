@@ -41,14 +41,15 @@ HALVINGS = 20  # of the interval in which the way that is gone lies
 class Projpert(Defense):
     """Move the gradients of two classes towards each other, just until the two are alike enough (after ProjPert).
 
-    Only the aim is the paper's, as far as it could be read: the least change, in Wasserstein distance, under which the
-    classes' gradients are close. How is ours. Along the line between the classes' means each example moves from its
-    place in its own class towards the same place in the two classes' barycentre, all of them by the same part of the
-    way: the smallest at which the two distributions differ by ``advantage`` in total variation. Then who guesses is
-    right with a chance of at most (1 + advantage) / 2. A little noise hides the places. The length of what is left
-    beside the line is moved in the same way, if it tells the classes apart. A micro-batch is taken by itself: what
-    earlier ones showed is not kept, so that a message that is made again is the same. The two classes, and what is done
-    with micro-batches of one class, are those of marvell. All that the classes differ in beside mean and length stays.
+    Only the aim is the paper's, as far as it could be read: the least change, in Wasserstein distance, under which
+    the classes' gradients are close. How is ours. Along the line between the classes' means each example moves from
+    its place in its own class towards the same place in the two classes' barycentre, all of them by the same part
+    of the way: the smallest at which the two distributions differ by ``advantage`` in total variation, and the area
+    under the curve is (1 + advantage) / 2, at most; who guesses is then right no more often than that. A little
+    noise hides the places. The length of what is left beside the line is moved in the same way, if it tells the
+    classes apart. A micro-batch is taken by itself: what earlier ones showed is not kept, so that a message that is
+    made again is the same. The two classes, and what is done with micro-batches of one class, are those of marvell.
+    All that the classes differ in beside mean and length stays.
     """
 
     protects: ClassVar[tuple[Target, ...]] = ("labels",)
