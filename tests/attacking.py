@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import cutlayer
+from cutlayer.audit.messages import Exchange
 from cutlayer.audit.public import load_public
 from cutlayer.audit.recording import Recording, limited, recorded
 from cutlayer.audit.scores import Score
-from cutlayer.audit.truths import WHOLE, promised, read_by
+from cutlayer.audit.truths import WHOLE, promised, read_by, truths_of
 from cutlayer.audit.truths import scored as scored_of
 from cutlayer.audit.view import View, view_of
 from cutlayer.config import load_config
@@ -63,7 +66,7 @@ def class_rows(count: int, shares: Sequence[float], *, seed: int = 0, told: floa
             f"w{20 + 8 * label + draw.randrange(8)}" if draw.random() < told else f"w{draw.randrange(3, 20)}"
             for _ in range(draw.randint(6, 12))
         ]
-        rows.append({"text": " ".join(words), "label": label, "prompt": " ".join(words), "completion": f" w{90 + label}"})
+        rows.append({"text": " ".join(words), "label": label, "prompt": " ".join(words), "completion": f" w{84 + label}"})
     return rows
 
 
@@ -82,3 +85,26 @@ def class_view(found: Recording, attack: Attack, steps: range | None = None, *, 
     read = [one for one in read_by(found, threat)[WHOLE] if steps is None or one.step in steps]
     told = promised(found, read, threat if labelled is None else replace(threat, labelled=labelled))
     return View(threat, read, layout, found.config.seed, _classes=found.classes, _labelled=told)
+
+
+def with_gradients(seen: View, change: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> View:
+    """The view with other gradients [B,1,H]; what is drawn is drawn from the generator."""
+    generator = torch.Generator().manual_seed(11)
+
+    def changed(one: Exchange) -> Exchange:
+        sent = {"hidden": change(one.hidden("send_gradients"), generator)}
+        return replace(one, tensors={**one.tensors, "send_gradients": sent})
+
+    return replace(seen, exchanges=[changed(one) for one in seen.exchanges])
+
+
+def truth(found: Recording, seen: View) -> torch.Tensor:
+    """The label of each sample [N] of such a view."""
+    truths = truths_of(found, seen.exchanges, seen.threat)
+    return torch.cat([truths[one.key].tokens[:, 0] for one in seen.exchanges])
+
+
+def said(attack: Attack, seen: View) -> torch.Tensor:
+    """What an attack says of each sample [N] of such a view."""
+    guesses = attack.finish(seen)
+    return torch.cat([guesses.tokens[one.key][:, 0] for one in seen.exchanges])

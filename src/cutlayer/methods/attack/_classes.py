@@ -34,6 +34,18 @@ def upper(values: Tensor) -> Tensor:
     return found == int(values[found == 1].mean() > values[found == 0].mean())
 
 
+def above(scores: Tensor, share: float) -> Tensor:
+    """Which of scores [N] are higher than the widest gap near the quantile that about so large a share lies above."""
+    ordered = scores.sort().values
+    count = len(ordered)
+    start = max(0, round(count * (1 - 2 * share)) - 1)
+    stop = max(start + 1, min(count - 1, round(count * (1 - share / 2))))
+    gaps = ordered[start + 1 : stop + 1] - ordered[start:stop]
+    if not len(gaps):
+        return torch.zeros(count, dtype=torch.bool)
+    return scores > ordered[start + int(gaps.argmax())]
+
+
 def groups(vectors: Tensor, count: int, *, seed: int) -> Tensor:
     """The group [N] of each vector [N,H] by k-means, with ten k-means++ starts."""
     numbers = vectors.double().numpy()

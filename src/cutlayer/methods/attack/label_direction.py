@@ -15,7 +15,7 @@ from cutlayer.audit.classes import samples_of
 from cutlayer.audit.scores import Guesses
 from cutlayer.audit.view import View
 from cutlayer.contracts import Attack
-from cutlayer.methods.attack._classes import groups, unit, upper
+from cutlayer.methods.attack._classes import above, groups, unit
 from cutlayer.registry import method
 from cutlayer.threat import Threat
 
@@ -30,9 +30,10 @@ class LabelDirection(Attack):
     """Tell two labels apart by the cosine of the gradient of step 7 with that of one sample whose label is known.
 
     The paper has a softmax of two, where the sign of the cosine is the label. Below a vocabulary all gradients share a
-    part, so the mean over all samples is taken off first, and the threshold lies between the two modes of the scores.
-    ``by: groups`` needs no known sample: two groups by angle, of which the smaller is taken for the rarer label. Ours:
-    two known samples, one of each label, and the score is the difference of the cosines with them.
+    part, so the mean over all samples is taken off first, and the threshold lies between the two modes of the scores: in
+    their widest gap near the share of the rarer label. ``by: groups`` uses no known sample: two groups by angle, of which
+    the smaller is taken for the rarer label. Ours: two known samples, one of each label; the score is the difference of
+    the cosines with them.
     """
 
     threat: ClassVar[Threat] = Threat(
@@ -51,7 +52,7 @@ class LabelDirection(Attack):
         turned = unit(found.sent["send_gradients"])
         if self.centred:
             turned = unit(turned - turned.mean(0))
-        (often, _), (rare, _) = view.classes.items()
+        (often, _), (rare, share) = view.classes.items()
         if self.by == "groups":
             of = groups(turned, 2, seed=view.seed)
             smaller = of == int((of == 1).sum() <= (of == 0).sum())
@@ -59,7 +60,7 @@ class LabelDirection(Attack):
         else:
             towards, away = turned[found.known == rare], turned[found.known == often]
         scores = _along(turned, towards) - _along(turned, away)
-        return found.guesses(torch.where(upper(scores), rare, often), scores)
+        return found.guesses(torch.where(above(scores, share), rare, often), scores)
 
 
 def _along(vectors: Tensor, of: Tensor) -> Tensor:
