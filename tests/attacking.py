@@ -66,17 +66,25 @@ def class_rows(count: int, shares: Sequence[float], *, seed: int = 0, told: floa
             f"w{20 + 8 * label + draw.randrange(8)}" if draw.random() < told else f"w{draw.randrange(3, 20)}"
             for _ in range(draw.randint(6, 12))
         ]
-        rows.append({"text": " ".join(words), "label": label, "prompt": " ".join(words), "completion": f" w{84 + label}"})
+        rows.append(
+            {"text": " ".join(words), "label": label, "prompt": " ".join(words), "completion": f" w{84 + label}"}
+        )
     return rows
 
 
-def record_classes(folder: Path, root: Path, rows: list[dict[str, Any]], *, kind: str = "classification", **changes: Any) -> Recording:
+def record_classes(
+    folder: Path, root: Path, rows: list[dict[str, Any]], *, kind: str = "classification", **changes: Any
+) -> Recording:
     """A run on such rows, as a classifier or (``prompt-completion``) as a language model, all of it recorded."""
     root.mkdir(parents=True, exist_ok=True)
-    data = {"train": str(write_rows(root / "classes.jsonl", rows)), "format": kind, "max_length": 24, "append_eos": False}
-    return record(
-        folder, root, data=data, partition={"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 0}, **changes
-    )  # fmt: skip
+    data = {
+        "train": str(write_rows(root / "classes.jsonl", rows)),
+        "format": kind,
+        "max_length": 24,
+        "append_eos": False,
+    }
+    partition = {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 0}
+    return record(folder, root, **{"data": data, "partition": partition, **changes})
 
 
 def class_view(found: Recording, attack: Attack, steps: range | None = None, *, labelled: int | None = None) -> View:

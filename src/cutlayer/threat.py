@@ -27,8 +27,8 @@ class Threat:
     ``reads`` are the steps whose messages it reads (names of the eleven), ``knows`` what it knows besides. ``target``:
     the ``inputs`` [B,T], or the ``labels`` [B,T] (of a causal model the next tokens). ``tail_at`` is who must hold the
     tail for it to make sense; None: anybody. ``causal``: it needs a causal language model. ``classes``: it tells the
-    classes of rows with one label each apart, ``two`` or ``several``, by all that was recorded of the run; of each it is
-    told the labels of ``labelled`` samples.
+    classes of rows with one label each apart, ``two`` or ``several``, by all that was recorded of the run; of each it
+    is told the labels of ``labelled`` samples.
     """
 
     reads: tuple[str, ...]

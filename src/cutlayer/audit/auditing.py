@@ -32,6 +32,7 @@ from cutlayer.audit.recording import (
     record,
     recorded,
 )
+from cutlayer.audit.scores import Score
 from cutlayer.audit.settings import Setting, named, with_defense
 from cutlayer.audit.truths import WHOLE, promised, read_by, scored
 from cutlayer.audit.verdict import verdict
@@ -44,7 +45,6 @@ from cutlayer.errors import ConfigError, MethodError, suggest
 from cutlayer.files import write_text
 from cutlayer.models.loading import device_named
 from cutlayer.report.progress import Reporter, reporter
-from cutlayer.threat import Threat
 
 CONTROL_POSITIONS = 64
 CONTROLS = {"standard": 2, "full": 4, "quick": 1}  # rows that controls are played on: they cost as much as the attack
@@ -208,14 +208,16 @@ def _played(
         if threat.causal and threat.reads == STEPS[:1]:  # what fails at the beginning of a text fails behind it
             short = [only_positions(one, CONTROL_POSITIONS) for one in short]
         few = replace(seen, exchanges=short)
-        other = _recovery(attack, few.with_other_weights(), found) if "weights" in threat.knows else None
+        other = _control(attack, few.with_other_weights(), found).token_recovery if "weights" in threat.knows else None
+        shuffled = _control(attack, few.shuffled(), found)
         yield {
             "attack": name, "defense": named(found.config.defense), "moment": moment, "target": threat.target,
             "token_recovery": got.token_recovery, "rouge_l": got.rouge_l, "auc": got.auc,
             "positions": got.positions,
             "controls": {
                 "constant": got.constant,
-                "shuffled": _recovery(attack, few.shuffled(), found),
+                "shuffled": shuffled.token_recovery,
+                "shuffled_auc": shuffled.auc,
                 "random_weights": other,
             },
             "utility": _utility(found), "threat": threat.told(), "notes": dict(guesses.notes), "seconds": seconds,
@@ -223,11 +225,11 @@ def _played(
         }  # fmt: skip
 
 
-def _recovery(attack: Attack, view: View, found: Recording) -> float:
-    """The token recovery of an attack on a control."""
+def _control(attack: Attack, view: View, found: Recording) -> Score:
+    """How an attack does on a control."""
     fresh = copy.deepcopy(attack)  # what the attack itself has prepared stays as it is
     fresh.prepare(replace(view, exchanges=[]))
-    return scored(fresh.finish(view), view, found).token_recovery
+    return scored(fresh.finish(view), view, found)
 
 
 def _utility(found: Recording) -> dict[str, Any]:

@@ -85,8 +85,9 @@ def at_label(one: Exchange, behind: int | None) -> Exchange:
         last = length - 1 - mask.flip(1).argmax(1)
         at = (last - behind).clamp_min(0)
     kept = {
-        step: {"hidden": t.gather(1, at[:, None, None].expand(-1, 1, t.shape[-1])) for n, t in found.items() if n == "hidden"}
+        step: {"hidden": found["hidden"].gather(1, at[:, None, None].expand(-1, 1, found["hidden"].shape[-1]))}
         for step, found in one.tensors.items()
+        if "hidden" in found
     }
     return replace(one, tensors=kept)
 
@@ -98,15 +99,17 @@ def of_rows(truth: Truth, ending: int | None) -> Truth:
     return Truth(truth.tokens.gather(1, at), counts.gather(1, at))
 
 
-def told_of(truths: Mapping[Key, Truth], classes: Mapping[int, float], each: int) -> dict[Key, Tensor]:
-    """The labels [B,1] of the first samples of each class, ``MISSING`` elsewhere."""
-    left = dict.fromkeys(classes, each)
+def told_of(truths: Mapping[Key, Truth], each: int, generator: torch.Generator) -> dict[Key, Tensor]:
+    """The labels [B,1] of so many samples of each class, drawn at random; ``MISSING`` elsewhere."""
+    places = [(key, row) for key, truth in truths.items() for row in range(len(truth.tokens)) if truth.counts[row, 0]]
     told = {key: torch.full_like(truth.tokens, MISSING) for key, truth in truths.items()}
-    for key, truth in truths.items():
-        for row, (label, counts) in enumerate(zip(truth.tokens[:, 0].tolist(), truth.counts[:, 0].tolist(), strict=True)):
-            if counts and left.get(label, 0) > 0:
-                told[key][row] = label
-                left[label] -= 1
+    given: Counter[int] = Counter()
+    for number in torch.randperm(len(places), generator=generator).tolist():
+        key, row = places[number]
+        label = int(truths[key].tokens[row, 0])
+        if given[label] < each:
+            given[label] += 1
+            told[key][row] = label
     return told
 
 

@@ -1,7 +1,7 @@
 """The lengths of what each label takes off the gradient, ``||J^T W_c||`` for all of a vocabulary, in closed form.
 
-Below the last norm and the head a label ``c`` takes ``J^T W_c`` off the gradient: ``J`` the norm's Jacobian, ``W_c`` the
-head's row. With weight ``g``, centring ``C`` (of a LayerNorm; nothing of an RMSNorm), ``n = C h / r`` and ``r`` the
+Below the last norm and the head a label ``c`` takes ``J^T W_c`` off the gradient: ``J`` the norm's Jacobian, ``W_c``
+the head's row. With weight ``g``, centring ``C`` (of a LayerNorm; nothing of an RMSNorm), ``n = C h / r`` and ``r`` the
 root mean square, ``J^T u = C (g u - n mean(n g u)) / r``. Shapes: L positions, H hidden size, V vocabulary.
 """
 

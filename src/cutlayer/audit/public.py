@@ -92,9 +92,7 @@ def load_public(
 
     A classifier's head that the checkpoint lacks is drawn from the run's seed, which the server has, too.
     """
-    loaded, anatomy = load_model(
-        model, task=task, precision=precision, device=device, labels=labels, seed=seed
-    )
+    loaded, anatomy = load_model(model, task=task, precision=precision, device=device, labels=labels, seed=seed)
     return PublicModel(Base(loaded, anatomy), task)
 
 

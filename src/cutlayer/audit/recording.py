@@ -126,7 +126,9 @@ class Recording:
         if self.config.data.packing:
             return None
         for example in (one for examples in self.data.train.values() for one in examples):
-            labels = [example.label] if example.labels is None else [one for one in example.labels[1:] if one != self.ending]
+            labels = (
+                [example.label] if example.labels is None else [one for one in example.labels[1:] if one != self.ending]
+            )
             own = [label for label in labels if label is not None and label != IGNORE]
             if len(own) > 1 or own != labels[-1:]:
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from cutlayer.audit.classes import at_label, of_rows, told_of
@@ -11,6 +12,7 @@ from cutlayer.audit.messages import Exchange, Key, exchanges
 from cutlayer.audit.recording import Recording
 from cutlayer.audit.scores import MISSING, Guesses, Score, Truth, score
 from cutlayer.audit.view import View
+from cutlayer.seeds import derive
 from cutlayer.threat import Threat
 
 WHOLE = "whole run"  # the moment of attacks on rows of one label each
@@ -45,9 +47,10 @@ def truths_of(found: Recording, read: Sequence[Exchange], threat: Threat) -> dic
 
 def promised(found: Recording, read: Sequence[Exchange], threat: Threat) -> Mapping[Key, Tensor] | None:
     """The labels [B,1] that an adversary with this threat is told; None: none."""
-    if not threat.labelled or found.classes is None:
+    if not threat.labelled:
         return None
-    return told_of(truths_of(found, read, threat), found.classes, threat.labelled)
+    generator = torch.Generator().manual_seed(derive("attack", found.config.seed, "labelled"))
+    return told_of(truths_of(found, read, threat), threat.labelled, generator)
 
 
 def scored(guesses: Guesses, view: View, found: Recording) -> Score:

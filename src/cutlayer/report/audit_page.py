@@ -14,14 +14,15 @@ from cutlayer.report.comparison_page import COLOURS, STYLE
 
 Row = Mapping[str, Any]
 HEADS = (
-    "attack", "on", "moment", "defense", "recovered", "ROUGE-L", "AUC", "constant", "shuffled", "other weights", "perplexity"
+    "attack", "on", "moment", "defense", "recovered", "ROUGE-L", "AUC", "constant", "shuffled", "other weights",
+    "perplexity",
 )  # fmt: skip
 LEGEND = (
     "Recovered: the share of private positions whose token was guessed right. AUC: of an attack that tells two labels "
-    "apart, how often it ranks one of the rarer above one of the other (0.5: chance). Constant: the best that guessing one "
-    "token for all positions gives. Shuffled: the same attack on messages whose positions were mixed. Other weights: "
-    "with a model of another start in place of the public one; an attack that falls to the constant there needs the "
-    "public weights."
+    "apart, how often it ranks one of the rarer above one of the other (0.5: chance). Constant: the best that guessing "
+    "one token for all positions gives. Shuffled: the same attack on messages whose positions were mixed. Other "
+    "weights: with a model of another start in place of the public one; an attack that falls to the constant there "
+    "needs the public weights."
 )
 
 

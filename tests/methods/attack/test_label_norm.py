@@ -65,7 +65,9 @@ def test_lengths_that_say_nothing(tmp_path: Path) -> None:
     rare = truth(found, seen) == list(found.classes)[-1]
     error = auc_error(int(rare.sum()), int((~rare).sum()))
     for size in (3.0, 10.0):
-        other = with_gradients(seen, lambda g, drawn, size=size: g * torch.exp(size * torch.randn(len(g), 1, 1, generator=drawn)))
+        other = with_gradients(
+            seen, lambda g, drawn, size=size: g * torch.exp(size * torch.randn(len(g), 1, 1, generator=drawn))
+        )
         apart = lengths[rare].mean() - lengths[~rare].mean()
         expected = float(torch.distributions.Normal(0.0, 1.0).cdf(apart / (size * 2**0.5)))
         assert scored(found, attack, other).auc == pytest.approx(expected, abs=2.5 * error)
@@ -74,7 +76,8 @@ def test_lengths_that_say_nothing(tmp_path: Path) -> None:
 
 def test_what_it_cannot_have_is_refused(tmp_path: Path) -> None:
     run: dict[str, Any] = {
-        "model": str(model("roberta", num_labels=3)), "clients": 1, "partition": U, "steps": 1, "batch_size": 2, "device": "cpu",
+        "model": str(model("roberta", num_labels=3)), "clients": 1, "partition": U, "steps": 1, "batch_size": 2,
+        "device": "cpu",
         "data": {"train": str(write_rows(tmp_path / "a.jsonl", class_rows(12, [0.4, 0.3, 0.3]))),
                  "format": "classification", "max_length": 24},
     }  # fmt: skip
@@ -82,8 +85,13 @@ def test_what_it_cannot_have_is_refused(tmp_path: Path) -> None:
         audit(run, out=tmp_path / "three", attacks=[NAME], budget="quick", progress=False)
     with pytest.raises(MethodError, match="here the server holds the tail"):
         audit({**run, "partition": TWO}, out=tmp_path / "two-part", attacks=[NAME], budget="quick", progress=False)
-    run |= {"model": str(model()), "data": {"train": str(write_rows(tmp_path / "b.jsonl", text_rows(6))), "format": "text"}}
-    with pytest.raises(MethodError, match="rows of this run have more than one label each. It needs a classifier, or"):
+    run |= {
+        "model": str(model()),
+        "data": {"train": str(write_rows(tmp_path / "b.jsonl", text_rows(6))), "format": "text"},
+    }
+    with pytest.raises(
+        MethodError, match=r"rows of this run have more than one label each\. It needs a classifier, or"
+    ):
         audit(run, out=tmp_path / "text", attacks=[NAME], budget="quick", progress=False)
 
 

@@ -18,7 +18,8 @@ TINY = 1e-30
 
 def unit(vectors: Tensor) -> Tensor:
     """Vectors [N,H] of length 1."""
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(TINY)
+    found: Tensor = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(TINY)
+    return found
 
 
 def standardised(states: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def standardised(states: Tensor) -> Tensor:
 def upper(values: Tensor) -> Tensor:
     """Which of numbers [N] are in the higher of two groups, by 2-means."""
     found = groups(values[:, None], 2, seed=0)
-    if len(found.unique()) < 2:
+    if int(found.max()) == 0:
         return torch.zeros(len(values), dtype=torch.bool)
     return found == int(values[found == 1].mean() > values[found == 0].mean())
 
@@ -66,7 +67,7 @@ def to_classes(vectors: Tensor, known: Tensor, classes: Sequence[int]) -> Tensor
 
 
 def matched(costs: Tensor) -> Tensor:
-    """The column of each row [K] that the cheapest one-to-one assignment of costs [K,K'] gives; -1 where none is left."""
+    """The column of each row [K] by the cheapest one-to-one assignment of costs [K,K']; -1 where none is left."""
     finite = torch.where(costs.isfinite(), costs, torch.full_like(costs, 1e6))
     rows, columns = linear_sum_assignment(finite.numpy())
     found = torch.full((len(costs),), -1)

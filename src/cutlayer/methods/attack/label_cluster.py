@@ -30,7 +30,7 @@ from cutlayer.threat import Threat
 class LabelCluster(Attack):
     """Group the samples by k-means and name the groups by one known sample of each class (Kuhn-Munkres).
 
-    The mean of a group is nearly free of noise, so this stands noise and sparse gradients better than ``label-distance``.
+    The mean of a group is nearly free of noise, so this stands more noise than ``label-distance``.
     """
 
     threat: ClassVar[Threat] = Threat(
@@ -68,4 +68,5 @@ def principal(vectors: Tensor, count: int) -> Tensor:
         return vectors
     centred = (vectors - vectors.mean(0)).double()
     _, _, rows = torch.linalg.svd(centred, full_matrices=False)
-    return (centred @ rows[:count].T).float()
+    found: Tensor = (centred @ rows[:count].T).float()
+    return found

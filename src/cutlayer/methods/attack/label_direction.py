@@ -30,10 +30,10 @@ class LabelDirection(Attack):
     """Tell two labels apart by the cosine of the gradient of step 7 with that of one sample whose label is known.
 
     The paper has a softmax of two, where the sign of the cosine is the label. Below a vocabulary all gradients share a
-    part, so the mean over all samples is taken off first, and the threshold lies between the two modes of the scores: in
-    their widest gap near the share of the rarer label. ``by: groups`` uses no known sample: two groups by angle, of which
-    the smaller is taken for the rarer label. Ours: two known samples, one of each label; the score is the difference of
-    the cosines with them.
+    part, so the mean over all samples is taken off first, and the threshold lies between the two modes of the scores:
+    in their widest gap near the share of the rarer label. ``by: groups`` uses no known sample: two groups by angle, of
+    which the smaller is taken for the rarer label. Ours: two known samples, one of each label; the score is the
+    difference of the cosines with them.
     """
 
     threat: ClassVar[Threat] = Threat(

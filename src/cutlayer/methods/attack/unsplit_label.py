@@ -1,4 +1,4 @@
-"""UnSplit's label inference: of all labels the one whose gradient, through a surrogate tail, is nearest to what was read.
+"""UnSplit's label inference: of all labels the one whose gradient through a surrogate tail is nearest to what was read.
 
 Erdogan et al., UnSplit: Data-Oblivious Model Inversion, Model Stealing, and Label Inference Attacks Against Split
 Learning, WPES 2022.
@@ -22,27 +22,28 @@ from cutlayer.audit.softmax import Top
 from cutlayer.audit.spans import spans_of
 from cutlayer.audit.view import View
 from cutlayer.contracts import Attack
-from cutlayer.methods.attack._tail import descended
+from cutlayer.methods.attack._tail import descended, speaks
 from cutlayer.registry import method
 from cutlayer.threat import Threat
 
-SILENT = 1e-12  # a squared gradient so small, in parts of the largest, is of a position without a label
 AT_ONCE = 1 << 24  # numbers [L,V] that are made at once
 
 
 @method(
     "attack",
     paper="Erdogan et al., arXiv:2108.09033",
-    needs=["a U-shaped split of a model whose base weights are public (surrogate: random needs the architecture alone)"],
+    needs=[
+        "a U-shaped split of a model whose base weights are public (surrogate: random needs the architecture alone)"
+    ],
 )
 @dataclass
 class UnsplitLabel(Attack):
     """Try every label on a surrogate tail, and keep the one whose gradient is nearest to that of step 7.
 
     Published with a surrogate of random weights, trained along on the labels that were found (``surrogate: random``,
-    ``lr``), for a tail of one layer and a few classes. Ours: the public tail as the surrogate; of a language model whose
-    tail is the norm and the head all labels of a position at once in closed form; with blocks in the tail ``shortlist``
-    labels a position, exchanged one position after another. The loss's scale, which the paper knows, is fitted.
+    ``lr``), for a tail of one layer and a few classes. Ours: the public tail as the surrogate; of a language model
+    whose tail is the norm and the head all labels of a position at once in closed form; with blocks in the tail
+    ``shortlist`` labels a position, exchanged one position after another. The loss's scale is fitted.
     """
 
     threat: ClassVar[Threat] = Threat(
@@ -92,15 +93,15 @@ class UnsplitLabel(Attack):
         if start < public.num_blocks:
             for span in spans:
                 states, wanted = span.of(hidden), span.of(gradient)
-                if bool(_speaks(wanted).any()):
+                if bool((wanted != 0).any()):
                     found[span.row, span.start : span.stop] = descended(public, start, states, wanted, self.shortlist)
             return found
         states = torch.cat([span.of(hidden) for span in spans])
         wanted = torch.cat([span.of(gradient) for span in spans])
         said = torch.full((len(states),), MISSING)
-        speaks = _speaks(wanted)
-        if bool(speaks.any()):
-            said[speaks] = self._solved(public, states[speaks], wanted[speaks])
+        there = speaks(wanted)
+        if bool((wanted != 0).any()):
+            said[there] = self._solved(public, states[there], wanted[there])
         for span, part in zip(spans, torch.split(said, [len(span) for span in spans]), strict=True):
             found[span.row, span.start : span.stop] = part
         return found
@@ -143,12 +144,6 @@ class UnsplitLabel(Attack):
         sure = (alike >= alike.median()) & (scales > 0)
         scale = scales[sure].median() if bool(sure.any()) else scales.new_ones(())
         return (squares - 2 * scale * inner).argmin(1)
-
-
-def _speaks(gradient: Tensor) -> Tensor:
-    """Where a gradient [L,H] is not zero."""
-    size = gradient.square().sum(-1)
-    return size > SILENT * size.max().clamp_min(1e-30)
 
 
 def _logits(public: PublicModel, start: int, hidden: Tensor, one: Exchange) -> Tensor:
