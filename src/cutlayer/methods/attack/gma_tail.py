@@ -36,7 +36,8 @@ class GmaTail(Attack):
     positions of the text together). The gradient is a linear map of soft labels as long as the states stay, so it is
     made once, and no step differentiates twice. ``distance: square`` needs the loss's scale, which is fitted first on
     each position's first candidate (ours). ``cosine`` needs none, but soft labels anywhere between the prediction and
-    the label give the same direction: so the label is the token that gained most on the prediction (ours, too).
+    the label give the same direction: the label is then the token that gained most on the prediction (ours, too), and
+    far fewer are found.
     """
 
     threat: ClassVar[Threat] = Threat(
@@ -44,9 +45,9 @@ class GmaTail(Attack):
         target="labels", tail_at="client", causal=True,
     )  # fmt: skip
     distance: Literal["square", "cosine"] = "square"
-    steps: Annotated[int, Field(ge=1)] = 150
+    steps: Annotated[int, Field(ge=1)] = 150  # of Adam, on each text
     lr: Annotated[float, Field(gt=0)] = 0.2
-    shortlist: Annotated[int, Field(ge=2)] = 200
+    shortlist: Annotated[int, Field(ge=2)] = 200  # candidates that each position of a text brings
 
     def prepare(self, view: View) -> None:
         """Nothing is learned before."""
