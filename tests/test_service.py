@@ -148,7 +148,8 @@ def test_an_error_of_the_machine_ends_a_run_without_a_traceback(
     monkeypatch.setattr("cutlayer.served_run.checkpoint.write_text", full)
     with caplog.at_level("INFO"), pytest.raises(OSError, match="No space left"):
         serving.serve(str(Apart(tmp_path / "apart").file), bind="localhost:0", out=tmp_path / "out", progress=False)
-    assert not [record for record in caplog.records if record.exc_info]
+    # gRPC's one poller of the process may call a loop of an earlier test, which is closed; that is asyncio's record
+    assert not [record for record in caplog.records if record.exc_info and record.name != "asyncio"]
 
 
 @pytest.mark.slow
