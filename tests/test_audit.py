@@ -122,6 +122,11 @@ def test_a_view_has_nothing_that_its_threat_does_not_name(tmp_path: Path) -> Non
         _ = seen.public
     with pytest.raises(MethodError, match="which its threat does not name"):
         _ = seen.auxiliary
+    for name in ("classes", "labelled"):
+        with pytest.raises(MethodError, match="which its threat does not name"):
+            getattr(seen, name)
+    for attack in ATTACKS.values():
+        assert ("labelled" in attack.threat.knows) == (attack.threat.labelled > 0)
     knowing = replace(READS_ALL, knows=("weights", "auxiliary"))
     seen = view_of(knowing, found.read(), layout=layout, public=public, auxiliary=[torch.tensor([1, 2])])
     assert seen.public is public

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attacking import class_rows, class_view, record_classes, scored
+from cutlayer.audit.scores import MISSING
 from cutlayer.methods.attack._classes import to_classes
 from cutlayer.registry import create
 from spine import model, often
@@ -35,7 +36,9 @@ def test_gradients_tell_at_once_and_states_later(kind: str, tmp_path: Path) -> N
     early, late = range(4), range(36, 40)
     first, seen = got(found, early)
     assert first.token_recovery > 0.95
-    assert first.positions == 60, "four samples were told"
+    assert first.positions == 60
+    told = torch.cat([labels[:, 0] for labels in seen.labelled.values()])
+    assert int((told != MISSING).sum()) == 4, "of the truth it has what it was promised, and no more"
     states = [got(found, steps, by="state")[0].token_recovery for steps in (early, late)]
     assert states[0] < 0.5 < first.token_recovery
     assert states[1] > states[0] + (0.05 if classifier else 0.3)

@@ -47,7 +47,7 @@ def test_the_labels_of_the_first_step(family: str, tail: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("tail", often([0, 1], 0))
 def test_after_tens_of_steps(tail: int, tmp_path: Path) -> None:
-    """Seen: 1.000 after 40 steps of LoRA with the norm and the head as the tail, ... with a block more."""
+    """Seen after 40 steps of LoRA: above 0.99 with the norm and the head as the tail, above 0.8 with a block more."""
     found = record(model(), tmp_path, partition=u_shape(tail), steps=40, optimizer={"name": "adamw", "lr": 2e-3})
     attack = create("attack", NAME, {})
     seen = view(found, attack, last=True)

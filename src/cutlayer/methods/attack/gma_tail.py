@@ -78,7 +78,7 @@ class GmaTail(Attack):
         listed = likely(public, start, hidden, gradient, self.shortlist)
         tail = Linear(public, start, hidden)
         wanted = gradient.to(tail.without)
-        columns = listed.unique()
+        columns = torch.unique(listed)
         first = torch.zeros(tail.shape, device=wanted.device).scatter_(1, listed[:, :1], 1.0)
         made = tail.without - tail.of(first)
         scale = ((made * wanted).sum() / wanted.square().sum()).clamp_min(1e-12)
