@@ -31,7 +31,7 @@ def recorded(root: Path, kind: str, shares: list[float], **changes: Any) -> Any:
     ),
 )  # fmt: skip
 def test_labels_come_back(kind: str, by: str, rarer: float, tmp_path: Path) -> None:
-    """Seen: an AUC of 1.000 and all labels in each case; ``label-norm`` at most 0.3 from chance on the balanced ones."""
+    """Seen: an AUC of 1.000 and all labels in each case; ``label-norm`` less than 0.3 from chance on equal shares."""
     found = recorded(tmp_path, kind, [1 - rarer, rarer])
     attack = create("attack", NAME, {"by": by})
     seen = class_view(found, attack)

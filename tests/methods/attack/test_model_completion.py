@@ -28,7 +28,7 @@ def test_a_head_from_a_few_labels(unlabelled: float) -> None:
     states = 1.5 * torch.randn(3, 16, generator=generator)[labels] + torch.randn(90, 16, generator=generator)
     one = Exchange("a", 0, 0, {"return_activations": {"hidden": states[:, None]}}, {})
     told = torch.where(torch.arange(90) < 6, labels + 20, MISSING)[:, None]
-    attack = create("attack", NAME, {"unlabelled": unlabelled, "steps": 100})
+    attack = create("attack", NAME, {"unlabelled": unlabelled})
     shares = {20: 0.4, 21: 0.3, 22: 0.3}
     layout = Layout(range(1), range(1, 2), range(2, 3), tail_at_client=True)
     seen = View(attack.threat, [one], layout, _classes=shares, _labelled={one.key: told})
@@ -50,8 +50,8 @@ def trained(root: Path, lr: float, kind: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classification", "prompt-completion"])
 def test_trained_states_tell_more(kind: str, tmp_path: Path) -> None:
-    """In the last epoch, with 40 labels. Seen, mean of three seeds: 0.69 on trained states, 0.33 on untrained ones (of a
-    language model 0.88 and 0.34).
+    """In the last epoch, with 40 labels. Seen, mean of three seeds: 0.69 on trained states, 0.33 on untrained ones (of
+    a language model 0.88 and 0.34).
 
     The catalogue has samples without a label help. They did not: 0.69 against 0.67 without them, and 0.88 against 0.89;
     with one to four labels a class the difference was at most 0.03, either way.
