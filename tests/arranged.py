@@ -13,7 +13,7 @@ import torch
 from cutlayer.arrangement import Speed, Told
 from cutlayer.driver import Run
 from cutlayer.models.segment import Segment
-from spine import adapter, equal, losses, resumed, train
+from spine import adapter, equal, losses, resumed, train, twin_of
 
 DOMAINS = ((3, 50), (50, 97))  # words of each
 
@@ -65,9 +65,8 @@ def accuracy(run: Run, client: str, batch: Mapping[str, torch.Tensor]) -> float:
 
 def kill_and_resume(folder: Path, out: Path, clients: Mapping[str, Any], **run: Any) -> None:
     """A run that goes on from its first of three rounds ends as if it had not stopped."""
-    for name in ("whole", "part"):
-        train(folder, out / name, clients, rounds=3, checkpoint_every=1, **run)
-    part = out / "part"
+    train(folder, out / "whole", clients, rounds=3, checkpoint_every=1, **run)
+    part = twin_of(out / "whole")
     resumed(part)
     assert losses(part) == losses(out / "whole")
     assert equal(adapter(part), adapter(out / "whole"))

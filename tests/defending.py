@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import cutlayer
 from cutlayer.assembly import assemble
@@ -67,6 +68,33 @@ def whole_batch(rows: int, length: int, *, seed: int = 0, vocabulary: int = 60) 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocabulary, (rows, length), generator=generator)
     return Batch(ids, None, None, ids.clone(), rows * length, rows * (length - 1))
+
+
+def head_states(folder: Path, blocks: int, ids: torch.Tensor) -> torch.Tensor:
+    """The hidden states [B,T,H] behind so many blocks of a saved causal model."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        found: torch.Tensor = loaded(input_ids=ids, output_hidden_states=True).hidden_states[blocks]
+    return found
+
+
+def inverted(
+    states: torch.Tensor, ids: torch.Tensor, shown: torch.Tensor, truth: torch.Tensor, *, seed: int = 0
+) -> float:
+    """The share of tokens that a two-layer map, trained on pairs of states [N,H] and tokens [N], reads from others."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, std = states.mean(0), states.std(0) + 1e-6
+        reader = torch.nn.Sequential(
+            torch.nn.Linear(states.shape[1], 128), torch.nn.GELU(), torch.nn.Linear(128, int(ids.max()) + 1)
+        )
+        optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
+        for _ in range(200):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(reader((states - mean) / std), ids).backward()
+            optimizer.step()
+    with torch.no_grad():
+        return float((reader((shown - mean) / std).argmax(1) == truth).double().mean())
 
 
 def frames(root: Path) -> Iterator[tuple[Header, Mapping[str, torch.Tensor]]]:

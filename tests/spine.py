@@ -24,6 +24,12 @@ LR = 1e-2
 TWO = {"name": "two-part-split", "head_blocks": 1}
 U = {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 1}
 PARTITIONS = pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
+MOSTLY_TWO = pytest.mark.parametrize(  # the other one in the slow suite
+    "partition", [pytest.param(TWO, id="two-part"), pytest.param(U, id="u-shape", marks=pytest.mark.slow)]
+)
+MOSTLY_U = pytest.mark.parametrize(
+    "partition", [pytest.param(TWO, id="two-part", marks=pytest.mark.slow), pytest.param(U, id="u-shape")]
+)
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -38,6 +44,19 @@ def often(every: Iterable[Any], *chosen: Any) -> list[Any]:
     quick = [case if isinstance(case, tuple) else (case,) for case in chosen]
     assert all(case in cases for case in quick)
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
+def by_turns(name: str, values: Iterable[Any], ids: Sequence[str] | None = None) -> pytest.MarkDecorator:
+    """A sweep of ``values`` by both partitions: in the default suite each with one of them, by turns from the U-shape
+    on, in the slow one with both."""
+    cases = []
+    for number, value in enumerate(values):
+        told = str(value) if ids is None else ids[number]
+        for kind, partition in (("two-part", TWO), ("u-shape", U)):
+            quick = (kind == "u-shape") == (number % 2 == 0)
+            marks = () if quick else pytest.mark.slow
+            cases.append(pytest.param(value, partition, id=f"{told}-{kind}" if told else kind, marks=marks))
+    return pytest.mark.parametrize((name, "partition"), cases)
 
 
 @lru_cache
@@ -101,6 +120,11 @@ def adapter(out: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
 def equal(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
     """The same names with the same bits."""
     return left.keys() == right.keys() and len(left) > 0 and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def twin_of(whole: Path) -> Path:
+    """A run's folder once more beside it, for ``resumed``; to make the same run twice takes longer."""
+    return shutil.copytree(whole, whole.with_name("part"))
 
 
 def resumed(out: Path) -> Any:

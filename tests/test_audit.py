@@ -29,7 +29,7 @@ from cutlayer.registry import create, names
 from cutlayer.report.progress import Reporter
 from cutlayer.schedule import batches_of
 from cutlayer.threat import Threat
-from spine import PARTITIONS, TWO, U, model
+from spine import MOSTLY_TWO, PARTITIONS, TWO, U, model
 
 ROOT = Path(__file__).parents[1]
 ATTACKS = {name: create("attack", name, {}) for name in names("attack")}
@@ -85,7 +85,7 @@ def test_an_audit_changes_no_number_of_the_run(tmp_path: Path) -> None:
     ]
 
 
-@PARTITIONS
+@MOSTLY_TWO
 def test_a_view_has_what_crossed_the_wire(partition: dict[str, Any], tmp_path: Path) -> None:
     """Two clients, accumulation and evaluation: each training micro-batch once, with the steps that are read."""
     run = tree(model(), tmp_path, partition=partition, clients=2, steps=2, gradient_accumulation=2, batch_size=2)

@@ -22,7 +22,7 @@ from cutlayer.errors import CheckpointError, ConfigError, CutlayerError, OutputE
 from cutlayer.report.comparison import MEASURES, Trial, evaluations, measured, reached, spread, summarize
 from cutlayer.report.comparison_page import band, markdown, page, rows, table, written
 from cutlayer.run import Interrupted
-from spine import lines
+from spine import lines, often
 from test_cli import printed, run
 from tiny import make_model, text_rows, write_rows
 
@@ -216,7 +216,7 @@ def test_more_runs_and_seeds_make_only_what_is_missing(done: Comparison, place: 
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("until", [2, 7])
+@pytest.mark.parametrize("until", often([2, 7], 7))
 def test_an_interrupted_comparison_goes_on(until: int, done: Comparison, place: Place, tmp_path: Path) -> None:
     """In the first run before its first checkpoint, and in the second after one."""
     with pytest.raises(Interrupted, match="same command again"):

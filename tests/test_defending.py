@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cutlayer
 from apart import Apart, steps
 from cutlayer.config import load_config
 from cutlayer.defense import Sends
 from cutlayer.errors import CheckpointError, ConfigError, MethodError, OutputError
-from cutlayer.parties.client import secret_of
+from cutlayer.parties.client import ClientParty, secret_of
 from cutlayer.parties.releases import Releases
 from cutlayer.wire import Header
 from defending import ROWS, client, defending, frames, passing, run_of, trained, whole_batch
-from spine import PARTITIONS, TWO, U, adapter, equal, losses, resumed
+from spine import MOSTLY_U, PARTITIONS, TWO, U, adapter, equal, losses, resumed
+from striking import Fate
 
 NOTHING = {"name": "dp-forward", "noise": 0, "clip": None}
 NOISE = {"name": "dp-forward", "noise": 0.5}
@@ -26,6 +28,7 @@ PROBES = {"exchange": "mu-splitfed", "framework": "sfl-v1", "gradient_accumulati
 HEAD = """from dataclasses import dataclass, field
 import torch
 from cutlayer.contracts import Defense
+from cutlayer.defense import Learned
 from cutlayer.registry import method
 
 """
@@ -45,7 +48,7 @@ def own(root: Path, body: str, name: str = "own.py") -> str:
     return str(root / name)
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_a_defense_that_does_nothing_changes_no_bit(partition: dict[str, Any], tmp_path: Path) -> None:
     """Padded batches, accumulation, evaluation."""
     plain = trained(tmp_path / "plain", [], partition=partition)
@@ -160,6 +163,88 @@ def test_a_penalty_is_added_to_the_heads_loss(tmp_path: Path) -> None:
         torch.testing.assert_close(adapter(halves.out)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+LEARNS = """    learning = True
+    lr: float = 0.01
+    def learns(self, ground):
+        width = ground.look(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
+        self.map = torch.nn.Linear(width, width)
+        with torch.no_grad():
+            self.map.weight.copy_(torch.eye(width)); self.map.bias.zero_()
+        return Learned(self.map, self.lr)
+"""
+SHOWS = (
+    LEARNS
+    + "    def protect(self, shown, about): return self.map(shown) if about.leg == 'send_activations' else shown\n"
+)
+GETS = LEARNS + "    def received(self, hidden, about): return self.map(hidden)\n"
+
+
+@pytest.mark.parametrize("body", [SHOWS, GETS], ids=["shown", "received"])
+def test_what_a_defense_learns_is_trained_beside_the_model(body: str, tmp_path: Path) -> None:
+    """With no rate an identity stays one, and nothing but rounding is changed; with one it and the run are others."""
+    file = own(tmp_path, body)
+    still = {"name": file, "lr": 0.0}
+    plain, same = trained(tmp_path / "plain", []), trained(tmp_path / "same", [still])
+    for name, tensor in adapter(plain.out).items():
+        torch.testing.assert_close(adapter(same.out)[name], tensor, rtol=1e-4, atol=1e-6)
+    other = trained(tmp_path / "other", [file], steps=4, checkpoint_every=1)
+    kept = adapter(other.out)
+    assert not equal(kept, adapter(trained(tmp_path / "long", [still], steps=4).out))
+    state = load_file(sorted((other.out / "checkpoints").glob("*/defense-client-0.safetensors"))[-1])
+    assert {name for name in state if not name.startswith("optimizer/")} == {"0.weight", "0.bias"}
+    assert not torch.equal(state["0.weight"], torch.eye(32))
+    assert equal(adapter(resumed(other.out).out), kept), "it is in the checkpoints"
+
+
+@pytest.mark.parametrize("body", [SHOWS, GETS], ids=["shown", "received"])
+def test_the_gradient_of_what_is_learned_is_that_of_the_loss(body: str, tmp_path: Path) -> None:
+    """Against the change of the loss when a number of the map is nudged."""
+    made = client(tmp_path, [own(tmp_path, body)], precision="float32", gradient_accumulation=1)
+    assert made.defending is not None
+    assert made.defending.aside is not None
+    batch, _, _ = made._draw(0, 0)
+
+    ask = Header("head_forward", "control", "head_forward", "server", "c", "c", values={"graph": True})
+    _, shown = made.handle(ask, [])  # goes straight into the tail
+    up = Header(
+        "tail_step", "activations", "tail_step", "server", "c", "c", values={"graph": True, "head_weight": 1.0},
+        names=("hidden",),
+    )  # fmt: skip
+    _, back = made.handle(up, [shown[0].detach()])
+    down = Header(
+        "return_gradients", "gradient", "head_backward", "server", "c", "c", names=("hidden",),
+        values={"head_weight": 1.0, "update": False, "loss": 0.0},
+    )  # fmt: skip
+    made.handle(down, [back[0]])
+    for name, gradient in made.defending.aside._total().items():
+        numbers, steepest = made.defending.aside.params[name].view(-1), int(gradient.abs().flatten().argmax())
+        told = []
+        with torch.no_grad():
+            for nudge in (1e-2, -1e-2):
+                numbers[steepest] += nudge
+                told.append(_evaluated(made, batch))
+                numbers[steepest] -= nudge
+        assert float(gradient.flatten()[steepest]) == pytest.approx((told[0] - told[1]) / 2e-2, rel=0.02)
+
+
+def _evaluated(made: ClientParty, batch: Any) -> float:
+    """The loss of a training batch without dropout, the head's output straight into the tail."""
+    made.evaluation = [lambda: batch]
+    ask = Header("head_forward", "control", "head_forward", "server", "c", "c", values={"graph": False})
+    _, shown = made.handle(ask, [])
+    up = Header("tail_step", "activations", "tail_step", "server", "c", "c", values={"graph": False}, names=("hidden",))
+    told, _ = made.handle(up, [shown[0].detach()])
+    return float(told.values["loss"])
+
+
+def test_who_learns_needs_gradients_and_checkpoints(tmp_path: Path) -> None:
+    file = own(tmp_path, SHOWS)
+    with pytest.raises(ConfigError, match="sends no gradient back"):
+        load_config(run_of(tmp_path / "frozen", [file], exchange="splitfrozen"))
+    with pytest.raises(ConfigError, match="actors of engine 'ray' do not keep"):
+        load_config(run_of(tmp_path / "ray", [file], engine="ray"))
+
+
 def test_the_gradient_at_the_logits_can_be_replaced(tmp_path: Path) -> None:
     """By its own: softmax minus one-hot at each position that predicts a label."""
     body = """    def coefficients(self, logits, labels, about):
@@ -230,9 +315,13 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_between_processes_is_the_simulation(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "defense", [[NOISE, "clip-noise"], pytest.param([{"name": "mi-regularization"}, "nopeek"], marks=pytest.mark.slow)],
+    ids=["noise", "learned"],
+)  # fmt: skip
+def test_between_processes_is_the_simulation(defense: list[Any], tmp_path: Path) -> None:
     """The noise of a client that joins is of its own secret: with the simulated one's, all bits are the same."""
-    run = Apart(tmp_path / "apart", {"ann": ROWS, "bob": ROWS[:5]}, defense=[NOISE, "clip-noise"], rounds=2)
+    run = Apart(tmp_path / "apart", {"ann": ROWS, "bob": ROWS[:5]}, defense=defense, rounds=2)
     for name in run.files:
         (run.root / name).mkdir()
         (run.root / name / "secret").write_bytes(secret_of(0, name))
@@ -250,6 +339,22 @@ def test_between_processes_is_the_simulation(tmp_path: Path) -> None:
             assert 0 < own["releases"] <= bound["releases"], "a simulation counts as if each client evaluated"
             assert {**own, "releases": 0} == {**bound, "releases": 0}
         assert "no epsilon is claimed" in run.said(name)
+
+
+@pytest.mark.slow
+def test_what_a_client_has_learned_is_there_again_after_it_was_killed(tmp_path: Path) -> None:
+    run = Apart(tmp_path / "apart", {"ann": ROWS, "bob": ROWS[:5]}, defense=["mi-regularization"], rounds=3)
+    for name in run.files:
+        (run.root / name).mkdir()
+        (run.root / name / "secret").write_bytes(secret_of(0, name))
+    server = run.serve()
+    fate = Fate("head_backward", after=run.root / "ann" / "checkpoints" / "round-000001")
+    bob, ann = run.join("bob"), run.join("ann", fate=fate)
+    assert ann.wait() == -9
+    run.ended({"ann": run.join("ann"), "bob": bob, "server": server})
+    alone = cutlayer.train(run.simulated, out=tmp_path / "one", progress=False)
+    assert run.same(alone.out)
+    assert (run.root / "ann" / "checkpoints" / "round-000003" / "defense.safetensors").is_file()
 
 
 def test_a_message_counts_once_and_before_it_leaves(tmp_path: Path) -> None:

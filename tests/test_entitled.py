@@ -75,7 +75,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sfl-leo": {**LATE, "aggregator": "sfl-leo"},
     "splitlpf": {"framework": "sfl-v1", "aggregator": "splitlpf"},
 }  # fmt: skip
-QUICK = ("splitft-adaptive-cut", "multisfl, replay", "mu-splitfed", "clicooper")
+QUICK = ("multisfl, replay", "mu-splitfed", "clicooper")
 
 
 def of(run: Run, name: str) -> Entitled:

@@ -211,7 +211,7 @@ def test_what_is_wrong_is_said_and_nothing_is_left(name: str, start: Any, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "run.yaml"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "roberta", "bert"])
+@pytest.mark.parametrize("name", often(["gpt2", "opt", "roberta", "bert"], "gpt2", "roberta"))
 def test_a_row_longer_than_the_positions(name: str, start: Any, tmp_path: Path) -> None:
     """Learned positions end at 64; said before training, in training and in evaluation data. 64 tokens are allowed."""
     classify = {"format": "classification"} if name in ("bert", "roberta") else {}
@@ -526,7 +526,7 @@ def known() -> dict[str, Whole]:
     return {}
 
 
-@pytest.mark.parametrize("moment", often(list(FULL), "first-checkpoint", "frames", "checkpoint", "adapter"))
+@pytest.mark.parametrize("moment", often(list(FULL), "first-checkpoint", "checkpoint"))
 def test_a_full_disk(
     moment: str, start: Any, forge: Forge, disk: Path, tmp_path: Path, known: dict[str, Whole]
 ) -> None:
@@ -602,6 +602,11 @@ def test_relative_paths_from_another_folder(forge: Forge, models: Path, tmp_path
     assert list(third.iterdir()) == []
 
 
+def rarely(*case: Any) -> Any:
+    """A case of the slow suite."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def test_line_ends_do_not_matter(start: Any, tmp_path: Path) -> None:
     lines = texts(9)
     losses = []
@@ -616,16 +621,16 @@ def test_line_ends_do_not_matter(start: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "rows"),
     [
-        ({"clients": 1}, 23),
+        rarely({"clients": 1}, 23),
         ({"clients": 1, "framework": "sequential-sl", "data": {"eval_fraction": None}}, 1),
-        ({"clients": 20, "data": {"eval_fraction": None}, "rounds": 1}, 21),
-        ({"batch_size": 500, "gradient_accumulation": 7}, 23),
+        rarely({"clients": 20, "data": {"eval_fraction": None}, "rounds": 1}, 21),
+        rarely({"batch_size": 500, "gradient_accumulation": 7}, 23),
         ({"optimizer": {"name": "adamw", "schedule": "linear", "warmup": 100}}, 23),
         ({"rounds": None, "epochs": 2, "clients": 4, "framework": {"name": "sfl-v2", "local_steps": 3}}, 23),
-        ({"rounds": None, "steps": 5, "framework": {"name": "sfl-v2", "local_steps": 2}}, 23),
+        rarely({"rounds": None, "steps": 5, "framework": {"name": "sfl-v2", "local_steps": 2}}, 23),
         ({"rounds": 9, "eval_every": 1, "early_stop": {"patience": 1, "min_delta": 50.0}}, 23),
         ({"optimizer": {"name": "sgd", "lr": 0.0}}, 23),
-        ({"gradient_checkpointing": True, "max_grad_norm": 0.1}, 23),
+        rarely({"gradient_checkpointing": True, "max_grad_norm": 0.1}, 23),
         ({"precision": "bfloat16"}, 23),
     ],
     ids=["one-client", "one-row", "20-clients-21-rows", "large-batch", "short-of-warmup", "epochs", "steps",
@@ -652,7 +657,7 @@ def test_odd_but_allowed(changes: dict[str, Any], rows: int, start: Any, tmp_pat
         assert perplexity == pytest.approx(math.exp(loss))
 
 
-@pytest.mark.parametrize("participation", [0.34, 0.5])
+@pytest.mark.parametrize("participation", often([0.34, 0.5], 0.34))
 def test_steps_are_those_of_each_client_whoever_takes_part(participation: float, start: Any, tmp_path: Path) -> None:
     """``steps`` counts optimizer steps of a client, also where only some take part in a round."""
     ended = start({"rounds": None, "steps": 4, "framework": {"name": "sfl-v2", "participation": participation}})

@@ -240,27 +240,28 @@ import json
 from transformers import AutoModelForCausalLM
 from cutlayer.identity import fingerprint
 from cutlayer.policy import load_policy
-before = fingerprint("owner/model")
-AutoModelForCausalLM.from_pretrained("owner/model")
-print(json.dumps([before, fingerprint("owner/model")]))
+found = []
+for name in ("owner/model", "owner/changed"):
+    before = fingerprint(name)
+    AutoModelForCausalLM.from_pretrained(name)
+    found.append([before, fingerprint(name)])
+print(json.dumps(found))
 """
 
 
 def test_a_model_of_the_hub_is_known_by_its_files_in_the_cache(base: Path, tmp_path: Path) -> None:
     (tmp_path / "hub/models/owner").mkdir(parents=True)
-    shutil.copytree(base, tmp_path / "hub/models/owner/model")
-    found = []
-    for number in range(2):
-        with HubServer(tmp_path / "hub") as hub:
-            done = subprocess.run(
-                [sys.executable, "-c", HUB_SCRIPT], env=hub.environment(tmp_path / f"home{number}"),
-                capture_output=True, text=True, timeout=120,
-            )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        before, after = json.loads(done.stdout)
-        assert before == {"name": "owner/model"}
-        found.append(after)
-        change(tmp_path / "hub/models/owner/model")
+    for name in ("model", "changed"):
+        shutil.copytree(base, tmp_path / "hub/models/owner" / name)
+    change(tmp_path / "hub/models/owner/changed")
+    with HubServer(tmp_path / "hub") as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", HUB_SCRIPT], env=hub.environment(tmp_path / "home"),
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, found = zip(*json.loads(done.stdout), strict=True)
+    assert before == ({"name": "owner/model"}, {"name": "owner/changed"})
     assert found[0].keys() == {"config.json", "model.safetensors"}
     assert [name for name in found[0] if found[0][name] != found[1][name]] == ["model.safetensors"]
 

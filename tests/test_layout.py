@@ -35,13 +35,19 @@ FAMILY_NEEDS = {
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    """A file as a tree; read once."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path, *, typing_too: bool = False) -> frozenset[str]:
     """The modules that a file imports, dotted; what is imported for type checking only does not count."""
     return frozenset(_imports(path, typing_too))
 
 
 def _imports(path: Path, typing_too: bool) -> Iterator[str]:
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     skipped: set[int] = set()
     if not typing_too:
         for node in ast.walk(tree):
@@ -118,7 +124,7 @@ def test_only_the_wire_makes_bytes() -> None:
         if name not in ("_header.py", "wire.py", "links/net/messages.py"):
             assert not used & {"struct", "cutlayer._header"}, name
         assert not used & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}, name
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         taken = {
             alias.name
             for node in ast.walk(tree)

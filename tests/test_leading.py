@@ -95,6 +95,7 @@ GROUPS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow  # of groups: the test above; that the server reads nothing of it: test_sealing.py
 def test_pairs_of_a_selection_between_processes_are_the_simulation(tmp_path: Path) -> None:
     """Another client brings its data in another round, and another one helps it; the server reads nothing of it."""
     run = paired(tmp_path, "u-shape", count=3, rounds=3, eval_every=None, record_wire=str(tmp_path / "seen"))

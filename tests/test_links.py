@@ -29,7 +29,7 @@ from cutlayer.methods.framework.sfl_v2 import SFLV2
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.trunk import Place, TrunkParty
 from cutlayer.wire import Header, Meter, read_frames
-from spine import PARTITIONS, TWO, U, caught, equal, lines, model, train  # noqa: F401
+from spine import TWO, U, caught, equal, lines, model, often, train  # noqa: F401
 from tiny import BLOCKS, text_rows
 
 ROWS = {name: text_rows(size, seed=i) for i, (name, size) in enumerate({"ann": 3, "bob": 3, "cid": 3}.items())}
@@ -109,7 +109,7 @@ def finish(framework: str, tmp_path: Path, caught: list[Any], workers: int) -> t
     return max(line["virtual_time"] for line in lines(out)) - caught[-1].began, found
 
 
-@pytest.mark.parametrize("framework", ["psl", "sfl-v1"])
+@pytest.mark.parametrize("framework", often(["psl", "sfl-v1"], "psl"))
 def test_parallel_time_is_the_slowest_client_or_a_queue(
     framework: str, tmp_path: Path, caught: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +302,9 @@ def test_the_first_error_is_the_one_that_is_told(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "framework", ["sfl-v1", "psl", {"name": "psl", "grad_scale": "joint"}], ids=["sfl-v1", "psl", "psl-joint"]
+    "framework",
+    often(["sfl-v1", "psl", {"name": "psl", "grad_scale": "joint"}], {"name": "psl", "grad_scale": "joint"}),
+    ids=["sfl-v1", "psl", "psl-joint"],
 )
 def test_a_whole_round_of_equal_clients_takes_what_one_of_them_takes(framework: Any, tmp_path: Path) -> None:
     """Each has a link of its own, so set-up, step and merge take as long for six as for two: I * step + A.

@@ -17,7 +17,21 @@ from cutlayer.errors import CutlayerError
 from cutlayer.ranks import pairs, refit
 from cutlayer.step import split_evaluate
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, adamw, adapter, block_of, caught, equal, losses, model, often, resumed, train  # noqa: F401
+from spine import (  # noqa: F401
+    MOSTLY_U,
+    adamw,
+    adapter,
+    block_of,
+    by_turns,
+    caught,
+    equal,
+    losses,
+    model,
+    often,
+    resumed,
+    train,
+    twin_of,
+)
 from tiny import text_rows
 
 # A planner that gives each client the cuts that are written here, one after the other.
@@ -69,8 +83,7 @@ def blocks(count: int = 6) -> Path:
     return model(num_hidden_layers=count)
 
 
-@PARTITIONS
-@FRAMEWORKS
+@by_turns("framework", ["sfl-v1", "sfl-v2"])
 def test_one_client_equals_unsplit_wherever_its_cut_goes(
     framework: str, partition: dict[str, Any], listed: Any, tmp_path: Path
 ) -> None:
@@ -87,7 +100,7 @@ def test_one_client_equals_unsplit_wherever_its_cut_goes(
     assert equal(adapter(out), reference.state)
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_with_sgd_and_a_merge_each_step_the_cuts_do_not_matter(
     partition: dict[str, Any], listed: Any, tmp_path: Path
 ) -> None:
@@ -103,8 +116,7 @@ def test_with_sgd_and_a_merge_each_step_the_cuts_do_not_matter(
     assert not equal(moved, adapter(tmp_path / "moved", "adapter_initial"))
 
 
-@PARTITIONS
-@FRAMEWORKS
+@by_turns("framework", ["sfl-v1", "sfl-v2"])
 def test_a_move_leaves_the_logits_as_they_are(
     framework: str, partition: dict[str, Any], listed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,8 +153,7 @@ def test_a_killed_run_goes_on_with_the_cuts_it_had(framework: str, listed: Any, 
         "planner": listed("ann=1,2,3,1;bob=2,1,1,1;cid=1,1,2,3;dan=3,2,1,2"),
     }  # fmt: skip
     whole = train(blocks(), tmp_path / "whole", FOUR, **changes)
-    train(blocks(), tmp_path / "part", FOUR, **changes)
-    part = tmp_path / "part"
+    part = twin_of(tmp_path / "whole")
     again = resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))

@@ -78,7 +78,7 @@ def tell_apart(base: Base) -> None:
 
 # Learned and rotary positions, a final norm registered before the blocks, projections, ties, embeddings in a module of
 # their own, and classifiers.
-SOME = ("gpt2", "opt-projected", "gpt_neox", "llama", "llama-tied", "gemma3", "bert", "distilbert")
+SOME = ("gpt2", "opt-projected", "llama-tied", "gemma3", "distilbert")
 OFTEN = pytest.mark.parametrize("family", often(FAMILIES, *SOME))
 
 PARTS = {"whole": None, "client": CLIENT, "trunk": TRUNK, "below": BELOW, "above": ABOVE}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cutlayer.parties.client import ClientParty
-from spine import PARTITIONS, TWO, U, adapter, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import MOSTLY_U, TWO, U, adapter, caught, equal, lines, losses, model, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(size, seed=i) for i, (name, size) in enumerate({"ann": 6, "bob": 3, "cid": 9}.items())}
@@ -24,7 +24,11 @@ PROFILES: dict[str, Mapping[str, str]] = {
 
 @pytest.mark.parametrize(
     ("partition", "more"),
-    [(TWO, {}), (U, {"gradient_accumulation": 2}), (U, {"max_grad_norm": 0.1})],
+    [
+        pytest.param(TWO, {}, marks=pytest.mark.slow),
+        pytest.param(U, {"gradient_accumulation": 2}, marks=pytest.mark.slow),
+        (U, {"max_grad_norm": 0.1}),
+    ],
     ids=["two-part", "u-shape-accumulation", "u-shape-clip"],
 )
 def test_a_profile_changes_the_time_and_nothing_else(
@@ -53,7 +57,7 @@ def test_a_profile_changes_the_time_and_nothing_else(
     assert not any("virtual_time" in line for line in lines(tmp_path / "none"))
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_without_a_profile_at_most_one_head_graph_is_open(
     partition: dict[str, Any], tmp_path: Path, caught: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ from cutlayer.models.segment import Segment
 from cutlayer.models.verify import verify
 from cutlayer.registry import create
 from cutlayer.wire import frame_length, read_frames
-from spine import LR, PARTITIONS, TWO, U, adamw, adapter, block_of, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import LR, MOSTLY_U, PARTITIONS, TWO, U, adamw, adapter, block_of, caught, equal, lines, losses, model, train  # noqa: F401
 from tiny import BLOCKS, make_tokenizer, text_rows
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +105,7 @@ def test_evaluation_is_of_the_function_that_was_trained(partition: dict[str, Any
 # ---------------------------------------------------------------- SplitLoRA: averaging, accumulation, schedule, traffic
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_the_average_is_of_the_clients_own_tensors_after_their_updates(
     partition: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: list[Any]
 ) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cutlayer.errors import ConfigError, ModelError
 from cutlayer.models import loading, placement
-from spine import TWO, U, adapter, equal, losses, model, train
+from spine import adapter, by_turns, equal, losses, model, train
 from tiny import text_rows
 
 CLIENTS = {name: text_rows(4, seed=seed) for seed, name in enumerate(("ann", "bob"))}
@@ -35,8 +35,7 @@ def test_what_the_gpus_have_no_room_for_is_refused() -> None:
         placement.device_map(tiny(), "sequential", {0: 40_000, 1: 1_000})
 
 
-@pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
-@pytest.mark.parametrize("peft", [{"name": "lora", "rank": 2, "dropout": 0.1}, "full"], ids=["lora", "full"])
+@by_turns("peft", [{"name": "lora", "rank": 2, "dropout": 0.1}, "full"], ids=["lora", "full"])
 def test_the_hooks_change_no_number(
     partition: dict[str, Any], peft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ from tiny import text_rows, write_rows
 
 FOUR = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
 PAIRS = [(name, kind) for name in registry.names("framework") for kind in ("two-part", "u-shape")]
-QUICK = {("sfl-v2", "two-part"), ("sequential-sl", "u-shape"), ("sfl-v1", "u-shape"), ("clicooper", "two-part")}
+QUICK = {("sfl-v2", "two-part"), ("sequential-sl", "u-shape"), ("clicooper", "two-part")}
 CUTS = {"two-part": TWO, "u-shape": U}
 
 
@@ -169,7 +169,7 @@ OTHERS: dict[str, tuple[dict[str, Any], list[str], str]] = {
 }
 
 
-QUICK_OTHERS = ("moving cuts", "looking around", "a client that is lost")
+QUICK_OTHERS = ("moving cuts", "a client that is lost")
 
 
 @pytest.mark.parametrize("case", often(OTHERS, *QUICK_OTHERS))

@@ -20,7 +20,7 @@ from cutlayer.links import stages
 from cutlayer.models.standins import Skip
 from cutlayer.stretch import Stretch
 from rays import Killer, made, same
-from spine import TWO, U, adapter, equal, model, resumed
+from spine import TWO, U, adapter, equal, model, often, resumed
 from test_joining import Noted
 from tiny import write_rows
 
@@ -121,7 +121,7 @@ QUICK: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("partition", "engine", "changes"), QUICK, ids=["sfl-v1", "sfl-v2"])
+@pytest.mark.parametrize(("partition", "engine", "changes"), often(QUICK, QUICK[1]), ids=["sfl-v1", "sfl-v2"])
 def test_a_trunk_in_actors_changes_no_number(
     partition: dict[str, Any], engine: dict[str, Any], changes: dict[str, Any], tmp_path: Path, inside: Inside
 ) -> None:

@@ -201,23 +201,29 @@ MOMENTS: list[tuple[str, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("event", "number", "act"), MOMENTS, ids=lambda v: str(v))
+OFTEN = [
+    ("save_file", 2, "half"),
+    ("rename", 2, "kill"),
+    ("update", 21, "kill"),
+    ("flush", 2, "torn"),
+    ("save_adapter", 2, "kill"),
+]
+
+
+@pytest.mark.parametrize(("event", "number", "act"), often(MOMENTS, *OFTEN), ids=lambda v: str(v))
 def test_killed_at(event: str, number: int, act: str, cases: Any, tmp_path: Path) -> None:
     """Each kind of moment once, in the run with the most that could go wrong."""
     kill_and_resume(*cases("sfl-v2"), tmp_path, {"at": (event, number), "act": act})
 
 
-def test_killed_twice(cases: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", often([[], [{"at": ("flush", 1), "act": "torn"}]], []), ids=["twice", "three times"])
+def test_killed_twice(last: list[dict[str, Any]], cases: Any, tmp_path: Path) -> None:
     """Once between checkpoints, and the resumed process again while it writes the next one."""
-    kill_and_resume(
-        *cases("sfl-v2"), tmp_path, {"at": ("step", 11)}, {"at": ("save_file", 3), "act": "half"},
-        {"at": ("flush", 1), "act": "torn"},
-    )  # fmt: skip
+    half = {"at": ("save_file", 3), "act": "half"}
+    kill_and_resume(*cases("sfl-v2"), tmp_path, {"at": ("step", 11)}, half, *last)
 
 
-@pytest.mark.parametrize(
-    "name", often([n for n in VARIANTS if n != "sfl-v2"], "sequential", "full-tied", "two-part", "profile")
-)
+@pytest.mark.parametrize("name", often([n for n in VARIANTS if n != "sfl-v2"], "sequential", "full-tied-two-part"))
 def test_every_kind_of_run(name: str, cases: Any, tmp_path: Path) -> None:
     """Other frameworks, partitions, optimizers and data, killed after the first checkpoint."""
     case, wanted = cases(name)

@@ -12,10 +12,16 @@ import yaml
 import cutlayer
 from cutlayer import registry
 from cutlayer.config import load_config
+from spine import often
 from tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted([*ROOT.glob("runs/**/*.yaml"), *ROOT.glob("demo/*.yaml")])
+OFTEN = (  # in the default suite; of the others' methods each has tests of its own
+    "async-sfl-safsl-window", "capability-cut-two-part", "hsplitlora", "minibatch-sfl-two-part", "multisfl-u-shaped",
+    "pairingfl-selection", "psl-concatenated", "quickstart", "ringsfl-u-shaped", "run", "sequential-sl-two-part",
+    "splitfed-v2", "splitfrozen", "splitft", "splitlora",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,9 @@ def test_there_is_a_run_for_every_framework_and_partition() -> None:
     assert len(list(ROOT.glob("**/runs/papers/*.yaml"))) >= 1
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", often(RUNS, *(path for path in RUNS if path.stem in OFTEN)), ids=lambda path: path.stem
+)
 def test_run_makes_a_step(path: Path, tiny_model: Path, tmp_path: Path) -> None:
     config = load_config(path)
     kind, _ = config.length

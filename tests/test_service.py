@@ -74,7 +74,7 @@ class Two(Apart):
 
 
 def test_two_runs_in_one_server_have_the_numbers_that_they_have_alone(tmp_path: Path) -> None:
-    both = Two(tmp_path / "apart", rounds=4)
+    both = Two(tmp_path / "apart", rounds=2)
     server = both.serve()
     both.ended({**{name: both.join(name) for names in NAMES.values() for name in names}, "server": server})
     for run, clients in NAMES.items():

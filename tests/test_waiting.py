@@ -60,7 +60,7 @@ PEERS = {
 }
 
 
-@pytest.mark.parametrize("which", often(PEERS, "ring", "pairs", "two-part chain", "groups"))
+@pytest.mark.parametrize("which", often(PEERS, "pairs", "two-part chain"))
 def test_where_devices_run_all_blocks_work_and_waiting_are_the_rounds(
     which: str, tmp_path: Path, took: list[float]
 ) -> None:
@@ -104,7 +104,7 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize("which", often(SERVED, "sfl-v1", "gsfl"))
+@pytest.mark.parametrize("which", often(SERVED, "sfl-v1"))
 def test_with_a_server_own_work_and_waiting_are_the_rounds(which: str, tmp_path: Path, took: list[float]) -> None:
     """All but the trunk's seconds (and the set-up's, which are of no round) are a client's work or its link's."""
     waiting, by_step = run(tmp_path / "out", SLOW, **SERVED[which])

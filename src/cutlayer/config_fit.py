@@ -296,6 +296,17 @@ def _all_defended(config: RunConfig) -> Iterator[str]:
     except CutlayerError:
         return  # said by the other rules
     names = " and ".join(f"'{spec.name}'" for spec in config.defense)
+    learning = [spec.name for spec in config.defense if registry.load("defense", spec.name).learning]
+    if learning and exchange.frozen_head:
+        yield (
+            f"exchange '{config.exchange.name}' sends no gradient back to the clients, and defense '{learning[0]}' "
+            "learns by it. Leave one of the two out."
+        )
+    if learning and config.engine.name == "ray":
+        yield (
+            f"defense '{learning[0]}' learns, and actors of engine 'ray' do not keep that yet. Take engine: local, or "
+            "leave the defense out."
+        )
     if exchange.probes:
         yield (
             f"exchange '{config.exchange.name}' shows each batch at several points, which no defense covers yet, so "

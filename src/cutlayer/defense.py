@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cutlayer.noise import Noise
 from cutlayer.threat import Target
@@ -75,6 +75,8 @@ class Shown:
         training: whether it is trained with; else it is evaluated.
         to_sum: what a gradient is multiplied by to be that of the sum, not the mean, over label tokens.
         noise: private randomness that covers these tensors; the same for the same ones.
+        updates: how many optimizer steps what the defenses learn has had.
+        gradient: for a penalty at step 10 what came back [B,T,H] for what was shown.
     """
 
     leg: Leg
@@ -82,12 +84,22 @@ class Shown:
     training: bool
     to_sum: float
     noise: Callable[..., Noise]
+    updates: int = 0
+    gradient: Tensor | None = None
 
     @property
     def real(self) -> Tensor:
         """Which positions [B,T] are no padding."""
         mask, ids = self.batch.attention_mask, self.batch.input_ids
         return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a defense trains: a module, of which nothing ever leaves the client, by AdamW with this learning rate."""
+
+    module: nn.Module
+    lr: float
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,7 @@ class Defense(Protocol):
     """
 
     protects: ClassVar[tuple[Target, ...]]  # what it is there to hide
+    learning: ClassVar[bool] = False  # it has ``learns``, or a penalty: it needs a step 10 to learn in
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         """What of a run it cannot work with, a sentence each; asked before a model is read."""
@@ -163,6 +176,15 @@ class Defense(Protocol):
 
     def prepare(self, ground: Ground) -> None:
         """Before the first batch: take norms and tables from what is public."""
+
+    def learns(self, ground: Ground) -> Learned | None:
+        """After ``prepare``, once: what it trains, with its first weights; None: nothing.
+
+        PyTorch's generator is seeded for it by the run's seed. The gradients of the penalty and of what is shown and
+        received through the module are its own; it is updated with the client's part of the model, kept in the
+        client's checkpoints, and neither merged nor handed on.
+        """
+        return None
 
     @property
     def fresh(self) -> bool:
@@ -180,8 +202,16 @@ class Defense(Protocol):
         """Steps 3 and 7: what is shown [B,T,H] in place of this; at step 3 on the graph."""
         return shown
 
+    def received(self, hidden: Tensor, about: Shown) -> Tensor:
+        """Step 6: what the tail gets [B,T,H] in place of what came; on the graph in training."""
+        return hidden
+
     def penalty(self, hidden: Tensor, about: Shown) -> Tensor | None:
-        """Step 10: a loss on the head's output [B,T,H], added to the task's; None: there is none."""
+        """A loss that is added to the task's; None: there is none.
+
+        Step 10 (``about.leg`` is ``send_activations``): on the head's output [B,T,H] before any defense. Step 6
+        (``send_gradients``): on what came [B,T,H], before ``received``.
+        """
         return None
 
     def coefficients(self, logits: Tensor, labels: Tensor, about: Shown) -> Tensor | None:

@@ -192,7 +192,9 @@ class Engine:
     def _slots(self) -> dict[str, Slot]:
         """Every slot that is here by the name of its file in a checkpoint; one that two parties share comes once."""
         parts = self.run.parts
-        found = {} if parts.apart else {f"client-{name}": party.slot for name, party in parts.clients.items()}
+        found: dict[str, Slot] = {}
+        for name, client in parts.clients.items() if not parts.apart else ():
+            found |= {f"{of}-{name}": slot for of, slot in client.slots.items()}
         known = {id(party.slot) for party in parts.clients.values()}  # elsewhere they write it themselves
         for name, party in parts.parties.items():
             for of, slot in party.slots.items():

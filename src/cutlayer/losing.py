@@ -112,7 +112,8 @@ class Losing:
         """Remember clients as they are, for ``set_back``; those elsewhere remember their own part."""
         for client in clients:
             hosted = [s.party for s in self.parts.routes[client] if s.party in self.ends]
-            devices = [] if self.parts.apart else [self.parts.clients[name].slot for name in (client, *hosted)]
+            here = (client, *hosted) if not self.parts.apart else ()
+            devices = [slot for name in here for slot in self.parts.clients[name].slots.values()]
             slots = [slot for slot in self.own_slots(client) if slot not in devices]
             self._kept[client] = Kept(
                 [

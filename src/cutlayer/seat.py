@@ -260,7 +260,8 @@ class Seat:
             )
         try:
             slot = self.party.slot
-            slot.put(states["client"], version=int(manifest["slot_version"]), resize=True)
+            for of, one in self.party.slots.items():
+                one.put(states[of], version=int(manifest["versions"][of]), resize=True)
             self._last_for(int(manifest["updates"]))
             if slot.importance is not None:
                 slot.importance.restore(manifest["importance"])
@@ -290,9 +291,10 @@ class Seat:
 
         These are its two newest, what this client was last set back to until there are two, and the last begin.
         """
-        slot, newest = self.party.slot, self._checkpoints[-checkpoint.KEEP :]
+        newest = self._checkpoints[-checkpoint.KEEP :]
         spared = {self._holds, *newest, *([self._base_round] if len(newest) < checkpoint.KEEP else [])}
-        states, told = {"client": slot.get(optimizer=True)}, {**self._identity(), **self._noted()}
+        states = {of: one.get(optimizer=True) for of, one in self.party.slots.items()}
+        told = {**self._identity(), **self._noted()}
         if self.peers is not None and (trunk := self.peers.hosting.held()) is not None:
             states[TRUNK], told["trunk"] = dict(trunk.state), trunk.noted()
         checkpoint.save(self._kept, number, states, told, spared=spared)
@@ -314,7 +316,8 @@ class Seat:
         """What of this client's state is no tensor."""
         slot = self.party.slot
         return {
-            "slot_version": slot.version, "updates": self._updates, "head_blocks": len(self.party.head.blocks),
+            "versions": {of: one.version for of, one in self.party.slots.items()},
+            "updates": self._updates, "head_blocks": len(self.party.head.blocks),
             "importance": slot.importance.state() if slot.importance is not None else None,
         }  # fmt: skip
 

@@ -67,6 +67,7 @@ print(sum(p.sum().item() for p in model.parameters()), AutoTokenizer.from_pretra
 """
 
 
+@pytest.mark.slow  # test_parts.py loads a model of it
 def test_the_server_also_serves_models_in_shards(tmp_path, words):
     """The model side relies on this server; it is tested where it lives."""
     from transformers import GPT2Config, GPT2LMHeadModel

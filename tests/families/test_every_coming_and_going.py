@@ -117,7 +117,8 @@ def lost_at(message: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("sfl-v1", {}), ("psl", {}), ("psl", {"grad_scale": "joint"}), ("hsfl", {"intervals": [1, 1, 1]}),
+        ("sfl-v1", {}), pytest.param("psl", {}, marks=pytest.mark.slow), ("psl", {"grad_scale": "joint"}),
+        pytest.param("hsfl", {"intervals": [1, 1, 1]}, marks=pytest.mark.slow),
         ("gsfl", {"groups": 2, "intra": "psl"}), ("p-sl", {"form": "parallel", "cache": 0}),
     ],
     ids=["sfl-v1", "psl", "psl-joint", "hsfl", "gsfl-psl", "p-sl"],
@@ -138,7 +139,7 @@ def test_a_lost_client_counts_as_if_it_had_not_come(
 
 
 @pytest.mark.parametrize("message", often([0, 1], 1))
-@pytest.mark.parametrize("name", ["sequential-sl", "sfl-v2", "gsfl"])
+@pytest.mark.parametrize("name", often(["sequential-sl", "sfl-v2", "gsfl"], "sequential-sl", "sfl-v2"))
 def test_before_its_turn_at_a_common_trunk_is_over_too(
     name: str, message: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: list[Run]
 ) -> None:

@@ -14,7 +14,22 @@ import unsplit
 from cutlayer import registry
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
-from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, lines, losses, model, often, resumed, train  # noqa: F401
+from spine import (  # noqa: F401
+    TWO,
+    U,
+    adamw,
+    adapter,
+    by_turns,
+    caught,
+    equal,
+    lines,
+    losses,
+    model,
+    often,
+    resumed,
+    train,
+    twin_of,
+)
 from tiny import text_rows
 
 EVERY = registry.names("framework")
@@ -25,8 +40,9 @@ ALONE: dict[str, dict[str, Any]] = {  # options that a single client needs
 }
 NOT_ALONE = {"ringsfl", "pairingfl", "clicooper"}  # they need a peer, and say so
 U_ONLY = {"ringsfl"}
-BOTH = {"psl", "ringsfl"}  # whose two-part case is in the default suite
-slow = pytest.mark.slow
+COME_AND_GO = {"sequential-sl", "psl", "sfl-v2", "async-sfl", "pairingfl", "ringsfl"}
+# Those are run twice, and resumed, in test_every_coming_and_going.py; that ringsfl refuses a two-part split is here.
+QUICK = {(name, "u-shape") for name in EVERY if name not in COME_AND_GO} | {("ringsfl", "two-part")}
 RUN_ON = {name for name in EVERY if registry.load("framework", name).asynchronous}
 
 
@@ -38,8 +54,7 @@ def with_its_aggregator(name: str) -> dict[str, Any]:
 FOUR = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
 
 
-@PARTITIONS
-@pytest.mark.parametrize("name", sorted(set(EVERY) - NOT_ALONE))
+@by_turns("name", sorted(set(EVERY) - NOT_ALONE))
 def test_one_client_equals_unsplit(name: str, partition: dict[str, Any], tmp_path: Path) -> None:
     """Losses and all trained tensors after six AdamW steps, without any difference."""
     rows, out, folder = text_rows(9), tmp_path / "out", model(num_hidden_layers=6)
@@ -55,7 +70,7 @@ def test_one_client_equals_unsplit(name: str, partition: dict[str, Any], tmp_pat
 @pytest.mark.parametrize(
     ("name", "partition"),
     [
-        pytest.param(name, partition, id=f"{name}-{kind}", marks=() if kind == "u-shape" or name in BOTH else slow)
+        pytest.param(name, partition, id=f"{name}-{kind}", marks=() if (name, kind) in QUICK else pytest.mark.slow)
         for name in EVERY
         for partition, kind in ((TWO, "two-part"), (U, "u-shape"))
     ],
@@ -101,17 +116,16 @@ def test_who_needs_a_peer_says_so(name: str, tmp_path: Path) -> None:
         train(model(), tmp_path / "out", {"ann": text_rows(3)}, framework=name)
 
 
-@pytest.mark.parametrize("name", often(EVERY, "async-sfl", "gsfl", "multisfl", "p-sl", "ringsfl"))
+@pytest.mark.parametrize("name", often(EVERY, "gsfl", "multisfl", "p-sl"))
 def test_a_killed_run_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
     """Resumed after the first of three rounds, everything a framework keeps between rounds is there."""
     framework = {
         "name": name,
         **({"local_steps": 1} if "local_steps" in registry.option_fields(registry.load("framework", name)) else {}),
     }
-    for out in ("whole", "part"):
-        changes = {"framework": framework, "rounds": 3, "checkpoint_every": 1, **with_its_aggregator(name)}
-        train(model(num_hidden_layers=5), tmp_path / out, FOUR, **changes)
-    part = tmp_path / "part"
+    changes = {"framework": framework, "rounds": 3, "checkpoint_every": 1, **with_its_aggregator(name)}
+    train(model(num_hidden_layers=5), tmp_path / "whole", FOUR, **changes)
+    part = twin_of(tmp_path / "whole")
     resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from cutlayer.errors import ModelError, NonFinite
 from cutlayer.models.families import Anatomy
-from cutlayer.models.segment import Base
+from cutlayer.models.segment import Base, set_seed
 from cutlayer.ranks import pairs
 from cutlayer.seeds import derive
 
@@ -39,10 +41,11 @@ def inject(model: Any, anatomy: Anatomy, config: LoraConfig, *, seed: int) -> Ba
         if nothing and anatomy.causal and hasattr(model, "cutlayer_anatomy"):
             return Base(model, anatomy)  # a part without an adapted layer, such as the embedding alone
         raise ModelError(f"PEFT cannot put its adapter into this model: {' '.join(str(error).split())}") from error
+    device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer) and ("default" in module.lora_A or "default" in module.lora_embedding_A):
-                torch.manual_seed(derive(seed, "adapter", name))
+                set_seed(derive(seed, "adapter", name), device)
                 module.reset_lora_parameters("default", True)
     return Base(model, anatomy, peft_model=peft_model)
 
@@ -72,12 +75,20 @@ def save_adapter(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_
     try:
         if base.peft_model is not None:
             base.peft_model.peft_config["default"].base_model_name_or_path = base_name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "README.md").write_text(_blank_card(), encoding="utf-8")  # which PEFT fills in
             with _ranks_told(base, state):
                 base.peft_model.save_pretrained(folder, save_embedding_layers=False)
         else:
             _save_full(base, state, folder)
     finally:
         base.bind(base.initial)
+
+
+@cache
+def _blank_card() -> str:
+    """The model card that PEFT begins with where there is none; it would make it from its template each time."""
+    return str(ModelCard.from_template(ModelCardData()))
 
 
 def save_part(base: Base, state: Mapping[str, Tensor], folder: Path, *, base_name: str) -> None:

@@ -57,20 +57,23 @@ class TailResult:
 def run_tail(
     segment: Segment, slot: Slot, work: TailWork, *, seed: Seed | None, slot_weight: float, watch: Watch,
     instead: Callable[[Tensor, Tensor], Tensor | None] | None = None,
+    entering: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None,
 ) -> TailResult:  # fmt: skip
     """Forward, loss and (unless ``seed`` is None, which is evaluation) backward.
 
     The gradients of the tail's own parameters are added to ``slot``, times ``slot_weight``. ``instead`` gives of logits
     and labels the gradient of the summed loss at the logits that is to be backpropagated in place of its own, if any.
+    ``entering`` gives of ``hidden`` what the segment gets in its place, and what is backpropagated beside the loss.
 
     Raises:
         NonFinite: the loss is NaN or infinite.
     """
     training = seed is not None
     hidden = work.hidden.requires_grad_(training and work.wanted)
+    came, beside = (hidden, None) if entering is None else entering(hidden)
     with watch:
         output = segment.forward(
-            slot.params, hidden=hidden, attention_mask=work.attention_mask, position_ids=work.position_ids,
+            slot.params, hidden=came, attention_mask=work.attention_mask, position_ids=work.position_ids,
             labels=work.labels if work.masses is None else None, seed=seed,
         )  # fmt: skip
     rows = None if work.masses is None else soft_losses(output.logits, work.labels, work.masses)
@@ -88,6 +91,8 @@ def run_tail(
     if not training:
         return TailResult(value, correct=hits(output.logits, work.labels) if work.masses is None else 0)
     with segment.entered(slot.params):
+        if beside is not None and beside.requires_grad:
+            torch.autograd.backward([beside], retain_graph=True)
         if loss.requires_grad:  # else nothing is trained here, and nobody below wants a gradient
             other = None if instead is None else instead(output.logits.detach(), work.labels)
             if other is None:

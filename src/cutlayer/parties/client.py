@@ -30,11 +30,11 @@ class _Open:
     """A micro-batch between its head forward and its head backward."""
 
     batch: Batch
-    hidden: Tensor | None  # the head's output on its graph; None where nothing below it is trained
+    hidden: Tensor | None  # what was shown, on its graph; None where nothing below it is trained
     weight: float
     last: bool
     loss: float = 0.0
-    penalty: Tensor | None = None  # on the graph of the head's output
+    raw: Tensor | None = None  # the same before any defense, where there is one
 
 
 class ClientParty(Holder):
@@ -137,14 +137,12 @@ class ClientParty(Holder):
         if training and self._cached and header.step >= self.batches.steps_per_epoch:  # the server has them all
             self._open[_place(header)] = _Open(batch, None, weight, last)
             return self._told_samples(header, batch, weight, last)
-        hidden, penalty = self._head(header, batch, training and not self.frozen_head), None
+        raw = hidden = self._head(header, batch, training and not self.frozen_head)
         if self.defending is not None:
-            passing = self._passing(header, training, batch, weight)
-            penalty = self.defending.penalty(hidden, passing) if hidden.requires_grad else None
-            hidden = self.defending.shown(hidden, passing)
+            hidden = self.defending.shown(raw, self._passing(header, training, batch, weight))
         kept = hidden if training and hidden.requires_grad else None
         if training or self.tail is not None:
-            self._open[_place(header)] = _Open(batch, kept, weight, last, penalty=penalty)
+            self._open[_place(header)] = _Open(batch, kept, weight, last, raw=raw if self.defending else None)
         shown = self._shown(batch, hidden, labels=self.tail is None)
         if training and self._cached:
             shown["samples"] = self._samples(header)
@@ -234,10 +232,12 @@ class ClientParty(Holder):
         weight = float(header.value("head_weight")) if training else 1.0
         passing = self._passing(header, training, batch, held.weight)
         instead = self.defending.coefficients(passing) if self.defending is not None else None
+        entering = self.defending.entering(passing) if self.defending is not None else None
         with torch.set_grad_enabled(training):
             done = run_tail(
-                self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch, instead=instead
-            )
+                self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch, instead=instead,
+                entering=entering,
+            )  # fmt: skip
         held.loss = done.loss
         if done.gradient is None:
             del self._open[_place(header)]
@@ -247,6 +247,7 @@ class ClientParty(Holder):
             values["step_tokens"] = self._step_tokens(header.step)
         gradient = done.gradient
         if self.defending is not None:
+            self.defending.collect((self.name, header.step, header.micro), weight=weight)
             gradient = self.defending.shown_gradient(gradient, passing)
         return self._reply(header, "send_gradients", "gradient", values, {"hidden": gradient})
 
@@ -261,18 +262,26 @@ class ClientParty(Holder):
             if held.hidden is None:
                 raise WireError(f"Client '{self.name}' got a gradient that it has no use for, at step {header.step}.")
             roots, grads = [held.hidden], [tensors["hidden"].to(self.device)]
-            if held.penalty is not None:
-                roots, grads = [*roots, held.penalty], [*grads, torch.ones_like(held.penalty)]
+            weight = float(header.value("head_weight"))
             with self.head.entered(self.slot.params):
+                if self.defending is not None and held.raw is not None:
+                    passing = self._passing(header, True, held.batch, held.weight)
+                    penalty = self.defending.penalty(held.raw, passing, grads[0])
+                    if penalty is not None and penalty.requires_grad:
+                        roots, grads = [*roots, penalty], [*grads, torch.ones_like(penalty)]
                 torch.autograd.backward(roots, grads)
-            self.slot.collect(self.head.names, key, weight=float(header.value("head_weight")))
-        self.slot.close(key)
+            self.slot.collect(self.head.names, key, weight=weight)
+            if self.defending is not None:
+                self.defending.collect(key, weight=weight)
+        for slot in self.slots.values():
+            slot.close(key)
         self.watch.next()
         if held.last:
             self._drawn = None
             self.watch.finish()
         if held.last and header.value("update"):
-            self.slot.update()
+            for slot in self.slots.values():
+                slot.update()
         return self._reply(header, "head_backward", "ack", self._told(held))
 
     def on_probe(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cutlayer.data.batches import Batches
 from cutlayer.defense import Defense, Ground, Leg, Sends, Shown
 from cutlayer.errors import MethodError
 from cutlayer.models.segment import Segment
+from cutlayer.models.slots import Key, Slot
 from cutlayer.noise import Noise
 from cutlayer.parties.releases import Releases
+from cutlayer.seeds import derive
 from cutlayer.values import IGNORE, Batch, Example
 
 
@@ -50,6 +53,7 @@ class Defending:
         self.defenses, self.secret, self.names, self._grounds = list(defenses), secret, list(names), grounds
         self.releases: Releases | None = None  # counts what leaves, where a process may be killed
         self._prepare(ground)
+        self.aside = self._learning()
 
     def moved(self, head: Segment) -> None:
         """The cut is another from now on."""
@@ -59,6 +63,29 @@ class Defending:
         self.ground = ground
         for defense in self.defenses:
             defense.prepare(ground)
+
+    def _learning(self) -> Slot | None:
+        """A slot of what the defenses train; None: they train nothing."""
+        params: dict[str, Parameter] = {}
+        rates: dict[int, float] = {}
+        for number, defense in enumerate(self.defenses):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(self.ground.seed, "defense", number))
+                learned = defense.learns(self.ground)
+            if learned is not None:
+                for name, parameter in learned.module.named_parameters():
+                    params[f"{number}.{name}"] = parameter
+                    rates[id(parameter)] = learned.lr
+
+        def make(own: list[Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.AdamW([{"params": [one], "lr": rates[id(one)]} for one in own])
+
+        return Slot("defense", params, make) if params else None
+
+    def collect(self, key: Key, *, weight: float) -> None:
+        """Take the gradients that a backward left at what the defenses train."""
+        if self.aside is not None:
+            self.aside.collect(self.aside.params, key, weight=weight)
 
     def example(self, example: Example, *where: object, epoch: int = 0) -> Example:
         """An example as it is to be trained with; ``where`` says which one it is of the client's.
@@ -106,14 +133,34 @@ class Defending:
         """Step 7: the gradient [B,T,H] as it leaves."""
         return self._protected(gradient, "send_gradients", passing)
 
-    def penalty(self, hidden: Tensor, passing: Passing) -> Tensor | None:
-        """Step 10: the sum of all that is added to the loss at the head's output; None: nothing."""
+    def penalty(self, hidden: Tensor, passing: Passing, gradient: Tensor) -> Tensor | None:
+        """Step 10: the sum of all that is added to the loss at the head's output [B,T,H]; None: nothing.
+
+        ``gradient`` is what came back for what was shown of it; the defenses see it as if this were the whole step.
+        """
+        whole = gradient if passing.weight in (0.0, 1.0) else gradient / passing.weight
+        return self._penalty(hidden, "send_activations", passing, whole)
+
+    def _penalty(self, hidden: Tensor, leg: Leg, passing: Passing, gradient: Tensor | None = None) -> Tensor | None:
         found: Tensor | None = None
         for number, defense in enumerate(self.defenses):
-            one = defense.penalty(hidden, self._about("send_activations", passing, number))
+            one = defense.penalty(hidden, replace(self._about(leg, passing, number), gradient=gradient))
             if one is not None:
                 found = one if found is None else found + one
         return found if found is None or passing.weight == 1.0 else found * passing.weight
+
+    def entering(self, passing: Passing) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        """Step 6: gives, of what came [B,T,H], what the tail gets, and what is added to the loss, if anything is."""
+
+        def given(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+            penalty = self._penalty(hidden, "send_gradients", passing) if passing.training else None
+            for number, defense in enumerate(self.defenses):
+                hidden = self._same(
+                    hidden, defense.received(hidden, self._about("send_gradients", passing, number)), number
+                )
+            return hidden, penalty
+
+        return given
 
     def coefficients(self, passing: Passing) -> Callable[[Tensor, Tensor], Tensor | None] | None:
         """Step 6: what gives, of logits and labels, what is backpropagated in place of the loss's own gradient."""
@@ -136,21 +183,27 @@ class Defending:
 
     def _protected(self, tensor: Tensor, leg: Leg, passing: Passing) -> Tensor:
         for number, defense in enumerate(self.defenses):
-            changed = defense.protect(tensor, self._about(leg, passing, number))
-            if changed.shape != tensor.shape or changed.dtype != tensor.dtype:
-                raise MethodError(
-                    f"The defense '{self.names[number]}' made {list(changed.shape)} ({changed.dtype}) of "
-                    f"{list(tensor.shape)} ({tensor.dtype})."
-                )
-            tensor = changed
+            with torch.set_grad_enabled(passing.training):  # no graph of what it has learned
+                changed = defense.protect(tensor, self._about(leg, passing, number))
+            tensor = self._same(tensor, changed, number)
         if self.releases is not None:
             self.releases.add(leg, passing.training, passing.records, tensor)
         return tensor
 
+    def _same(self, before: Tensor, after: Tensor, number: int) -> Tensor:
+        """What a defense has made, which must be of the form that it was given."""
+        if after.shape != before.shape or after.dtype != before.dtype:
+            raise MethodError(
+                f"The defense '{self.names[number]}' made {list(after.shape)} ({after.dtype}) of "
+                f"{list(before.shape)} ({before.dtype})."
+            )
+        return after
+
     def _about(self, leg: Leg, passing: Passing, number: int) -> Shown:
         tokens = passing.batch.label_tokens
         noise = partial(self._noise, number, leg, passing.training, passing.step, passing.micro)
-        return Shown(leg, passing.batch, passing.training, tokens / passing.weight if tokens else 1.0, noise)
+        to_sum, updates = tokens / passing.weight if tokens else 1.0, self.aside.version if self.aside else 0
+        return Shown(leg, passing.batch, passing.training, to_sum, noise, updates)
 
     def _noise(self, *purpose: object, covers: Sequence[Tensor] = ()) -> Noise:
         return Noise(self.secret, *purpose, covers=covers)

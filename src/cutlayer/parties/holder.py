@@ -46,6 +46,12 @@ class Holder:
         self.params: Mapping[str, Parameter] = slot.params
         self.watch = Watch(slot.params.values())
 
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """What it trains: the ``client``'s part, and beside it what its ``defense``s learn, if they do."""
+        aside = self.defending.aside if self.defending is not None else None
+        return {"client": self.slot} if aside is None else {"client": self.slot, "defense": aside}
+
     def stands_on(self, base: Base) -> None:
         """Have the frozen weights from another base, which has more blocks; what is trained stays as it is."""
         self.head, self.device = base.segment("head", self.head.blocks, bottom=True), base.device
@@ -54,7 +60,8 @@ class Holder:
 
     def abort(self) -> None:
         """Forget every gradient in waiting."""
-        self.slot.drop(self.name)
+        for slot in self.slots.values():
+            slot.drop(self.name)
 
     def names(self, part: str) -> set[str]:
         """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``."""
@@ -68,7 +75,8 @@ class Holder:
 
     def on_update(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
         """The optimizer step of the client's part, with its gradient scaled."""
-        self.slot.update(scale=float(header.value("scale")))
+        for slot in self.slots.values():
+            slot.update(scale=float(header.value("scale")))
         return self._reply(header, "head_backward", "ack", {})
 
     def on_move(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:

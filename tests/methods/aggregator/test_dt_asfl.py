@@ -13,7 +13,7 @@ from cutlayer.contracts import Upload
 from cutlayer.errors import CutlayerError, MethodError
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.registry import create
-from spine import PARTITIONS, adapter, equal, lines, model, train
+from spine import MOSTLY_U, adapter, equal, lines, model, often, train
 from tiny import text_rows
 from unequal import run, uploads
 
@@ -59,7 +59,7 @@ def test_mixing_by_hand(penalty: str) -> None:
         theta = server.before["t"].double()
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_a_buffer_of_all_without_delay_is_fedavg(partition: dict[str, Any], tmp_path: Path) -> None:
     """Every tensor equal, with clients of unequal data: sfl-v1 with FedAvg is the synchronous twin."""
     rows = {name: text_rows(size, seed=i) for i, (name, size) in enumerate({"ann": 3, "bob": 6, "cid": 9}.items())}
@@ -88,7 +88,7 @@ def test_a_buffer_takes_so_many_at_a_time(tmp_path: Path) -> None:
     assert sum(size == 1 for size in sizes.values()) <= 2  # the last of a period, when nobody else will come
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("p", often([0.0, 0.5], 0.5))
 def test_skewed_data_still_teach(p: float, tmp_path: Path) -> None:
     """Both exponents train; docs/log.md has what they come to on longer runs."""
     rows = {"slow": text_rows(6, seed=1), "fast": text_rows(6, seed=2)}

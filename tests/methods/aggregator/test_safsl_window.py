@@ -11,7 +11,7 @@ import pytest
 from cutlayer.contracts import Upload
 from cutlayer.errors import CutlayerError, MethodError
 from cutlayer.registry import create
-from spine import PARTITIONS, adapter, equal, model, train
+from spine import MOSTLY_TWO, adapter, equal, model, train
 from tiny import text_rows
 from unequal import run, uploads
 
@@ -48,7 +48,7 @@ def test_clients_at_speeds_1_2_and_4(tmp_path: Path) -> None:
     assert shares_of(found)["fast"] == pytest.approx((1 / 3 + 2 / 9 + 1 / 3 + 1 / 7) / (7 / 3))
 
 
-@PARTITIONS
+@MOSTLY_TWO
 def test_a_window_until_all_are_done_is_fedavg(partition: dict[str, Any], tmp_path: Path) -> None:
     """With unequal speeds and data, every tensor equal to synchronous sfl-v1."""
     rows = {name: text_rows(size, seed=i) for i, (name, size) in enumerate({"slow": 3, "middle": 6, "fast": 9}.items())}

@@ -16,7 +16,7 @@ from cutlayer.contracts import Upload
 from cutlayer.errors import CutlayerError, MethodError
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.registry import create
-from spine import U, adapter, equal, model, train
+from spine import U, adapter, equal, model, often, train
 from tiny import text_rows, write_rows
 from unequal import run, uploads
 
@@ -125,7 +125,7 @@ def flaky(out: Path, way: str, *, seed: int, rounds: int) -> tuple[float, list[d
     return found["before"]["loss"] - found["after"]["loss"], uploads(out / "out")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", often(WAYS, "penalty"))
 def test_flaky_clients(way: str, tmp_path: Path) -> None:
     """Uploads come late, and count as their delay says; the model learns all the same."""
     gain, found = flaky(tmp_path / "run", way, seed=0, rounds=8)

@@ -22,7 +22,7 @@ from cutlayer.errors import MethodError
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.registry import create
-from spine import PARTITIONS, TWO, U, adapter, block_of, caught, equal, losses, model, resumed, train  # noqa: F401
+from spine import PARTITIONS, U, adapter, block_of, caught, equal, losses, model, resumed, train, twin_of  # noqa: F401
 from tiny import BLOCKS, make_model, make_tokenizer, text_rows, write_rows
 
 NAMES = ("ann", "bob", "cid", "dan")
@@ -196,12 +196,11 @@ def _inner(name: str, state: Mapping[str, Tensor]) -> str:
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, caught: list[Run]) -> None:
     """Contributions and the state before the round come out of the checkpoint."""
     rows = {name: text_rows(4, seed=i) for i, name in enumerate(NAMES)}
-    for name in ("whole", "part"):
-        train(
-            model(), tmp_path / name, rows, framework={"name": "sfl-v1", "participation": 0.75}, aggregator="splitlpf",
-            rounds=4, checkpoint_every=1,
-        )  # fmt: skip
-    part = tmp_path / "part"
+    train(
+        model(), tmp_path / "whole", rows, framework={"name": "sfl-v1", "participation": 0.75}, aggregator="splitlpf",
+        rounds=4, checkpoint_every=1,
+    )  # fmt: skip
+    part = twin_of(tmp_path / "whole")
     resumed(part)
     first, last = caught[0].federated.aggregator, caught[-1].federated.aggregator
     assert first.state() == last.state()

@@ -16,7 +16,23 @@ from cutlayer.config import load_config
 from cutlayer.driver import Run
 from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, block_of, caught, equal, lines, losses, model, often, resumed, train  # noqa: F401
+from spine import (  # noqa: F401
+    PARTITIONS,
+    TWO,
+    U,
+    adapter,
+    block_of,
+    by_turns,
+    caught,
+    equal,
+    lines,
+    losses,
+    model,
+    often,
+    resumed,
+    train,
+    twin_of,
+)
 from tiny import text_rows
 
 NAMES = ("ann", "bob", "cid")
@@ -75,8 +91,7 @@ def test_one_step_trains_the_trunk_as_with_a_trained_head(partition: dict[str, A
     assert not all(torch.equal(plain[n], frozen[n]) for n in plain)
 
 
-@PARTITIONS
-@pytest.mark.parametrize("kind", ["even", "shuffled"])
+@by_turns("kind", ["even", "shuffled"])
 def test_a_cached_sample_travels_once(kind: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]) -> None:
     """From the second epoch on only numbers go up, and the losses stay: with rows of one length to the last bit."""
     rows = {n: even(i, 5) for i, n in enumerate(NAMES)} if kind == "even" else ROWS
@@ -122,9 +137,8 @@ def test_a_killed_run_remembers_what_it_was_sent(tmp_path: Path) -> None:
         "exchange": {"name": FROZEN, "cache": True}, "framework": "sfl-v2", "rounds": 6, "batch_size": 2,
         "data": {"shuffle": True}, "checkpoint_every": 1, "partition": TWO,
     }  # fmt: skip
-    for out in ("whole", "part"):
-        train(model(), tmp_path / out, ROWS, **changes)
-    part = tmp_path / "part"
+    train(model(), tmp_path / "whole", ROWS, **changes)
+    part = twin_of(tmp_path / "whole")
     resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))

@@ -14,7 +14,7 @@ import cutlayer
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError, NonFinite
 from cutlayer.parties.federated import FederatedServer
-from spine import PARTITIONS, U, adapter, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import U, adapter, by_turns, caught, equal, lines, losses, model, often, train  # noqa: F401
 from tiny import text_rows, write_rows
 from unequal import run, uploads
 
@@ -23,8 +23,7 @@ SPEEDS = {"ann": 1, "bob": 2, "cid": 3}
 ALL = {"name": "dt-asfl", "buffer": 3, "a0": 1.0}
 
 
-@PARTITIONS
-@pytest.mark.parametrize("more", [{}, {"gradient_accumulation": 2, "max_grad_norm": 0.1}], ids=["", "clipped"])
+@by_turns("more", [{}, {"gradient_accumulation": 2, "max_grad_norm": 0.1}], ids=["", "clipped"])
 def test_a_shared_trunk_without_delay_is_sfl_v2(
     partition: dict[str, Any], more: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -47,7 +46,9 @@ def test_uploads_of_one_instant_are_merged_in_the_order_of_the_clients(tmp_path:
     assert "virtual_time" not in found[0]
 
 
-@pytest.mark.parametrize(("trunk", "aggregator"), [("own", "safsl-window"), ("shared", "dt-asfl")])
+@pytest.mark.parametrize(
+    ("trunk", "aggregator"), often([("own", "safsl-window"), ("shared", "dt-asfl")], ("shared", "dt-asfl"))
+)
 def test_the_same_run_twice_and_resumed(trunk: str, aggregator: str, tmp_path: Path, caught: list[Run]) -> None:
     """The same order of events, weights and uploads, also when it is killed between two periods."""
     options: dict[str, Any] = {
@@ -142,7 +143,7 @@ def test_an_error_in_a_merge_is_the_one_that_is_told(tmp_path: Path, monkeypatch
         run(tmp_path / "out", SPEEDS)
 
 
-@pytest.mark.parametrize("trunk", ["own", "shared"])
+@pytest.mark.parametrize("trunk", often(["own", "shared"], "own"))
 def test_a_lost_client_goes_on_with_its_copy_when_it_is_back(trunk: str, tmp_path: Path, caught: list[Run]) -> None:
     """Its upload then has the delay of all that it missed; killed in between, the run ends with the same weights."""
     out = tmp_path / "out"

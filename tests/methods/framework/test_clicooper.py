@@ -21,7 +21,22 @@ from cutlayer.errors import CheckpointError, CutlayerError
 from cutlayer.methods.framework.clicooper import dealt_evenly
 from cutlayer.parties.client import secret_of
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adamw, adapter, caught, equal, losses, model, resumed, train  # noqa: F401
+from spine import (  # noqa: F401
+    MOSTLY_TWO,
+    PARTITIONS,
+    TWO,
+    U,
+    adamw,
+    adapter,
+    by_turns,
+    caught,
+    equal,
+    losses,
+    model,
+    resumed,
+    train,
+    twin_of,
+)
 from tiny import text_rows
 
 ROWS = {name: text_rows(6, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
@@ -32,8 +47,7 @@ def chain(**options: Any) -> dict[str, Any]:
     return {"name": "clicooper", **options}
 
 
-@PARTITIONS
-@pytest.mark.parametrize("lengths", [None, "uneven"])
+@by_turns("lengths", [None, "uneven"])
 def test_1_a_chain_of_three_equals_unsplit(lengths: str | None, partition: dict[str, Any], tmp_path: Path) -> None:
     """Bit for bit: losses, and every trained tensor of the owner's model."""
     out, middle = tmp_path / "out", 5 if partition is not U else 4
@@ -47,7 +61,7 @@ def test_1_a_chain_of_three_equals_unsplit(lengths: str | None, partition: dict[
     assert equal(adapter(out), reference.state)
 
 
-@PARTITIONS
+@MOSTLY_TWO
 def test_owners_in_turn_equal_sequential_sl(partition: dict[str, Any], tmp_path: Path) -> None:
     """Two owners over a chain of two are sequential SL with the chain for a server."""
     common = {"partition": partition, "rounds": 3}
@@ -206,16 +220,15 @@ def test_2_the_task_is_learnt_as_well(honest: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "plain" / "watermark").exists()
 
 
-@PARTITIONS
+@MOSTLY_TWO
 def test_a_marked_run_goes_on_exactly_after_an_end(partition: dict[str, Any], tmp_path: Path) -> None:
     """In the middle of a stage, clipping on; what is proven is the same."""
     changes = {
         "partition": partition, "rounds": 4, "checkpoint_every": 1, "max_grad_norm": 0.5,
         "framework": chain(watermark=0.1, stage_rounds=3),
     }  # fmt: skip
-    for name in ("whole", "part"):
-        train(model(**DEEP), tmp_path / name, ROWS, **changes)
-    part = tmp_path / "part"
+    train(model(**DEEP), tmp_path / "whole", ROWS, **changes)
+    part = twin_of(tmp_path / "whole")
     resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))

@@ -13,13 +13,13 @@ import unsplit
 import unsplit_clients
 from cutlayer.driver import Run
 from cutlayer.errors import CutlayerError
-from spine import PARTITIONS, TWO, adamw, adapter, caught, equal, losses, model, train  # noqa: F401
+from spine import MOSTLY_TWO, MOSTLY_U, TWO, adamw, adapter, by_turns, caught, equal, losses, model, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(3 + 3 * i, seed=i) for i, name in enumerate(("ann", "bob", "cid"))}
 
 
-@PARTITIONS
+@MOSTLY_TWO
 def test_one_group_that_hands_on_is_sequential_sl(partition: dict[str, Any], tmp_path: Path) -> None:
     common = {"partition": partition, "rounds": 3}
     train(model(), tmp_path / "one", ROWS, framework={"name": "sequential-sl", "local_steps": 2}, **common)
@@ -28,8 +28,7 @@ def test_one_group_that_hands_on_is_sequential_sl(partition: dict[str, Any], tmp
     assert equal(adapter(tmp_path / "one"), adapter(tmp_path / "two"))
 
 
-@PARTITIONS
-@pytest.mark.parametrize("intra", ["sequential", "psl", "sfl-v2"])
+@by_turns("intra", ["sequential", "psl", "sfl-v2"])
 def test_groups_of_one_are_sfl_v1(intra: str, partition: dict[str, Any], tmp_path: Path) -> None:
     common = {"partition": partition, "rounds": 3}
     train(model(), tmp_path / "one", ROWS, framework={"name": "sfl-v1", "local_steps": 2}, **common)
@@ -39,7 +38,7 @@ def test_groups_of_one_are_sfl_v1(intra: str, partition: dict[str, Any], tmp_pat
     assert equal(adapter(tmp_path / "one"), adapter(tmp_path / "two"))
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_groups_of_two_and_three_equal_plain_ones(partition: dict[str, Any], tmp_path: Path) -> None:
     """Three rounds, so that members go on who were no group's last, and with more than one step each."""
     sizes = {"ann": 3, "bob": 6, "cid": 4, "dan": 9, "eve": 2}

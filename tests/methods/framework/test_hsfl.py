@@ -17,7 +17,7 @@ from cutlayer.errors import CutlayerError
 from cutlayer.methods.framework.hsfl import HSFL
 from cutlayer.models.slots import Slot
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, block_of, caught, equal, losses, model, train  # noqa: F401
+from spine import MOSTLY_TWO, MOSTLY_U, TWO, U, adapter, block_of, caught, equal, losses, model, train  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
@@ -29,7 +29,7 @@ def hsfl(**options: Any) -> dict[str, Any]:
     return {"name": "hsfl", **options}
 
 
-@PARTITIONS
+@MOSTLY_TWO
 def test_a_two_tiers_with_one_interval_are_sfl_v1(partition: dict[str, Any], tmp_path: Path) -> None:
     common = {"partition": partition, "rounds": 2}
     train(
@@ -46,7 +46,7 @@ def test_a_two_tiers_with_one_interval_are_sfl_v1(partition: dict[str, Any], tmp
     assert equal(adapter(tmp_path / "one"), adapter(tmp_path / "two"))
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_b_three_tiers_merged_every_step_are_the_joint_batch(partition: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     framework = hsfl(intervals=[1, 1, 1])

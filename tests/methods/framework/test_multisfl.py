@@ -20,7 +20,7 @@ from cutlayer.methods.framework.multisfl import MultiSFL
 from cutlayer.models.segment import Segment
 from cutlayer.run import dry_run
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, resumed, train  # noqa: F401
+from spine import TWO, U, adapter, by_turns, caught, equal, losses, model, resumed, train, twin_of  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(3 + 3 * (i % 2), seed=i) for i, name in enumerate(("ann", "bob", "cid", "dan"))}
@@ -31,8 +31,7 @@ def multi(**options: Any) -> dict[str, Any]:
     return {"name": "multisfl", **options}
 
 
-@PARTITIONS
-@pytest.mark.parametrize("moments", ["travel", "reset"])
+@by_turns("moments", ["travel", "reset"])
 def test_a_one_branch_is_sequential_sl(moments: str, partition: dict[str, Any], tmp_path: Path) -> None:
     """Over the same sampled clients, one a round; AdamW with a falling rate, gradients accumulated and clipped."""
     common = {
@@ -48,8 +47,7 @@ def test_a_one_branch_is_sequential_sl(moments: str, partition: dict[str, Any], 
     assert equal(adapter(tmp_path / "multi"), adapter(tmp_path / "sl"))
 
 
-@PARTITIONS
-@pytest.mark.parametrize("count", [2, 3])
+@by_turns("count", [2, 3])
 def test_a_pulled_all_the_way_is_sfl_v1(count: int, partition: dict[str, Any], tmp_path: Path) -> None:
     clients = dict(list(ROWS.items())[:count])
     common = {"partition": partition, "rounds": 3, "optimizer": SGD}
@@ -287,9 +285,8 @@ def test_replay_goes_on_exactly_after_an_end(tmp_path: Path) -> None:
         "partition": TWO, "framework": framework, "rounds": 5, "checkpoint_every": 1, "max_grad_norm": 1.0,
         "peft": peft,
     }  # fmt: skip
-    for name in ("whole", "part"):
-        train(model(), tmp_path / name, LENGTHS, **changes)
-    part = tmp_path / "part"
+    train(model(), tmp_path / "whole", LENGTHS, **changes)
+    part = twin_of(tmp_path / "whole")
     resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))

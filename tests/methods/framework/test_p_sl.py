@@ -18,7 +18,7 @@ from cutlayer.errors import CutlayerError
 from cutlayer.methods.framework.p_sl import PrivateHeads
 from cutlayer.models.segment import Segment
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, caught, equal, losses, model, often, resumed, train  # noqa: F401
+from spine import MOSTLY_U, PARTITIONS, TWO, U, adapter, caught, equal, losses, model, often, resumed, train, twin_of  # noqa: F401
 from tiny import text_rows
 
 ROWS = {name: text_rows(3 + 3 * (i % 2), seed=i) for i, name in enumerate(("ann", "bob", "cid"))}
@@ -202,7 +202,7 @@ def test_the_cache_keeps_a_late_joiner_from_erasing_the_early(
         assert pushed > without
 
 
-@PARTITIONS
+@MOSTLY_U
 @pytest.mark.parametrize("form", often(["sequential", "parallel"], "parallel"))
 def test_the_cache_is_bounded_dropped_and_in_checkpoints(
     form: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]
@@ -212,12 +212,11 @@ def test_the_cache_is_bounded_dropped_and_in_checkpoints(
         "framework": psl(form=form, cache=2), "goings": {"cid": {"joins": 3}}, "max_grad_norm": 0.5,
         "profiles": dict(zip(ROWS, ("laptop+dsl", "phone+4g", "laptop+5g"), strict=True)),
     }  # fmt: skip
-    for name in ("whole", "part"):
-        train(model(), tmp_path / name, ROWS, **changes)
+    train(model(), tmp_path / "whole", ROWS, **changes)
     cache = caught[0].framework._cache
     assert {client: len(steps) for client, steps in cache.entries.items()} == {"ann": 2, "bob": 2, "cid": 2}
     assert cache.bytes > 0
-    part = tmp_path / "part"
+    part = twin_of(tmp_path / "whole")
     resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     for client in ROWS:

@@ -15,7 +15,7 @@ import unsplit
 from cutlayer.driver import Run
 from cutlayer.errors import MethodError
 from cutlayer.parties.trunk import TrunkParty
-from spine import PARTITIONS, TWO, U, adapter, block_of, caught, equal, lines, model, often, train  # noqa: F401
+from spine import MOSTLY_TWO, TWO, U, adapter, block_of, by_turns, caught, equal, lines, model, often, train  # noqa: F401
 from tiny import BLOCKS, text_rows
 
 CLIENTS = ("ann", "bob", "cid", "dan")
@@ -33,8 +33,7 @@ def file_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"base_model.model.{n.replace('.default', '')}": t for n, t in state.items()}
 
 
-@PARTITIONS
-@pytest.mark.parametrize("scale", ["local", "joint"])
+@by_turns("scale", ["local", "joint"])
 def test_a_one_step_is_the_concatenated_batch(
     scale: str, partition: dict[str, Any], tmp_path: Path, caught: list[Run]
 ) -> None:
@@ -67,7 +66,7 @@ def test_a_one_step_is_the_concatenated_batch(
             assert torch.allclose(moved, reference.state[name] - before[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
+@MOSTLY_TWO
 def test_c_and_d_heads_stay_apart_and_the_trunk_makes_one_update(
     partition: dict[str, Any], tmp_path: Path, caught: list[Run]
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 import joint
 import unsplit
 from cutlayer.driver import Run
-from spine import PARTITIONS, adapter, caught, equal, model, train  # noqa: F401
+from spine import MOSTLY_U, PARTITIONS, adapter, caught, equal, model, train  # noqa: F401
 from tiny import text_rows
 
 SAME = {name: text_rows(3, seed=i) for i, name in enumerate(("ann", "bob", "cid"))}
@@ -81,7 +81,7 @@ def test_who_was_not_drawn_begins_with_the_last_merge(tmp_path: Path, caught: li
     assert all(equal(run.state("ann"), run.state(c)) for c in SAME)  # at rate 0 nothing may move, merges included
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_unequal_cuts_change_nothing(partition: dict[str, Any], tmp_path: Path, caught: list[Run]) -> None:
     """Merged by block, E = 1 and SGD are the joint batch wherever each client's cut is; the server has what it must."""
     out, deep = tmp_path / "out", model(num_hidden_layers=5)

@@ -15,7 +15,22 @@ from forgetting import forgetting
 import unsplit
 import unsplit_clients
 from cutlayer.driver import Run
-from spine import PARTITIONS, TWO, U, adamw, adapter, block_of, caught, equal, lines, losses, model, train  # noqa: F401
+from spine import (  # noqa: F401
+    MOSTLY_TWO,
+    MOSTLY_U,
+    PARTITIONS,
+    TWO,
+    U,
+    adamw,
+    adapter,
+    block_of,
+    caught,
+    equal,
+    lines,
+    losses,
+    model,
+    train,
+)
 from tiny import BLOCKS, text_rows
 
 SIZES = {"ann": 6, "bob": 3, "cid": 9}
@@ -32,7 +47,12 @@ def trunk_of(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("interleave", "order", "partition"),
-    [("step", "listed", TWO), ("step", "random", U), ("client", "listed", U), ("client", "random", TWO)],
+    [
+        ("step", "listed", TWO),
+        ("step", "random", U),
+        pytest.param("client", "listed", U, marks=pytest.mark.slow),
+        ("client", "random", TWO),
+    ],
     ids=["step-listed-two-part", "step-random-u-shape", "client-listed-u-shape", "client-random-two-part"],
 )
 def test_equals_a_plain_simulation(interleave: str, order: str, partition: dict[str, Any], tmp_path: Path) -> None:
@@ -125,7 +145,7 @@ def test_the_merge_counts_the_chosen_weight(tmp_path: Path) -> None:
     assert equal(trunk_of(tmp_path / "examples"), trunk_of(tmp_path / "uniform"))
 
 
-@pytest.mark.parametrize("partition", [TWO, U], ids=["two-part", "u-shape"])
+@MOSTLY_TWO
 def test_who_missed_a_merge_begins_with_it(
     partition: dict[str, Any], tmp_path: Path, caught: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +210,7 @@ def test_one_that_has_made_its_epochs_is_in_no_later_merge(tmp_path: Path, caugh
     assert run.counters.merged == {"ann": 2, "bob": 1, "cid": 3}
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_unequal_cuts_are_merged_by_block(
     partition: dict[str, Any], tmp_path: Path, caught: list[Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

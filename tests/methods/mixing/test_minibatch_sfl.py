@@ -18,7 +18,22 @@ import unsplit
 from cutlayer.config import load_config
 from cutlayer.driver import Run
 from cutlayer.errors import ConfigError
-from spine import PARTITIONS, TWO, adapter, block_of, caught, equal, lines, losses, model, resumed, train  # noqa: F401
+from spine import (  # noqa: F401
+    MOSTLY_U,
+    TWO,
+    adapter,
+    block_of,
+    by_turns,
+    caught,
+    equal,
+    lines,
+    losses,
+    model,
+    often,
+    resumed,
+    train,
+    twin_of,
+)
 from tiny import BLOCKS, text_rows, write_rows
 
 MIXING = "minibatch-sfl"
@@ -37,8 +52,7 @@ def skewed(client: int, *, rows: int) -> list[dict[str, Any]]:
 ROWS = {name: skewed(i, rows=3) for i, name in enumerate(NAMES)}
 
 
-@PARTITIONS
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2, "batch_size": 2}], ids=["plain", "accumulated"])
+@by_turns("changes", [{}, {"gradient_accumulation": 2, "batch_size": 2}], ids=["plain", "accumulated"])
 def test_one_local_step_is_unsplit_sgd_on_the_joint_batch(
     changes: dict[str, Any], partition: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -55,7 +69,9 @@ def test_one_local_step_is_unsplit_sgd_on_the_joint_batch(
         assert torch.allclose(tensor, reference.state[name], rtol=0, atol=1e-6), name
 
 
-@pytest.mark.parametrize("framework", ["sfl-v1", {"name": "gsfl", "groups": 1, "intra": "psl"}], ids=["sfl-v1", "gsfl"])
+@pytest.mark.parametrize(
+    "framework", often(["sfl-v1", {"name": "gsfl", "groups": 1, "intra": "psl"}], "sfl-v1"), ids=["sfl-v1", "gsfl"]
+)
 def test_with_unequal_cuts_too(framework: Any, tmp_path: Path) -> None:
     """A block that some hold in their heads and others pass in the joint trunk is merged over all, each once."""
     out, deep = tmp_path / "out", model(num_hidden_layers=4)
@@ -88,7 +104,7 @@ def trunk_of(state: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if block_of(name) >= 1])
 
 
-@pytest.mark.parametrize("local_steps", [1, 8])
+@pytest.mark.parametrize("local_steps", often([1, 8], 1))
 def test_the_trunk_drifts_less_than_by_averaging(local_steps: int, tmp_path: Path) -> None:
     """Distance of the trunk's update in a round from that of unsplit SGD on the joint batches, relative to it.
 
@@ -123,7 +139,7 @@ def test_the_trunk_drifts_less_than_by_averaging(local_steps: int, tmp_path: Pat
         assert loss[MIXING] <= loss["none"], loss
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_within_a_round_it_is_psl_and_then_the_parts_are_averaged(
     partition: dict[str, Any], tmp_path: Path, caught: list[Run]
 ) -> None:
@@ -167,8 +183,7 @@ def test_clients_of_unequal_length_of_cut_and_of_a_round(tmp_path: Path, caught:
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     changes = {"framework": {"name": "sfl-v1", "local_steps": 2}, "mixing": MIXING, "checkpoint_every": 1, "rounds": 3}
     train(model(), tmp_path / "whole", UNEVEN, **changes)
-    train(model(), tmp_path / "part", UNEVEN, **changes)
-    part = tmp_path / "part"
+    part = twin_of(tmp_path / "whole")
     resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))

@@ -19,7 +19,22 @@ from cutlayer.driver import Run
 from cutlayer.errors import ConfigError, MethodError
 from cutlayer.methods.mixing._averager import Averager
 from cutlayer.wire import read_frames
-from spine import PARTITIONS, TWO, U, adapter, caught, equal, lines, losses, model, often, resumed, train  # noqa: F401
+from spine import (  # noqa: F401
+    MOSTLY_TWO,
+    PARTITIONS,
+    TWO,
+    U,
+    adapter,
+    caught,
+    equal,
+    lines,
+    losses,
+    model,
+    often,
+    resumed,
+    train,
+    twin_of,
+)
 from tiny import text_rows
 
 MIXING = "three-tier-sl"
@@ -123,7 +138,7 @@ def test_a_client_gets_its_share_of_the_gradient_at_the_average(partition: dict[
         assert all(abs(line["loss"] - float(loss)) < 1e-5 for line in lines(out))
 
 
-@PARTITIONS
+@MOSTLY_TWO
 @pytest.mark.parametrize("side", often(["right", "left"], "right"))
 def test_unequal_batches_on_a_clock_and_a_resumed_run(side: str, partition: dict[str, Any], tmp_path: Path) -> None:
     """Five clients of unequal rows and lengths in groups of two and three; resumed, the same weights."""
@@ -133,8 +148,7 @@ def test_unequal_batches_on_a_clock_and_a_resumed_run(side: str, partition: dict
         "data": {"padding_side": side}, "checkpoint_every": 1, "max_grad_norm": 1.0,
     }  # fmt: skip
     train(model(), tmp_path / "whole", UNEVEN, **changes, profiles=profiles)
-    train(model(), tmp_path / "part", UNEVEN, **changes, profiles=profiles)
-    part = tmp_path / "part"
+    part = twin_of(tmp_path / "whole")
     resumed(part)
     assert losses(part) == losses(tmp_path / "whole")
     assert equal(adapter(part), adapter(tmp_path / "whole"))

@@ -16,7 +16,7 @@ from cutlayer.methods.planner.capability_cut import CapabilityCut
 from cutlayer.planning import Costs, Situation, at_cut
 from cutlayer.shapes import shape_of
 from cutlayer.wire import STEP_NAMES
-from spine import PARTITIONS, model, train
+from spine import MOSTLY_U, model, train
 from tiny import text_rows
 
 BLOCKS = 6
@@ -155,7 +155,7 @@ def planner_time(now: Situation, client: str) -> float:
     return one.forward + one.up + one.down + one.backward
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_bytes_of_a_step_are_those_of_every_cut(partition: dict[str, Any], tmp_path: Path) -> None:
     """Steps 3 to 9 byte for byte; only what step 11 moves depends on the cut."""
     clients = {name: text_rows(6, seed=i) for i, name in enumerate(UNEQUAL)}

@@ -15,7 +15,7 @@ from cutlayer.errors import CutlayerError, MethodError
 from cutlayer.methods.planner.splitft_adaptive_cut import SplitFTAdaptiveCut
 from cutlayer.planning import Situation, at_cut
 from cutlayer.profiles import Profile
-from spine import PARTITIONS, TWO, U, adapter, equal, lines, losses, model, often, train
+from spine import MOSTLY_U, TWO, U, adapter, equal, lines, losses, model, often, train
 from tiny import text_rows
 
 BLOCKS = 8
@@ -177,7 +177,7 @@ def test_in_a_run_the_client_with_easy_text_grows(partition: dict[str, Any], tmp
     assert all(line["loss"] > 0 for line in lines(tmp_path / "out"))
 
 
-@PARTITIONS
+@MOSTLY_U
 @pytest.mark.parametrize("framework", often(["sfl-v1", "sfl-v2"], "sfl-v2"))
 def test_gamma_nought_is_a_run_with_fixed_cuts(framework: str, partition: dict[str, Any], tmp_path: Path) -> None:
     """Bit for bit, and no accuracy is asked for."""

@@ -17,7 +17,7 @@ from cutlayer.driver import Run
 from cutlayer.methods.selection._mixes import divergence
 from cutlayer.methods.selection.pairingfl_selection import Gain
 from cutlayer.registry import create
-from spine import PARTITIONS, adapter, caught, equal, losses, model, train  # noqa: F401
+from spine import MOSTLY_U, adapter, caught, equal, losses, model, train  # noqa: F401
 
 NAME = "pairingfl-selection"
 
@@ -164,7 +164,7 @@ def test_quick_pairs_make_more_steps_and_weigh_more() -> None:
     assert made.weights == {"a": 80.0, "b": 40.0}
 
 
-@PARTITIONS
+@MOSTLY_U
 def test_pairs_train_as_sfl_v1_with_whom_it_chose(partition: dict[str, Any], tmp_path: Path, caught: list[Run]) -> None:
     rows = two_domains(5)
     selection = {"name": NAME, "sketch": "tokens"}

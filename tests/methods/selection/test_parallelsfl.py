@@ -177,7 +177,7 @@ def minibatch_sfl(folder: Path, start: Path, batches: dict[str, list[Any]], roun
     return get_peft_model_state_dict(first)
 
 
-@pytest.mark.parametrize("place_top", ["worker", "server"])
+@pytest.mark.parametrize("place_top", often(["worker", "server"], "worker"))
 def test_c_one_cluster_is_minibatch_sfl(place_top: str, tmp_path: Path, caught: list[Run]) -> None:
     rows = {name: text_rows(6, seed=i) for i, name in enumerate(("ann", "bob", "cid"))}
     out = tmp_path / "out"
