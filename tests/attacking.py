@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import cutlayer
+from cutlayer.audit.messages import Exchange
 from cutlayer.audit.public import load_public
 from cutlayer.audit.recording import Recording, limited, recorded
-from cutlayer.audit.scores import Score, Truth, score
+from cutlayer.audit.scores import Score
+from cutlayer.audit.truths import WHOLE, promised, read_by, truths_of
+from cutlayer.audit.truths import scored as scored_of
 from cutlayer.audit.view import View, view_of
 from cutlayer.config import load_config
 from cutlayer.contracts import Attack
@@ -50,12 +55,7 @@ def view(found: Recording, attack: Attack, *, rows: int = 6, last: bool = False)
 
 def scored(found: Recording, attack: Attack, seen: View) -> Score:
     """How much of the truth the attack gets back."""
-    truths = {}
-    for one in seen.exchanges:
-        whole = found.truth(one.key, attack.threat.target)
-        count = len(next(iter(one.tensors.values()))["hidden"])
-        truths[one.key] = Truth(whole.tokens[:count], whole.counts[:count])
-    return score(attack.finish(seen), truths, found.tokenizer.decode)
+    return scored_of(attack.finish(seen), seen, found)
 
 
 def told_by(scores: Tensor, first: Tensor) -> float:
@@ -104,3 +104,65 @@ class Hijack:
 
     def _near(self, one: Tensor, other: Tensor) -> Tensor:
         return torch.exp(-torch.cdist(one, other).square() / (2 * self._width))
+
+
+def class_rows(count: int, shares: Sequence[float], *, seed: int = 0, told: float = 0.5) -> list[dict[str, Any]]:
+    """Rows of one label each, as classes and as completions of one word; ``told`` of a text's words are its class's."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        (label,) = draw.choices(range(len(shares)), shares)
+        words = [
+            f"w{20 + 8 * label + draw.randrange(8)}" if draw.random() < told else f"w{draw.randrange(3, 20)}"
+            for _ in range(draw.randint(6, 12))
+        ]
+        rows.append(
+            {"text": " ".join(words), "label": label, "prompt": " ".join(words), "completion": f" w{84 + label}"}
+        )
+    return rows
+
+
+def record_classes(
+    folder: Path, root: Path, rows: list[dict[str, Any]], *, kind: str = "classification", **changes: Any
+) -> Recording:
+    """A run on such rows, as a classifier or (``prompt-completion``) as a language model, all of it recorded."""
+    root.mkdir(parents=True, exist_ok=True)
+    data = {
+        "train": str(write_rows(root / "classes.jsonl", rows)),
+        "format": kind,
+        "max_length": 24,
+        "append_eos": False,
+    }
+    partition = {"name": "u-shaped-split", "head_blocks": 1, "tail_blocks": 0}
+    return record(folder, root, **{"data": data, "partition": partition, **changes})
+
+
+def class_view(found: Recording, attack: Attack, steps: range | None = None, *, labelled: int | None = None) -> View:
+    """What the adversary of an attack on classes has of some steps, or of all."""
+    layout, threat = found.layouts[found.config.client_names[0]], attack.threat
+    read = [one for one in read_by(found, threat)[WHOLE] if steps is None or one.step in steps]
+    told = promised(found, read, threat if labelled is None else replace(threat, labelled=labelled))
+    return View(threat, read, layout, found.config.seed, _classes=found.classes, _labelled=told)
+
+
+def with_gradients(seen: View, change: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> View:
+    """The view with other gradients [B,1,H]; what is drawn is drawn from the generator."""
+    generator = torch.Generator().manual_seed(11)
+
+    def changed(one: Exchange) -> Exchange:
+        sent = {"hidden": change(one.hidden("send_gradients"), generator)}
+        return replace(one, tensors={**one.tensors, "send_gradients": sent})
+
+    return replace(seen, exchanges=[changed(one) for one in seen.exchanges])
+
+
+def truth(found: Recording, seen: View) -> torch.Tensor:
+    """The label of each sample [N] of such a view."""
+    truths = truths_of(found, seen.exchanges, seen.threat)
+    return torch.cat([truths[one.key].tokens[:, 0] for one in seen.exchanges])
+
+
+def said(attack: Attack, seen: View) -> torch.Tensor:
+    """What an attack says of each sample [N] of such a view."""
+    guesses = attack.finish(seen)
+    return torch.cat([guesses.tokens[one.key][:, 0] for one in seen.exchanges])
