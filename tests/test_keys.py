@@ -245,9 +245,7 @@ def test_nobody_is_let_in_while_the_list_cannot_be_read(made: Path, damage: str 
     assert keys.admit(ann.certificate, ann.token) == "ann"
 
 
-def test_who_was_revoked_stays_so_while_the_list_cannot_be_read(
-    made: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_who_was_revoked_stays_so_while_the_list_cannot_be_read(made: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys, serial = server_keys(made / "server"), certificate(made / "ann").serial_number
     Authority(made).revoke("ann")
     assert keys.revoked(serial)

@@ -52,7 +52,6 @@ def test_the_session_of_a_client_that_is_revoked_ends(tmp_path: Path, monkeypatc
         whole = path.read_text()
         path.write_text(whole[: len(whole) // 2])  # as while it is copied
         with pytest.raises(Disconnected, match="cannot read its list of clients"):
-            own = client_keys(keys / "bob")
             await connect(
                 f"localhost:{served.port}", Credentials(own.ca, own.certificate, own.key), own.token,
                 {"client": "bob", "wants": "run"},
