@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 import cutlayer
 from cutlayer.audit.messages import Exchange
@@ -54,6 +56,54 @@ def view(found: Recording, attack: Attack, *, rows: int = 6, last: bool = False)
 def scored(found: Recording, attack: Attack, seen: View) -> Score:
     """How much of the truth the attack gets back."""
     return scored_of(attack.finish(seen), seen, found)
+
+
+def told_by(scores: Tensor, first: Tensor) -> float:
+    """How well scores [N] tell two classes [N] apart, whichever is larger: the area under the curve."""
+    area = float(roc_auc_score(first.cpu().numpy(), scores.detach().cpu().numpy()))
+    return max(area, 1 - area)
+
+
+def norm_auc(gradients: Tensor, first: Tensor) -> float:
+    """What the lengths of gradients [N,D] tell of their classes [N]."""
+    return told_by(torch.linalg.vector_norm(gradients, dim=1), first)
+
+
+def direction_auc(gradients: Tensor, first: Tensor, line: Tensor) -> float:
+    """What they tell who knows a direction [D], such as that between the classes' means: by cosine, and by length."""
+    along = gradients @ line
+    return max(
+        told_by(along, first), told_by(along / torch.linalg.vector_norm(gradients, dim=1).clamp(min=1e-30), first)
+    )
+
+
+class Hijack:
+    """A server that pulls hidden states to where it knows what they mean (feature-space hijacking, adapted).
+
+    It does not know the client's head, but how often tokens come. Its own codes for them are what the client's states
+    [B,T,H] are to be distributed as: it returns the gradient by which a kernel tells the two apart (in place of the
+    discriminator of the published attack, which has to be trained), and reads each state as the nearest code.
+    """
+
+    def __init__(self, shares: Tensor, width: int, *, seed: int) -> None:
+        self._draw = torch.Generator().manual_seed(seed)
+        self._shares, self._width = shares, width
+        self._codes = torch.randn(len(shares), width, generator=self._draw)
+
+    def read(self, states: Tensor) -> Tensor:
+        """Which token [B,T] each state is taken for."""
+        return torch.cdist(states.flatten(0, 1), self._codes).argmin(1).reshape(states.shape[:2])
+
+    def pull(self, states: Tensor) -> Tensor:
+        """The gradient [B,T,H], of length 1."""
+        own = states.flatten(0, 1).clone().requires_grad_()
+        wanted = self._codes[torch.multinomial(self._shares, 400, replacement=True, generator=self._draw)]
+        apart = self._near(own, own.detach()).mean(1) - self._near(own, wanted).mean(1)
+        (found,) = torch.autograd.grad(apart.sum(), [own])
+        return (found / found.norm()).reshape(states.shape)
+
+    def _near(self, one: Tensor, other: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(one, other).square() / (2 * self._width))
 
 
 def class_rows(count: int, shares: Sequence[float], *, seed: int = 0, told: float = 0.5) -> list[dict[str, Any]]:
