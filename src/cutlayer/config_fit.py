@@ -293,10 +293,10 @@ def _all_defended(config: RunConfig) -> Iterator[str]:
         return
     try:
         exchange, framework = config.build("exchange"), config.build("framework")
+        learning = [spec.name for spec in config.defense if registry.load("defense", spec.name).learning]
     except CutlayerError:
         return  # said by the other rules
     names = " and ".join(f"'{spec.name}'" for spec in config.defense)
-    learning = [spec.name for spec in config.defense if registry.load("defense", spec.name).learning]
     if learning and exchange.frozen_head:
         yield (
             f"exchange '{config.exchange.name}' sends no gradient back to the clients, and defense '{learning[0]}' "
