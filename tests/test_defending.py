@@ -358,28 +358,75 @@ def test_what_a_client_has_learned_is_there_again_after_it_was_killed(tmp_path: 
 
 
 def test_a_message_counts_once_and_before_it_leaves(tmp_path: Path) -> None:
-    file, one, other = tmp_path / "released.jsonl", torch.zeros(2, 3), torch.ones(2, 3)
+    file, one, other, under = tmp_path / "released.jsonl", torch.zeros(2, 3), torch.ones(2, 3), {"defenses": ["a"]}
     made = Releases(file)
     for tensor in (one, one, other):
-        made.add("send_activations", True, [4, 7], tensor)
-    made.add("send_gradients", True, [4], one)
-    made.add("send_activations", False, [0], one)
+        made.add("send_activations", True, [4, 7], tensor, under)
+    made.add("send_gradients", True, [4], one, under)
+    made.add("send_activations", False, [0], one, under)
     assert made.sends() == Sends(2, 1)
-    assert len(file.read_text().splitlines()) == 4
+    assert len(file.read_text().splitlines()) == 1 + 4
     with file.open("a") as more:
         more.write('["send_activations", true, [4')  # killed while it wrote: that message never left
     again = Releases(file)
     assert again.sends() == Sends(2, 1)
-    again.add("send_activations", True, [7], one)
+    again.add("send_activations", True, [7], one, under)
     assert again.sends() == Sends(2, 1), "a process that came back makes the same message again"
-    again.add("send_activations", True, [7], one + 2)
+    again.add("send_activations", True, [7], one + 2, under)
     assert again.sends() == Releases(file).sends() == Sends(3, 1)
+    assert again.mixed() == Releases(file).mixed() == ""
     file.write_text("what\n")
     with pytest.raises(CheckpointError, match="what the defenses have spent is not known"):
         Releases(file)
     made.path = tmp_path / "gone/released.jsonl"
     with pytest.raises(OutputError, match="Nothing was sent"):
-        made.add("send_activations", True, [1], one)
+        made.add("send_activations", True, [1], one, under)
+
+
+def test_a_message_that_could_not_be_written_down_does_not_leave_when_it_is_asked_for_again(tmp_path: Path) -> None:
+    file, one, under = tmp_path / "released.jsonl", torch.ones(2, 3), {"defenses": ["a"]}
+    made = Releases(file)
+    made.add("send_activations", True, [1], one * 5, under)
+    made.path = Path("/dev/full")
+    for _ in range(2):
+        with pytest.raises(OutputError, match="Nothing was sent"):
+            made.add("send_activations", True, [1], one, under)
+    assert made.sends() == Sends(1, 0)
+    made.path = file
+    made.add("send_activations", True, [1], one, under)
+    assert made.sends() == Releases(file).sends() == Sends(2, 0)
+
+
+def test_half_a_line_is_cut_off_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, one, under = tmp_path / "released.jsonl", torch.ones(2, 3), {"defenses": ["a"]}
+    made = Releases(file)
+    made.add("send_activations", True, [1], one * 5, under)
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OutputError, match="No space left"):
+            made.add("send_activations", True, [1], one, under)
+    assert len(file.read_text().splitlines()) == 2
+    made.add("send_activations", True, [1], one, under)
+    assert Releases(file).sends() == Sends(2, 0)
+
+
+def test_messages_under_more_than_one_setting_are_told(tmp_path: Path) -> None:
+    file, one = tmp_path / "released.jsonl", torch.ones(2, 3)
+    made = Releases(file, {"data_and_model": "x"})
+    weak, strong = ({"defenses": [{"name": "dp-forward", "epsilon": e}], "head_blocks": 0} for e in (200, 0.5))
+    made.add("send_activations", True, [1], one, weak)
+    assert made.mixed() == ""
+    made.add("send_activations", True, [1], one, strong)  # the same bits, under other settings
+    for found in (made, Releases(file)):
+        assert '"epsilon": 200' in found.mixed()
+        assert '"epsilon": 0.5' in found.mixed()
+        assert "head_blocks" not in found.mixed(), "what is the same is not named"
+    file.write_text('["send_activations", true, [1], "abc"]\n')
+    assert "not counted here" in Releases(file).mixed(), "written before settings were"
 
 
 @pytest.mark.parametrize(
