@@ -226,6 +226,16 @@ class Seat:
             reply = reply.but(receiver=last)
         return reply, shown
 
+    def last_words(self) -> list[str]:
+        """What left and what was spent, of a client that does not come to the run's end; nothing if nothing left."""
+        if not self.guard.counts.frames:
+            return []
+        try:
+            spent = self.spending.words()
+        except CutlayerError as error:  # the end has a cause of its own, which is to be read
+            spent = [f"what the defenses have spent cannot be told: {error}"]
+        return [*spent, self.guard.told()]
+
     @property
     def done(self) -> Path | None:
         """Where this client's part of the adapter (of the model, where all weights are trained) is, once that is done.
@@ -368,9 +378,9 @@ class Seat:
             with contextlib.suppress(OSError):
                 shutil.rmtree(draft)
             raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from error
-        for line in self.spending.words():
-            self.progress.note(line)
         if self.left is None:
+            for line in self.spending.words():
+                self.progress.note(line)
             self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
         else:
             self.left = replace(self.left, part=final)
