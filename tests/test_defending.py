@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import cutlayer
-from apart import Apart, steps
+from apart import LONG, Apart, steps
 from cutlayer.config import load_config
 from cutlayer.defense import Sends
 from cutlayer.errors import CheckpointError, ConfigError, MethodError, OutputError
@@ -302,6 +306,11 @@ def test_what_was_spent_is_told(tmp_path: Path) -> None:
     assert (told["kind"], told["releases"], told["delta"]) == ("local", 2, 1e-5)
     assert 8 < told["epsilon"] < 16
     assert "step 7" in told["not_covered"]
+    rows = {**run_of(tmp_path / "rows", [])["data"], "packing": True}
+    done = trained(tmp_path / "packed", [noise], steps=1, partition={**U, "head_blocks": 0}, data=rows)
+    (told,) = done.summary["privacy"]["client-0"]
+    assert (told["kind"], told["epsilon"]) == ("empirical", None)
+    assert "rows are packed" in told["why"]
     told = spent("two-part", {**TWO, "head_blocks": 0})
     assert told["epsilon"] is None
     assert "sent as they are" in told["why"]
@@ -339,6 +348,31 @@ def test_between_processes_is_the_simulation(defense: list[Any], tmp_path: Path)
             assert 0 < own["releases"] <= bound["releases"], "a simulation counts as if each client evaluated"
             assert {**own, "releases": 0} == {**bound, "releases": 0}
         assert "no epsilon is claimed" in run.said(name)
+
+
+def test_a_client_that_is_interrupted_says_what_left_and_what_was_spent(tmp_path: Path) -> None:
+    run = Apart(
+        tmp_path, {"ann": ROWS}, defense=[{"name": "dp-forward", "epsilon": 8}], exchange="splitfrozen", rounds=10**5,
+        framework={"name": "sfl-v2", "local_steps": 8}, checkpoint_every=10**4,
+    )  # fmt: skip
+    server, ann = run.serve(), run.join("ann")
+    try:
+        released, end = run.root / "ann" / "released.jsonl", time.monotonic() + LONG
+        while not (released.exists() and len(released.read_text().splitlines()) > 8):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(int((run.root / "ann.pid").read_text()), signal.SIGINT)
+        assert ann.wait()
+    finally:
+        ann.kill()
+        server.kill()
+    said, (told,) = " ".join(run.said("ann").split()), json.loads((run.root / "ann" / "privacy.json").read_text())
+    assert Releases(released).sends().most == told["releases"] > 0, "it is never behind what left"
+    (count,) = re.findall(r"epsilon [\d.]+ \(delta 1e-05\) .* after at most (\d+) releases", said)
+    assert 1 <= int(count) <= told["releases"], (
+        "what was being made at the interrupt is written down, and did not leave"
+    )
+    assert "What left this machine for 'ann'" in said
 
 
 @pytest.mark.slow
@@ -434,6 +468,13 @@ def test_messages_under_more_than_one_setting_are_told(tmp_path: Path) -> None:
     [
         (PROBES, "exchange 'mu-splitfed' shows each batch at several points"),
         ({"framework": {"name": "multisfl", "replay": True}, "clients": 2}, "has idle clients show features"),
+        *(
+            (
+                {"selection": {"name": "csfl", "sketch": kind}, "clients": 2, "framework": "sfl-v2"},
+                f"selection 'csfl' has each client tell a sketch \\({kind}\\) of its texts",
+            )
+            for kind in ("tokens", "hash")
+        ),
     ],
 )
 def test_what_a_defense_does_not_see_is_refused_with_it(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

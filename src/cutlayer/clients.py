@@ -87,7 +87,7 @@ def defending_of(
             pull=None if tail is None else _pulling(tail, config.seed),
             guess=None if tail is None else _guessing(head, tail),
             classes=0 if base.anatomy.causal else int(base.model.config.num_labels),
-            specials=specials, seed=config.seed,
+            specials=specials, seed=config.seed, packed=config.data.packing,
         )  # fmt: skip
 
     made = [registry.create("defense", spec.name, spec.options) for spec in config.defense]

@@ -66,7 +66,7 @@ class Defending:
         self.settings = {
             "defenses": [_named(n, one) for n, one in zip(self.names, self.defenses, strict=True)],
             "head_blocks": len(ground.layout.head), "head_trained": ground.head_trained,
-            "tail_trained": ground.tail_trained, "labels_sent": ground.labels_sent,
+            "tail_trained": ground.tail_trained, "labels_sent": ground.labels_sent, "packed": ground.packed,
         }  # fmt: skip
 
     def _learning(self) -> Slot | None:
