@@ -38,6 +38,7 @@ from cutlayer.models.loading import Part, device_named, load_model
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
 from cutlayer.parties.client import ClientParty
+from cutlayer.parties.tails import predicting
 from cutlayer.parties.verbs import VERB_STEPS
 from cutlayer.parties.verbs import answer as answer_step
 from cutlayer.peers import peers_of
@@ -95,7 +96,7 @@ class Seat:
         self.secret = _secret(out / "secret")
         counts = Counts.load(out / "sent.json")
         self.spending = Spending(
-            out, {"data": self.data.fingerprint, "model": identity(config)["base model files"],
+            out, {"data": self.data.fingerprint, "model": identity(config)["base model files"] + str(config.peft),
                   "batches": f"{config.batch_size} {len(self.kept[name])} {config.seed}"},
             left=counts.micros + counts.evaluations > 0,
         )  # fmt: skip
@@ -366,6 +367,7 @@ class Seat:
         if not self.config.build("framework").merges:  # then nobody else has what it trained for others
             own = self.party.names("all")
         state = {name: tensor for name, tensor in self.party.slot.get().items() if name in own}
+        state |= predicting(self.party.slot)
         try:
             shutil.rmtree(draft, ignore_errors=True)
             save_part(self.base, state, draft, base_name=self.base_name)
