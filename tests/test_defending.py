@@ -316,6 +316,17 @@ def test_what_was_spent_is_told(tmp_path: Path) -> None:
     assert "sent as they are" in told["why"]
 
 
+def test_a_planner_may_move_the_cut_so_that_nothing_is_claimed(tmp_path: Path) -> None:
+    moving = {"planner": {"name": "splitft-adaptive-cut", "cut": 1}, "peft": "splitft-cut-rank"}
+    done = trained(
+        tmp_path, [{"name": "dp-forward", "epsilon": 8}], **moving, aggregator="lora-products", framework="sfl-v2",
+        steps=None, rounds=1,
+    )  # fmt: skip
+    (told,) = done.summary["privacy"]["client-0"]
+    assert (told["kind"], told["epsilon"]) == ("empirical", None)
+    assert "the planner moves the cut" in told["why"]
+
+
 def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="in the two-part split the client shows no gradient"):
         cutlayer.train(run_of(tmp_path, ["clip-noise"], partition=TWO), out=tmp_path / "out")
