@@ -229,6 +229,27 @@ def test_only_who_runs_blocks_for_others_is_asked_to(verb: str) -> None:
     judge(SFL, state, hosts=True)
 
 
+TRUNKS: dict[str, tuple[Header, set[str]]] = {  # a request, and with which moments it is asked for
+    "the optimizer's state": (asks("host_get", optimizer=True), {"average"}),
+    "no optimizer's state": (asks("host_get", optimizer=False), {"average", "keep", "reset"}),
+    "brings an optimizer's state": (asks("host_put", "optimizer/a/exp_avg", reset=False), {"average"}),
+    "a new optimizer": (asks("host_put", "a", reset=True), {"reset"}),
+}
+
+
+@pytest.mark.parametrize("case", TRUNKS)
+def test_the_optimizer_of_a_trunk_is_asked_for_where_the_framework_has_a_use_for_it(case: str) -> None:
+    request, used = TRUNKS[case]
+    for moments in ("average", "keep", "reset"):
+        run = {"framework": {"name": "gsfl", "intra": "psl", "moments": moments}}
+        if moments in used:
+            judge(run, request, hosts=True)
+            continue
+        with pytest.raises(PolicyRefused) as refused:
+            judge(run, request, hosts=True)
+        assert refused.value.rule == "told"
+
+
 def test_every_verb_that_not_every_run_has_is_refused_by_a_run_without_all() -> None:
     made = config()
     bare = replace(entitled(made, layouts_of(made, 4)["client-0"], hosts=False), directions=0)

@@ -39,7 +39,7 @@ TOLD = {"loss": 1.0, "tokens": 5, "label_tokens": 4, "last": True}
 HOW = {"graph": True, "head_weight": 1.0, "update": True}
 ANYTHING = Entitled(  # a run that asks for all that a run can ask for with backpropagation
     cuts=None, moves=True, allots=True, ranks=True, directions=0, exchanges=True, hands_on=True, resets=True,
-    moments=True, arranges=True, clips=True, caches=True, counts_steps=True, hosts=True,
+    moments=True, trunk_moments="average", arranges=True, clips=True, caches=True, counts_steps=True, hosts=True,
     asks=frozenset({"histogram", "features", "begin_stage", "end_stage"}),
 )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from cutlayer import identity
 from cutlayer.config import load_config
 from cutlayer.engine import identity as identity_of_run
 from cutlayer.errors import MethodError, ModelError
-from cutlayer.identity import fingerprint
+from cutlayer.identity import fingerprint, other_model, tokenizer_of
 from cutlayer.policy import load_policy
 from tiny import make_model, text_rows, write_rows
 
@@ -124,6 +125,28 @@ def test_what_is_not_read_does_not_count(base: Path, tmp_path: Path) -> None:
     for name in ("README.md", "pytorch_model.bin", "consolidated.safetensors", "tokenizer.json"):
         (tmp_path / "model" / name).write_text("other")
     assert fingerprint(str(tmp_path / "model")) == fingerprint(str(base))
+
+
+def test_another_tokenizer_is_told_apart_where_both_have_the_file(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    for name, text in (("tokenizer.json", "{}"), ("special_tokens_map.json", "{}")):
+        (tmp_path / "model" / name).write_text(text)
+    model = str(tmp_path / "model")
+    own, tokens = fingerprint(model), tokenizer_of(model)
+    assert {"tokenizer.json", "special_tokens_map.json"} <= tokens.keys()
+    assert not other_model(own, tokens, {**fingerprint(model), **tokenizer_of(model)}, "ann")
+    assert not other_model(own, tokens, fingerprint(model), "ann")  # of an earlier version
+    (tmp_path / "model/merges.txt").write_text("a b\n")
+    (tmp_path / "model/tokenizer_config.json").write_text("{}")
+    assert not other_model(own, tokens, {**fingerprint(model), **tokenizer_of(model)}, "ann")
+    file = tmp_path / "model/tokenizer.json"
+    file.write_text(file.read_text() + " ")
+    told = {**fingerprint(model), **tokenizer_of(model)}
+    said = "The tokenizer is another here, .*: tokenizer.json has another checksum than with 'ann'"
+    assert re.match(said, other_model(own, tokens, told, "ann"))
+    for wrong in (told | {"config.json": "0"}, told | {"more": "0"}, tokens, {}, None, "x", {"handed": "0"}):
+        assert other_model(own, tokens, wrong, "ann").startswith("The model is another here")
+    assert tokenizer_of("nobody/has-this") == {}
 
 
 def test_shards_and_old_formats(base: Path, tmp_path: Path) -> None:

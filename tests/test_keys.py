@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from cutlayer.cli.main import app
-from cutlayer.errors import KeysError
+from cutlayer.errors import Disconnected, KeysError
 from cutlayer.issuing import Authority, authority
 from cutlayer.keys import client_keys, fingerprint_of, server_keys, token_hash
 
@@ -233,14 +233,33 @@ def test_nobody_is_let_in_while_the_list_cannot_be_read(made: Path, damage: str 
     path, serial = made / "server/clients.json", certificate(made / "ann").serial_number
     path.write_text(damage) if damage is not None else path.unlink()
     assert "clients.json" in keys.problem
-    assert keys.revoked(serial)
+    assert not keys.revoked(serial)  # its session goes on
     assert not keys.token_ok("ann", ann.token)
+    with pytest.raises(Disconnected, match="Try again in a while"):
+        keys.belong("ann", "ann", ann.token)
     with pytest.raises(KeysError, match=r"not let in: .*clients.json"):
         keys.admit(ann.certificate, ann.token)
     with pytest.raises(KeysError, match=r"clients.json"):
         server_keys(made / "server")
     Authority(made).add()  # mends it
     assert keys.admit(ann.certificate, ann.token) == "ann"
+
+
+def test_who_was_revoked_stays_so_while_the_list_cannot_be_read(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys, serial = server_keys(made / "server"), certificate(made / "ann").serial_number
+    Authority(made).revoke("ann")
+    assert keys.revoked(serial)
+    path = made / "server/clients.json"
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    for _ in range(3):
+        assert keys.revoked(serial)
+        assert not keys.revoked(certificate(made / "bob").serial_number)
+    assert caplog.text.count("those who are in stay") == 1
+    path.write_text(whole.replace(next(iter(json.loads(whole)["tokens"])), "eve"))
+    assert not keys.problem
+    path.write_text(json.dumps(json.loads(whole) | {"tokens": {}}))  # read, and nobody is on it
+    assert keys.revoked(certificate(made / "bob").serial_number)
 
 
 def test_a_folder_that_the_ca_does_not_know_is_in_the_way(made: Path) -> None:

@@ -21,6 +21,7 @@ from cutlayer.agreed import AgreedSecret, make_secret
 from cutlayer.apart import check_routes, served
 from cutlayer.errors import CutlayerError, PolicyRefused
 from cutlayer.registry import load
+from cutlayer.released import Counts
 from cutlayer.wire import SEALED, Header, read_frames
 from regrouping import Plan, regroup
 from spine import TWO, U
@@ -412,6 +413,30 @@ def test_what_is_trained_for_others_is_asked_for_and_given_within_bounds(tmp_pat
     done, _ = own.handle(about("host_update", 41, **how, **{"weight/bob": 2.0}), [])
     assert done.values == {"version": 1}
     assert trunk.idle
+
+
+def test_a_trunk_is_given_once_a_round_and_no_more_often_than_there_may_be_rounds(tmp_path: Path) -> None:
+    allowed = {"sketches": True, "peers": True, "error_texts": True}
+    own = led(tmp_path, {"may_leave": allowed, "most": {"rounds": 2}})
+    own.handle(ask("lead", 3, **HERE), [])
+    trunk = own.peers.hosting.trunk.slot
+    name, turn = next(iter(trunk.params)), 4
+
+    def update() -> None:
+        nonlocal turn
+        trunk.add({name: torch.ones_like(trunk.params[name])}, key=("bob", turn, 0))
+        turn += 1
+        own.handle(about("host_update", turn, scale=1.0, rate=1.0, by_tensor=True, **{"weight/bob": 1.0}), [])
+
+    for rounds in (1, 2):
+        update()
+        update()
+        for _ in range(2):  # a merge, and that it is asked for again
+            turn += 1
+            own.handle(about("host_get", turn, optimizer=True), [])
+            assert Counts.load(own.guard.counts.path).trunk_rounds == rounds
+    with pytest.raises(CutlayerError, match=r"most.rounds refuses: this would be number 3; allowed: 2 in all"):
+        update()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -343,6 +344,14 @@ def test_a_policy_is_kept(tmp_path: Path) -> None:
             join(
                 f"localhost:{run.port}", data=run.files["ann"], out=run.root / "eve", name="eve",
                 model=run.tree["model"], progress=False,
+            )  # fmt: skip
+        tokens = tmp_path / "tokens"
+        shutil.copytree(own, tokens)
+        (tokens / "tokenizer.json").write_text((tokens / "tokenizer.json").read_text() + " ")
+        with pytest.raises(Refused, match=r"The tokenizer is another here, .*tokenizer\.json has another checksum"):
+            join(
+                f"localhost:{run.port}", data=run.files["ann"], out=run.root / "ann", name="ann", model=str(tokens),
+                progress=False,
             )  # fmt: skip
         other = make_model(tmp_path / "other", "llama", num_hidden_layers=4, seed=5)
         with pytest.raises(Refused, match="The model is another here"):

@@ -13,7 +13,7 @@ from apart import ROWS, Apart
 from cutlayer import checkpoint, service
 from cutlayer.attempt import Attempt
 from cutlayer.computing import Computing
-from cutlayer.errors import Refused
+from cutlayer.errors import Disconnected, Refused
 from cutlayer.issuing import authority
 from cutlayer.keys import client_keys, server_keys
 from cutlayer.links.net.connecting import connect
@@ -48,6 +48,17 @@ def test_the_session_of_a_client_that_is_revoked_ends(tmp_path: Path, monkeypatc
                 f"localhost:{served.port}", Credentials(own.ca, own.certificate, own.key), own.token,
                 {"client": name, "wants": "run"},
             )  # fmt: skip
+        path = keys / "server/clients.json"
+        whole = path.read_text()
+        path.write_text(whole[: len(whole) // 2])  # as while it is copied
+        with pytest.raises(Disconnected, match="cannot read its list of clients"):
+            await connect(
+                f"localhost:{served.port}", Credentials(own.ca, own.certificate, own.key), own.token,
+                {"client": "bob", "wants": "run"},
+            )  # fmt: skip
+        await served.listener.recheck()
+        assert not any(session.ended.is_set() for session in sessions.values())
+        path.write_text(whole)
         with authority(keys) as ca:
             ca.revoke("ann")
         with pytest.raises(Refused, match="revoked"):

@@ -32,6 +32,7 @@ class Entitled:
         hands_on: its part is handed on among clients, with its number of updates.
         resets: who gets a part begins with a new optimizer.
         moments: the optimizer's state goes along with a part.
+        trunk_moments: what becomes of the optimizer's state of merged trunks: ``keep``, ``average``, ``reset``.
         arranges: a selection asks for sketches, and says who trains with whom.
         clips: gradients are clipped by a norm that the server computes.
         caches: the server remembers what samples were shown as.
@@ -49,6 +50,7 @@ class Entitled:
     hands_on: bool
     resets: bool
     moments: bool
+    trunk_moments: str
     arranges: bool
     clips: bool
     caches: bool
@@ -96,6 +98,12 @@ class Entitled:
             yield moments, self.moments or self.moves, "brings an optimizer's state"
             yield bool(told.get("reset")), self.resets, "has the optimizer begin anew"
             yield told.get("version", -1) != -1, self.hands_on, "tells a number of updates"
+        elif verb == "host_get":
+            yield bool(told.get("optimizer")), self.trunk_moments == "average", "asks for the optimizer's state"
+        elif verb == "host_put":
+            moments = any(name.startswith("optimizer/") for name in names)
+            yield moments, self.trunk_moments == "average", "brings an optimizer's state"
+            yield bool(told.get("reset")), self.trunk_moments == "reset", "has the optimizer begin anew"
 
 
 Use = Callable[[Entitled], bool]
@@ -130,7 +138,8 @@ ASKED_BY: Mapping[str, tuple[Use, str]] = {
 
 NOTHING = Entitled(
     cuts=None, moves=False, allots=False, ranks=False, directions=0, exchanges=False, hands_on=False, resets=False,
-    moments=False, arranges=False, clips=False, caches=False, counts_steps=False, hosts=False, asks=frozenset(),
+    moments=False, trunk_moments="keep", arranges=False, clips=False, caches=False, counts_steps=False, hosts=False,
+    asks=frozenset(),
 )  # fmt: skip
 """Of no run: only words leave."""
 
@@ -157,6 +166,7 @@ def entitled(config: RunConfig, layout: Layout, *, hosts: bool) -> Entitled:
         hands_on=hands_on,
         resets=framework.travels,
         moments=framework.optimizer_travels,
+        trunk_moments=framework.moments,
         arranges=isinstance(config.build("selection"), Arranger),
         clips=config.max_grad_norm is not None,
         caches=exchange.caches,

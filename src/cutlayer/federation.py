@@ -29,7 +29,7 @@ from cutlayer.driver import Run
 from cutlayer.engine import Engine
 from cutlayer.errors import AllLeft, CutlayerError, Gone, Refused, RequestFailed, WireError
 from cutlayer.frames import limits_of
-from cutlayer.identity import fingerprint
+from cutlayer.identity import fingerprint, other_model, tokenizer_of
 from cutlayer.judging import Judge, bounds_of
 from cutlayer.keys import ServerKeys
 from cutlayer.links.local import Link
@@ -74,6 +74,7 @@ class Federation:
         self, config: RunConfig, out: Path, keys: ServerKeys | None, meter: Meter, patience: float, progress: Reporter
     ) -> None:
         self.config, self.out, self.keys, self.patience, self.progress = config, out, keys, patience, progress
+        self.tokenizer = tokenizer_of(config.model)
         self.files, self.device = fingerprint(config.model), device_named(config.device)
         with torch.random.fork_rng(devices=[]):
             base = load_base(config, labels=known_classes(config), device=self.device)
@@ -199,10 +200,8 @@ class Federation:
             return {"run": offer(self.config)}
         if hello.get("wants"):
             raise Refused("In a federation the server does not hand its model. Name the client's own by model.")
-        if hello.get("model") != self.files:
-            raise Refused(
-                f"The model is another here: its files have other checksums than those of '{name}'.", reason="model"
-            )
+        if other := other_model(self.files, self.tokenizer, hello.get("model"), name):
+            raise Refused(other, reason="model")
         if hello.get("round") != self.number:
             raise Refused(f"'{name}' comes for round {hello.get('round')!r}, but this is round {self.number}.")
         if self.last[name] and self.last[name] not in read_rounds(hello.get("rounds")):

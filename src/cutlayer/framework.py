@@ -27,6 +27,7 @@ class Framework(Protocol):
     joinable: ClassVar[bool] = False  # all train at once, each with a trunk of its own, which a mixing may make one
     personal: ClassVar[bool] = False  # clients end with parts of their own, so there are as many models
     asynchronous: ClassVar[bool] = False  # nobody waits: as many steps in a round as a client has time for
+    moments: str = "keep"  # of trunks' optimizers at a merge: only with "average" do trunks' devices give them
     branches: int = 1  # models that are trained side by side, each by its part of all steps
 
     # What may depend on a framework's options: an attribute or a property.

@@ -119,6 +119,8 @@ class Guard:
         check_tensors(header, tensors, held.head)
         if header.verb in SHAPED:
             check_owned(header, tensors, held.tensors)
+        if header.verb == "host_update":
+            self._bound("rounds", self.counts.trunk_rounds + 1)
         if header.verb in BEGINNINGS:
             self._may_begin(header, held)
         elif header.verb in ("tail_step", "head_backward", "probed"):
@@ -356,6 +358,10 @@ class Guard:
             del self._open[(*place, True)]
         elif verb in ("get_state", "set_state") and counts.trained:
             counts.rounds, counts.trained = counts.rounds + 1, False
+        elif verb == "host_update":
+            counts.trunk_trained = True
+        elif verb in ("host_get", "host_put") and counts.trunk_trained:
+            counts.trunk_rounds, counts.trunk_trained = counts.trunk_rounds + 1, False
         elif verb == "set_up":
             self._steps_per_epoch = int(header.values.get("steps_per_epoch", 0))
         elif verb == "abort":

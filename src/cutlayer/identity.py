@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from logging import getLogger
 from pathlib import Path
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 LOG = getLogger("cutlayer.identity")
 IRRELEVANT = {"record_wire", "device", "engine", "report_to", "checkpoint_every", "verify"}  # they change no number
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER = (  # what of a tokenizer says which text becomes which numbers
+    "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 LARGE = 64 << 20  # bytes: the checksum of a file from this size on is remembered
 SETTLED = 2.0  # seconds: what changed so lately may change again without another time
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -64,20 +69,60 @@ def fingerprint(model: str) -> dict[str, str]:
     Raises:
         ModelError: a file cannot be read.
     """
-    folder = Path(model)
-    cached = not folder.is_dir()
-    if cached:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(model, "config.json")
-        if not isinstance(found, str):
-            return {"name": model}  # it is not known which files were read
-        folder = Path(found).parent
+    folder, cached = _folder(model)
+    if folder is None:
+        return {"name": model}  # it is not known which files were read
     try:
         files = ["config.json", *_weights(folder)]
         return {name: _digest(folder / name, hub=cached) for name in files}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"The files of the model in {folder} cannot be read: {error}.") from error
+
+
+def tokenizer_of(model: str) -> dict[str, str]:
+    """The same of the files of a model's tokenizer, as far as they are there. A checkpoint does not ask for them.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    folder, cached = _folder(model)
+    try:
+        found = [name for name in TOKENIZER if folder is not None and (folder / name).is_file()]
+        return {name: _digest(folder / name, hub=cached) for name in found} if folder is not None else {}
+    except OSError as error:
+        raise ModelError(f"The files of the tokenizer in {folder} cannot be read: {error}.") from error
+
+
+def other_model(own: Mapping[str, str], tokenizer: Mapping[str, str], told: object, client: str) -> str:
+    """In what a client's model is another than the one here, in words; empty where it is the same.
+
+    Args:
+        own: the fingerprint of the model here.
+        tokenizer: that of its tokenizer; a file of it that only one end has is not compared.
+        told: what the client says of both.
+        client: its name.
+    """
+    said: Mapping[object, object] = told if isinstance(told, Mapping) else {}
+    weights = {name: value for name, value in said.items() if name in own or name not in TOKENIZER}
+    if weights != own:
+        return f"The model is another here: its files ({', '.join(own)}) have other checksums than those of '{client}'."
+    if other := [name for name, value in tokenizer.items() if said.get(name, value) != value]:
+        have = "have other checksums" if len(other) > 1 else "has another checksum"
+        return (
+            f"The tokenizer is another here, so that text would become other tokens: {', '.join(other)} {have} than "
+            f"with '{client}'."
+        )
+    return ""
+
+
+def _folder(model: str) -> tuple[Path | None, bool]:
+    """Where the files are, if it is known, and whether that is in the Hub's cache."""
+    if Path(model).is_dir():
+        return Path(model), False
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "config.json")
+    return (Path(found).parent if isinstance(found, str) else None), True
 
 
 def _weights(folder: Path) -> list[str]:

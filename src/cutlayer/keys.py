@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cutlayer.errors import KeysError
+from cutlayer.errors import Disconnected, KeysError
 
+LOG = getLogger("cutlayer.keys")
 CA, CERTIFICATE, KEY, TOKEN, CLIENTS = "ca.pem", "cert.pem", "key.pem", "token", "clients.json"
 VERSION = 1
+QUIET = 60.0  # seconds in which it is logged once that the list of clients cannot be read
 OTHERS = 0o027  # rights on a secret that nobody but its owner (and who reads for the owner's group) may have
 USES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 COMMANDS = {"server": "cutlayer serve", "client": "cutlayer join"}
@@ -72,13 +76,23 @@ class ServerKeys(Keys):
         return same and client in tokens and told not in revoked
 
     def belong(self, peer: str, client: str, token: str) -> bool:
-        """Whether the certificate's name and the token are both this client's, and the token was not revoked."""
+        """Whether the certificate's name and the token are both this client's, and the token was not revoked.
+
+        Raises:
+            Disconnected: the list of clients cannot be read at the moment; the client may come again.
+        """
+        if self.problem:
+            raise Disconnected("The server cannot read its list of clients, and lets nobody in. Try again in a while.")
         return hmac.compare_digest(peer.encode(), client.encode()) and self.token_ok(client, token)
 
     def revoked(self, serial: int) -> bool:
-        """Whether a certificate was revoked; while the list cannot be read, all are."""
+        """Whether a certificate was revoked, by the list as it was last read.
+
+        While the list cannot be read nobody is let in, but who is in stays: it may be half copied for a moment.
+        """
         tokens, revoked = self._list.look()
-        return not tokens or serial_text(serial) in revoked
+        emptied = not tokens and not self._list.problem
+        return emptied or serial_text(serial) in revoked
 
     def admit(self, certificate: bytes, token: str) -> str:
         """The name of the client that shows this certificate (PEM, as the TLS layer verified it) and token.
@@ -109,11 +123,12 @@ class _ClientList:
     def __init__(self, path: Path) -> None:
         self.path, self.problem = path, ""
         self._seen: tuple[int, int, int] | None = None
+        self._logged = -QUIET  # when
         self._tokens: Mapping[str, str] = {}
         self._revoked: frozenset[str] = frozenset()
 
     def look(self) -> tuple[Mapping[str, str], frozenset[str]]:
-        """What the file says now. Where it cannot be read: nothing, and ``problem`` says why."""
+        """What the file says now. Where it cannot be read: no tokens, what was revoked before, and ``problem``."""
         try:
             about = self.path.stat()
             seen = (about.st_mtime_ns, about.st_size, about.st_ino)
@@ -122,7 +137,10 @@ class _ClientList:
                 self._seen, self.problem = seen, ""
         except (OSError, KeysError) as error:
             said = f"{self.path} cannot be read: {error.strerror}." if isinstance(error, OSError) else str(error)
-            self._seen, self.problem, self._tokens, self._revoked = None, said, {}, frozenset()
+            self._seen, self.problem, self._tokens = None, said, {}
+            if time.monotonic() - self._logged >= QUIET:
+                self._logged = time.monotonic()
+                LOG.warning("Nobody is let in, and those who are in stay: %s", said)
         return self._tokens, self._revoked
 
 

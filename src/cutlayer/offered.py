@@ -13,7 +13,7 @@ from cutlayer.build import task_of
 from cutlayer.config import RunConfig
 from cutlayer.errors import ConfigError, PolicyRefused, Refused
 from cutlayer.fetching import SERVED, Fetch, Open, is_served
-from cutlayer.identity import fingerprint
+from cutlayer.identity import fingerprint, tokenizer_of
 from cutlayer.keys import ClientKeys
 from cutlayer.links.net.answering import Again
 from cutlayer.links.net.connecting import connect
@@ -99,7 +99,7 @@ async def fetched(
         listing = await fetch.listing()
         files = {"handed": listing.checksum}
     else:
-        files = fingerprint(config.model)
+        files = {**fingerprint(config.model), **tokenizer_of(config.model)}
     wrong = policy.problems(
         config, name, files=files, served=listing.checksum if listing else None, named=str(tree.get("model"))
     )

@@ -55,6 +55,8 @@ class Counts:
     evaluations: int = 0  # batches of evaluation data
     furthest: tuple[int, int] = (-1, -1)  # the last step and micro-batch that was ever shown
     trained: bool = False  # since the last round was counted
+    trunk_rounds: int = 0  # the same of a trunk that is trained here for others
+    trunk_trained: bool = False
     kinds: dict[str, list[int]] = field(default_factory=dict)  # by kind: frames with it, and bytes of its tensors
 
     @classmethod
@@ -69,12 +71,15 @@ class Counts:
         try:
             read: Any = json.loads(path.read_text(encoding="utf-8"))
             version = read.pop("version")
+            for name in ("trunk_rounds", "trunk_trained"):  # earlier versions did not count them
+                read.setdefault(name, 0)
             kinds = {str(kind): [int(n) for n in pair] for kind, pair in read.pop("kinds").items()}
             step, micro = read.pop("furthest")
             numbers = {name: int(read.pop(name)) for name in _NUMBERS}
             counts = cls(
-                path, furthest=(int(step), int(micro)), trained=bool(read.pop("trained")), kinds=kinds, **numbers
-            )
+                path, furthest=(int(step), int(micro)), trained=bool(read.pop("trained")),
+                trunk_trained=bool(read.pop("trunk_trained")), kinds=kinds, **numbers,
+            )  # fmt: skip
             if read or any(number < 0 for number in numbers.values()):
                 raise ValueError("unknown or negative counts")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -108,7 +113,8 @@ class Counts:
         head = (
             f"What left this machine for '{client}': {_size(self.bytes)} in {_many(self.frames, 'message')}; "
             f"{_many(self.steps, 'training step')} of {_many(self.micros, 'batch', 'batches')}{repeated}, "
-            f"{_many(self.evaluations, 'evaluation batch', 'evaluation batches')}, {_many(self.rounds, 'round')}."
+            f"{_many(self.evaluations, 'evaluation batch', 'evaluation batches')}, "
+            f"{_many(max(self.rounds, self.trunk_rounds), 'round')}."
         )
         lines = []
         for kind in WORDS:

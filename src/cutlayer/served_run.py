@@ -31,7 +31,7 @@ from cutlayer.files import make_folder
 from cutlayer.frames import limits_of
 from cutlayer.handing import WANTS as MODEL
 from cutlayer.handing import Handing
-from cutlayer.identity import fingerprint
+from cutlayer.identity import fingerprint, other_model, tokenizer_of
 from cutlayer.links.net.handing import LIMITS
 from cutlayer.links.net.remote import Remote
 from cutlayer.links.net.session import Session
@@ -88,6 +88,7 @@ class ServedRun:
         self.name, self.config, self.out = name, config, out
         self._drain = drain or Drain()
         self.files, self.handing = fingerprint(config.model), Handing(config)
+        self.tokenizer = tokenizer_of(config.model)
         self.offered = offer(config)
         model_config = load_model_config(config.model)
         self._limits = limits_of(config, model_config)
@@ -218,11 +219,10 @@ class ServedRun:
         if wants == MODEL:
             return {"client": name, "name": self.name}
         model = hello.get("model")
-        if model != self.files and not await self.handing.is_same(name, model):
+        other = other_model(self.files, self.tokenizer, model, name)
+        if other and not await self.handing.is_same(name, model):
             raise Refused(
-                f"The model is another here: its files ({', '.join(self.files)}) have other checksums than those of "
-                f"'{name}'. Use the same files of '{Path(self.config.model).name}' at both ends.",
-                reason="model",
+                f"{other} Use the same files of '{Path(self.config.model).name}' at both ends.", reason="model"
             )
         self._compare(hello)
         told = read_told(hello.get("data"), planned=self.config.planner is not None)
