@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import cutlayer
-from apart import Apart, steps
+from apart import LONG, Apart, steps
 from cutlayer.config import load_config
 from cutlayer.defense import Sends
 from cutlayer.errors import CheckpointError, ConfigError, MethodError, OutputError
@@ -302,9 +306,25 @@ def test_what_was_spent_is_told(tmp_path: Path) -> None:
     assert (told["kind"], told["releases"], told["delta"]) == ("local", 2, 1e-5)
     assert 8 < told["epsilon"] < 16
     assert "step 7" in told["not_covered"]
+    rows = {**run_of(tmp_path / "rows", [])["data"], "packing": True}
+    done = trained(tmp_path / "packed", [noise], steps=1, partition={**U, "head_blocks": 0}, data=rows)
+    (told,) = done.summary["privacy"]["client-0"]
+    assert (told["kind"], told["epsilon"]) == ("empirical", None)
+    assert "rows are packed" in told["why"]
     told = spent("two-part", {**TWO, "head_blocks": 0})
     assert told["epsilon"] is None
     assert "sent as they are" in told["why"]
+
+
+def test_a_planner_may_move_the_cut_so_that_nothing_is_claimed(tmp_path: Path) -> None:
+    moving = {"planner": {"name": "splitft-adaptive-cut", "cut": 1}, "peft": "splitft-cut-rank"}
+    done = trained(
+        tmp_path, [{"name": "dp-forward", "epsilon": 8}], **moving, aggregator="lora-products", framework="sfl-v2",
+        steps=None, rounds=1,
+    )  # fmt: skip
+    (told,) = done.summary["privacy"]["client-0"]
+    assert (told["kind"], told["epsilon"]) == ("empirical", None)
+    assert "the planner moves the cut" in told["why"]
 
 
 def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
@@ -341,6 +361,31 @@ def test_between_processes_is_the_simulation(defense: list[Any], tmp_path: Path)
         assert "no epsilon is claimed" in run.said(name)
 
 
+def test_a_client_that_is_interrupted_says_what_left_and_what_was_spent(tmp_path: Path) -> None:
+    run = Apart(
+        tmp_path, {"ann": ROWS}, defense=[{"name": "dp-forward", "epsilon": 8}], exchange="splitfrozen", rounds=10**5,
+        framework={"name": "sfl-v2", "local_steps": 8}, checkpoint_every=10**4,
+    )  # fmt: skip
+    server, ann = run.serve(), run.join("ann")
+    try:
+        released, end = run.root / "ann" / "released.jsonl", time.monotonic() + LONG
+        while not (released.exists() and len(released.read_text().splitlines()) > 8):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(int((run.root / "ann.pid").read_text()), signal.SIGINT)
+        assert ann.wait()
+    finally:
+        ann.kill()
+        server.kill()
+    said, (told,) = " ".join(run.said("ann").split()), json.loads((run.root / "ann" / "privacy.json").read_text())
+    assert Releases(released).sends().most == told["releases"] > 0, "it is never behind what left"
+    (count,) = re.findall(r"epsilon [\d.]+ \(delta 1e-05\) .* after at most (\d+) releases", said)
+    assert 1 <= int(count) <= told["releases"], (
+        "what was being made at the interrupt is written down, and did not leave"
+    )
+    assert "What left this machine for 'ann'" in said
+
+
 @pytest.mark.slow
 def test_what_a_client_has_learned_is_there_again_after_it_was_killed(tmp_path: Path) -> None:
     run = Apart(tmp_path / "apart", {"ann": ROWS, "bob": ROWS[:5]}, defense=["mi-regularization"], rounds=3)
@@ -358,28 +403,75 @@ def test_what_a_client_has_learned_is_there_again_after_it_was_killed(tmp_path: 
 
 
 def test_a_message_counts_once_and_before_it_leaves(tmp_path: Path) -> None:
-    file, one, other = tmp_path / "released.jsonl", torch.zeros(2, 3), torch.ones(2, 3)
+    file, one, other, under = tmp_path / "released.jsonl", torch.zeros(2, 3), torch.ones(2, 3), {"defenses": ["a"]}
     made = Releases(file)
     for tensor in (one, one, other):
-        made.add("send_activations", True, [4, 7], tensor)
-    made.add("send_gradients", True, [4], one)
-    made.add("send_activations", False, [0], one)
+        made.add("send_activations", True, [4, 7], tensor, under)
+    made.add("send_gradients", True, [4], one, under)
+    made.add("send_activations", False, [0], one, under)
     assert made.sends() == Sends(2, 1)
-    assert len(file.read_text().splitlines()) == 4
+    assert len(file.read_text().splitlines()) == 1 + 4
     with file.open("a") as more:
         more.write('["send_activations", true, [4')  # killed while it wrote: that message never left
     again = Releases(file)
     assert again.sends() == Sends(2, 1)
-    again.add("send_activations", True, [7], one)
+    again.add("send_activations", True, [7], one, under)
     assert again.sends() == Sends(2, 1), "a process that came back makes the same message again"
-    again.add("send_activations", True, [7], one + 2)
+    again.add("send_activations", True, [7], one + 2, under)
     assert again.sends() == Releases(file).sends() == Sends(3, 1)
+    assert again.mixed() == Releases(file).mixed() == ""
     file.write_text("what\n")
     with pytest.raises(CheckpointError, match="what the defenses have spent is not known"):
         Releases(file)
     made.path = tmp_path / "gone/released.jsonl"
     with pytest.raises(OutputError, match="Nothing was sent"):
-        made.add("send_activations", True, [1], one)
+        made.add("send_activations", True, [1], one, under)
+
+
+def test_a_message_that_could_not_be_written_down_does_not_leave_when_it_is_asked_for_again(tmp_path: Path) -> None:
+    file, one, under = tmp_path / "released.jsonl", torch.ones(2, 3), {"defenses": ["a"]}
+    made = Releases(file)
+    made.add("send_activations", True, [1], one * 5, under)
+    made.path = Path("/dev/full")
+    for _ in range(2):
+        with pytest.raises(OutputError, match="Nothing was sent"):
+            made.add("send_activations", True, [1], one, under)
+    assert made.sends() == Sends(1, 0)
+    made.path = file
+    made.add("send_activations", True, [1], one, under)
+    assert made.sends() == Releases(file).sends() == Sends(2, 0)
+
+
+def test_half_a_line_is_cut_off_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, one, under = tmp_path / "released.jsonl", torch.ones(2, 3), {"defenses": ["a"]}
+    made = Releases(file)
+    made.add("send_activations", True, [1], one * 5, under)
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OutputError, match="No space left"):
+            made.add("send_activations", True, [1], one, under)
+    assert len(file.read_text().splitlines()) == 2
+    made.add("send_activations", True, [1], one, under)
+    assert Releases(file).sends() == Sends(2, 0)
+
+
+def test_messages_under_more_than_one_setting_are_told(tmp_path: Path) -> None:
+    file, one = tmp_path / "released.jsonl", torch.ones(2, 3)
+    made = Releases(file, {"data_and_model": "x"})
+    weak, strong = ({"defenses": [{"name": "dp-forward", "epsilon": e}], "head_blocks": 0} for e in (200, 0.5))
+    made.add("send_activations", True, [1], one, weak)
+    assert made.mixed() == ""
+    made.add("send_activations", True, [1], one, strong)  # the same bits, under other settings
+    for found in (made, Releases(file)):
+        assert '"epsilon": 200' in found.mixed()
+        assert '"epsilon": 0.5' in found.mixed()
+        assert "head_blocks" not in found.mixed(), "what is the same is not named"
+    file.write_text('["send_activations", true, [1], "abc"]\n')
+    assert "not counted here" in Releases(file).mixed(), "written before settings were"
 
 
 @pytest.mark.parametrize(
@@ -387,6 +479,13 @@ def test_a_message_counts_once_and_before_it_leaves(tmp_path: Path) -> None:
     [
         (PROBES, "exchange 'mu-splitfed' shows each batch at several points"),
         ({"framework": {"name": "multisfl", "replay": True}, "clients": 2}, "has idle clients show features"),
+        *(
+            (
+                {"selection": {"name": "csfl", "sketch": kind}, "clients": 2, "framework": "sfl-v2"},
+                f"selection 'csfl' has each client tell a sketch \\({kind}\\) of its texts",
+            )
+            for kind in ("tokens", "hash")
+        ),
     ],
 )
 def test_what_a_defense_does_not_see_is_refused_with_it(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

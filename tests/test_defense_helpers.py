@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from cutlayer.defense import Sends
+from cutlayer.methods.defense._claims import unfounded
 from cutlayer.methods.defense._clip_and_noise import clip_and_noise, epsilon
 from cutlayer.methods.defense._label_map import LabelMap
+from cutlayer.registry import create
+from sanitising import toy
 
 CLASSES, WIDTH, TOKENS = 4, 16, 6
 
@@ -169,3 +174,16 @@ def test_a_label_map_is_secret_injective_and_undone_by_sums() -> None:
     assert torch.allclose(revealed[:, 1], logits.softmax(-1)[:, owned].sum(-1))
     with pytest.raises(ValueError, match="a pseudo-label of its own"):
         LabelMap.drawn([2, 0], b"a")
+
+
+def test_packed_rows_claim_nothing_for_a_text() -> None:
+    ground = toy(40)
+    for leg in ("send_activations", "send_gradients"):
+        assert unfounded(ground, leg) == ""
+        assert "rows are packed" in unfounded(replace(ground, packed=True), leg)
+    trained = create("defense", "dpsgd-client", {})
+    alone = replace(ground, trunk_trained=lambda: False)
+    assert trained.spent(alone, Sends(1, 0)).epsilon > 0
+    told = trained.spent(replace(alone, packed=True), Sends(1, 0))
+    assert (told.kind, told.epsilon) == ("empirical", None)
+    assert "rows are packed" in told.why

@@ -130,8 +130,92 @@ def test_a_sketch_is_told_between_steps_only(tmp_path: Path) -> None:
     assert "'sketch' came in the middle of a training step" in noted.words[-1]
 
 
+def shown(own: Seat, *steps: int) -> None:
+    """Have training steps made whole, as a server asks for them (of the first client's head, with its tail)."""
+    turn = own.guard._newest
+    for step in steps:
+        about = {"step": step, "names": ("hidden",), "values": {"graph": True, "head_weight": 1.0, "update": True}}
+        made, tensors = own.handle(replace(ask("head_forward", turn + 1, graph=True), step=step), [])
+        hidden = dict(zip(made.names, tensors, strict=True))["hidden"].detach().clone()
+        up = replace(ask("tail_step", turn + 2), step_name="return_activations", kind="activations", **about)
+        own.handle(up, [hidden])
+        needed = made.values.get("needs_gradient")
+        about["values"] = {**about["values"], "loss": 1.0}
+        back = ask("head_backward", turn + 3)
+        kind = "gradient" if needed else "no-gradient"
+        about["names"] = ("hidden",) if needed else ()
+        own.handle(replace(back, step_name="return_gradients", kind=kind, **about),
+                   [torch.zeros_like(hidden)] if needed else [])  # fmt: skip
+        turn += 3
+
+
+def begun(folder: Path, defense: list[Any], **changes: Any) -> tuple[Seat, Noted]:
+    """A client whose defenses can claim something, ready for its first step."""
+    changes = {"exchange": "splitfrozen", "framework": "sfl-v2", "rounds": 50, **changes}
+    own, noted = seat(folder, defense=defense, **changes)
+    own.handle(ask("begin", 1, round=0, updates=50), [])
+    own.handle(ask("set_up", 2, head_blocks=1, tail_blocks=1, steps=50, steps_per_epoch=4), [])
+    return own, noted
+
+
+def claimed(folder: Path) -> list[tuple[str, int | None, float | None, str]]:
+    """What privacy.json says: defense, releases, epsilon, why."""
+    found = json.loads((folder / "ann" / "privacy.json").read_text())
+    return [(one["defense"], one.get("releases"), one["epsilon"], one["why"]) for one in found]
+
+
+WEAK, STRONG = ([{"name": "dp-forward", "epsilon": epsilon}] for epsilon in (200, 0.5))
+
+
+def test_what_left_under_other_settings_is_claimed_by_no_defense(tmp_path: Path) -> None:
+    """Of one folder: a weak defense, a strong one, none, and the first again; and one that came after none."""
+    own, _ = begun(tmp_path / "a", WEAK)
+    shown(own, 0)
+    ((_, releases, epsilon, why),) = claimed(tmp_path / "a")
+    assert (releases, why) == (1, ""), "it is written when a message is new, not only at a checkpoint"
+    assert epsilon == pytest.approx(200, rel=1e-3)
+    own, _ = begun(tmp_path / "a", WEAK)
+    shown(own, 0)
+    assert claimed(tmp_path / "a") == [("dp-forward", 1, epsilon, "")], "the same messages again, after a restart"
+    own, noted = begun(tmp_path / "a", STRONG)
+    shown(own, 0)
+    ((name, releases, epsilon, why),) = claimed(tmp_path / "a")
+    assert (name, releases, epsilon) == ("dp-forward", 2, None)
+    assert '"epsilon": 200' in why
+    assert '"epsilon": 0.5' in why
+    own.handle(ask("finish", 9), [])
+    assert any("no epsilon is claimed, since messages left" in line for line in noted.words)
+    own, _ = begun(tmp_path / "a", [])
+    ((name, _, epsilon, why),) = claimed(tmp_path / "a")
+    assert (name, epsilon) == ("none", None)
+    assert "without a defense" in why
+    begun(tmp_path / "a", WEAK)
+    assert [(one[0], one[2]) for one in claimed(tmp_path / "a")] == [("dp-forward", None)]
+
+    own, _ = begun(tmp_path / "b", [])
+    shown(own, 0)
+    assert not (tmp_path / "b/ann/privacy.json").exists()
+    own, _ = begun(tmp_path / "b", STRONG)
+    ((_, _, epsilon, why),) = claimed(tmp_path / "b")
+    assert epsilon is None
+    assert "not counted here" in why
+
+
 MOVING: dict[str, Any] = {"planner": {"name": "splitft-adaptive-cut", "cut": 1}, "peft": "splitft-cut-rank"}
 MOVING |= {"aggregator": "lora-products"}
+
+
+def test_no_server_talks_a_client_into_a_claim_by_moving_the_cut(tmp_path: Path) -> None:
+    """Messages of a head that was trained are not made good by one that has nothing to train."""
+    own, _ = seat(tmp_path, defense=STRONG, framework="sfl-v2", rounds=50, **MOVING)
+    for cut in (2, 0):
+        own.handle(ask("begin", 1, round=0, updates=50, head_blocks=cut, most=2), [])
+        own.handle(ask("set_up", 2, head_blocks=cut, tail_blocks=1, steps=50, steps_per_epoch=4), [])
+        shown(own, 0)
+        ((_, releases, epsilon, why),) = claimed(tmp_path)
+        assert (releases, epsilon) == (1 if cut else 2, None)
+        assert ("more than one setting" in why) == (cut == 0)
+    assert "head_blocks 2 and 0" in why
 
 
 def blocks_of(own: Seat) -> set[int]:

@@ -345,6 +345,30 @@ OFFERS: dict[str, tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]] = 
         {"defenses": [DP]}, {"defense": [{"name": "dp-forward", "clip": 1.0}]}, "has epsilon null",
         {"defense": [{"name": "dp-forward", "epsilon": 1, "clip": 1.0}, {"name": "other"}]},
     ),
+    "an option that is not named": (
+        {"defenses": [DP]}, {"defense": [{"name": "dp-forward", "epsilon": 8, "clip": 1.0, "delta": 0.999999}]},
+        "has delta 0.999999, of which the policy says nothing; allowed: 1e-05, the method's default",
+        {"defense": [{"name": "dp-forward", "epsilon": 8, "clip": 1, "delta": 1e-5}]},
+    ),
+    "an option that is free": (
+        {"defenses": [{**DP, "delta": {"at_most": 1e-4}, "project": "any"}]},
+        {"defense": [{"name": "dp-forward", "epsilon": 8, "clip": 1.0, "delta": 0.5, "project": 4}]},
+        "has delta 0.5; allowed: at most 0.0001",
+        {"defense": [{"name": "dp-forward", "epsilon": 8.0, "clip": 1.0, "project": 4}]},
+    ),
+    "a defense that is emptied": (
+        {"defenses": "dp-forward"}, {"defense": [{"name": "dp-forward", "noise": 0}]},
+        "has noise 0, of which the policy says nothing; allowed: null", {"defense": [{"name": "dp-forward"}]},
+    ),
+    "numbers as numbers": (
+        {"defenses": [{"name": "dp-forward", "epsilon": 8}]}, {"defense": [{"name": "dp-forward", "epsilon": 9.0}]},
+        "has epsilon 9.0; allowed: 8", {"defense": [{"name": "dp-forward", "epsilon": 8.0}]},
+    ),
+    "a default that is not said": (
+        {"defenses": [{"name": "dp-forward", "epsilon": {"at_most": 8}}]}, {"defense": [{"name": "dp-forward"}]},
+        "has epsilon null, by the method's default; have the run say it; allowed: at most 8",
+        {"defense": [{"name": "dp-forward", "epsilon": 8}]},
+    ),
     "a defense by name": ({"defenses": "dp-forward"}, {}, "the run lacks", {"defense": [{"name": "dp-forward"}]}),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def test_what_is_claimed(name: str, tmp_path: Path) -> None:
     """Bounds add up over versions of a text; none is claimed where true labels carry it past the replacement."""
     told = made(name, toy(40), unchanged=0.5).spent(toy(40), Sends(3, 2))
     assert told.releases == 1
+    packed = replace(toy(40), packed=True)
+    assert made(name, packed, unchanged=0.5).spent(packed, Sends(3, 2)) == told, "what is claimed is of a token"
     fresh = made(name, toy(40), unchanged=0.5, mode="fresh").spent(toy(40), Sends(3, 5))
     assert fresh.releases == 3
     assert "50% of " in told.mechanism

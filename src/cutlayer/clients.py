@@ -28,6 +28,8 @@ from cutlayer.values import Batch, Example, Layout
 if TYPE_CHECKING:
     from cutlayer.driver import Run
 
+MOVES = "the planner moves the cut, so that messages left under more than one setting"
+
 
 def client_party(
     config: RunConfig, base: Base, data: Data, kept: Mapping[str, Sequence[Example]], name: str, *, head: Segment,
@@ -94,7 +96,7 @@ def defending_of(
             measured=None if tail is None else _measuring(head, tail, frozen, config.seed),
             trunk_trained=cache(partial(_trained_outside, config, _layout(head, tail))),
             classes=0 if base.anatomy.causal else int(base.model.config.num_labels),
-            specials=specials, seed=config.seed,
+            specials=specials, seed=config.seed, packed=config.data.packing,
         )  # fmt: skip
 
     made = [registry.create("defense", spec.name, spec.options) for spec in config.defense]
@@ -229,5 +231,5 @@ def privacy(run: Run) -> dict[str, list[dict[str, Any]]]:
         if defending is not None:
             epoch = batches_of(run.config, run.parts.begun.data, name).steps_per_epoch
             sends = Sends(math.ceil(run.counters.steps.get(name, 0) / epoch), len(run.counters.evaluations))
-            found[name] = defending.told(sends)
+            found[name] = defending.told(sends, MOVES if run.config.planner is not None else "")
     return found

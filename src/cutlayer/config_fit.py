@@ -286,7 +286,7 @@ def _moves(config: RunConfig) -> Iterator[str]:
         )
 
 
-@rule("defense", "exchange", "framework")
+@rule("defense", "exchange", "framework", "selection")
 def _all_defended(config: RunConfig) -> Iterator[str]:
     """What a client shows beside a step's own messages passes no defense yet, so it is refused with one."""
     if not config.defense:
@@ -294,6 +294,7 @@ def _all_defended(config: RunConfig) -> Iterator[str]:
     try:
         exchange, framework = config.build("exchange"), config.build("framework")
         learning = [spec.name for spec in config.defense if registry.load("defense", spec.name).learning]
+        sketch = getattr(config.build("selection"), "asks", None)
     except CutlayerError:
         return  # said by the other rules
     names = " and ".join(f"'{spec.name}'" for spec in config.defense)
@@ -311,6 +312,11 @@ def _all_defended(config: RunConfig) -> Iterator[str]:
         yield (
             f"exchange '{config.exchange.name}' shows each batch at several points, which no defense covers yet, so "
             f"defense {names} cannot be on with it. Leave one of the two out."
+        )
+    if sketch is not None and sketch.kind != "lengths":  # how long texts are is covered by no defense, and it is said
+        yield (
+            f"selection '{config.selection.name}' has each client tell a sketch ({sketch.kind}) of its texts, which no "
+            f"defense covers yet, so defense {names} cannot be on with it. Leave one of the two out."
         )
     if getattr(framework, "replay", False):
         yield (

@@ -48,6 +48,7 @@ class Ground:
         specials: tokens with a task of their own (end of text and the like), and rows of the embedding that are of no
             token.
         seed: the run's, for draws that may be known.
+        packed: whether a row has several texts, or parts of them (``data.packing``).
     """
 
     layout: Layout
@@ -65,6 +66,7 @@ class Ground:
     classes: int
     specials: Sequence[int]
     seed: int
+    packed: bool = False
 
     @property
     def labels_sent(self) -> bool:

@@ -119,12 +119,16 @@ async def _join(
             told = {**offered.hello, **seat.told(), **extras}
             return await open_session(told, lambda: seat.guard.greets(told, len(hello_of(told))))
 
-        words = await answer(open_again, seat.handle, again=again, resent=seat.resent)
-        if seat.left is not None:
-            progress.note(seat.guard.told())
-            raise LeftRun(str(seat.left))
-        if (result := seat.done) is None:
-            raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
+        try:
+            words = await answer(open_again, seat.handle, again=again, resent=seat.resent)
+            if seat.left is not None:
+                raise LeftRun(str(seat.left))
+            if (result := seat.done) is None:
+                raise NetworkError(f"The server ended the run before it was done: {words or 'it did not say why'}")
+        except BaseException:  # an interrupt too
+            for line in seat.last_words():
+                progress.note(line)
+            raise
         return Joined(out, result, seat.guard.told())
 
 

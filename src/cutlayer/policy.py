@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ NEEDS = "Name at least one rule, such as: may_leave: {labels: false}"
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})")
 CHECKSUM = re.compile(r"sha256:([0-9a-f]{64})")
+ANY = "any"  # of an option of a defense: the run says it
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -70,13 +72,16 @@ class Bounds(Tree):
 
 
 class Required(Tree):
-    """A defense that a run must have: its id, and of its options a value or bounds each."""
+    """A defense that a run must have: its id, and of its options a value or bounds each, or ``any``.
+
+    An option that is not named must be the method's default: another one can undo what is named.
+    """
 
     model_config = ConfigDict(extra="allow")
     name: Text
 
     def options(self) -> dict[str, Any]:
-        """What is said of each option: ``Bounds``, or the one value that is allowed."""
+        """What is said of each option: ``Bounds``, the one value that is allowed, or ``any``."""
         given = dict(self.__pydantic_extra__ or {})
         return {name: Bounds.model_validate(v) if isinstance(v, Mapping) else v for name, v in given.items()}
 
@@ -291,10 +296,37 @@ def _other_options(required: Required, spec: Spec) -> Iterator[str]:
         if isinstance(wanted, Bounds):
             good = isinstance(value, int | float) and not isinstance(value, bool) and wanted.allow(value)
         else:
-            good = type(value) is type(wanted) and value == wanted
+            good = wanted == ANY or _same(value, wanted)
         if not good:
             asked = wanted if isinstance(wanted, Bounds) else show(wanted)
-            yield f"defenses: the run's '{spec.name}' has {name} {show(value)}; allowed: {asked}."
+            why = ", by the method's default; have the run say it" if name not in spec.options else ""
+            yield f"defenses: the run's '{spec.name}' has {name} {show(value)}{why}; allowed: {asked}."
+    for name in sorted(set(spec.options) - set(required.options())):
+        default = _default(spec.name, name)
+        if not _same(spec.options[name], default):
+            yield (
+                f"defenses: the run's '{spec.name}' has {name} {show(spec.options[name])}, of which the policy says "
+                f"nothing; allowed: {show(default)}, the method's default. Name it in the policy: {name}: {ANY} lets "
+                "the run say it."
+            )
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    """Whether two values of an option are the same; numbers are compared as numbers."""
+    if _is_number(value) and _is_number(wanted):
+        return bool(value == wanted)
+    return type(value) is type(wanted) and value == wanted
+
+
+def _default(defense: str, option: str) -> Any:
+    """What a method has where an option is not given; None where that is nothing, or not known."""
+    try:
+        found = [one for one in fields(registry.load("defense", defense)) if one.name == option]
+    except CutlayerError:
+        return None
+    if not found or (found[0].default is MISSING and found[0].default_factory is MISSING):
+        return None
+    return found[0].default if found[0].default_factory is MISSING else found[0].default_factory()
 
 
 def _option(spec: Spec, family: str, name: str) -> Any:

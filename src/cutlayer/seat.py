@@ -6,7 +6,6 @@ Whatever it is asked for passes the guard, before anything is computed and again
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ from cutlayer.assembly import assemble_client, neighbours, routes_of
 from cutlayer.build import layouts_of, prepare_own, task_of, tokenizer_of
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER
-from cutlayer.defense import spent_in_words
 from cutlayer.ending import Left, finished, not_finished, note_finished
 from cutlayer.engine import identity
 from cutlayer.entitled import entitled
@@ -40,7 +38,6 @@ from cutlayer.models.loading import Part, device_named, load_model
 from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
 from cutlayer.parties.client import ClientParty
-from cutlayer.parties.releases import Releases
 from cutlayer.parties.tails import predicting
 from cutlayer.parties.verbs import VERB_STEPS
 from cutlayer.parties.verbs import answer as answer_step
@@ -51,6 +48,7 @@ from cutlayer.policy import Policy
 from cutlayer.released import Counts, Log
 from cutlayer.report.progress import Reporter
 from cutlayer.schedule import learning_rate, planned_steps, told_of
+from cutlayer.spending import Spending
 from cutlayer.step import at
 from cutlayer.trunk_slot import KeptTrunk
 from cutlayer.wire import Header
@@ -96,6 +94,12 @@ class Seat:
         )
         self.sizes = told_of(config, self.data, name, self.kept[name])
         self.secret = _secret(out / "secret")
+        counts = Counts.load(out / "sent.json")
+        self.spending = Spending(
+            out, {"data": self.data.fingerprint, "model": identity(config)["base model files"] + str(config.peft),
+                  "batches": f"{config.batch_size} {len(self.kept[name])} {config.seed}"},
+            left=counts.micros + counts.evaluations > 0,
+        )  # fmt: skip
         self.most = 0  # head blocks that are loaded
         self._part: Part | None = None  # what is
         self.base: Base | None = None
@@ -108,7 +112,7 @@ class Seat:
         self._updates = 0  # that its part has in the run
         self._base_round, self._checkpoints, self._holds = 0, list[int](), 0  # what of its past it may be set back to
         self.guard = Guard(
-            policy, Log(out / "sent.jsonl"), Counts.load(out / "sent.json"), client=name,
+            policy, Log(out / "sent.jsonl"), counts, client=name,
             entitled=entitled(config, self.layout, hosts=self.peers is not None and self.peers.may_host),
             held=lambda: held_by(self.party),
             planned=planned_steps(config, dict.fromkeys(config.client_names, self.sizes))[name],
@@ -139,8 +143,7 @@ class Seat:
             self.config, self.base, self.data, self.kept, self.name, updates=updates, secret=self.secret,
             agreed=self.agreed, cuts=cuts,
         )  # fmt: skip
-        if party.defending is not None:
-            party.defending.releases = Releases(self.out / "released.jsonl")
+        self.spending.follow(party.defending)
         if self.peers:
             self.peers.begin(self.base, party.slot)
         return party
@@ -224,6 +227,16 @@ class Seat:
             reply = reply.but(receiver=last)
         return reply, shown
 
+    def last_words(self) -> list[str]:
+        """What left and what was spent, of a client that does not come to the run's end; nothing if nothing left."""
+        if not self.guard.counts.frames:
+            return []
+        try:
+            spent = self.spending.words()
+        except CutlayerError as error:  # the end has a cause of its own, which is to be read
+            spent = [f"what the defenses have spent cannot be told: {error}"]
+        return [*spent, self.guard.told()]
+
     @property
     def done(self) -> Path | None:
         """Where this client's part of the adapter (of the model, where all weights are trained) is, once that is done.
@@ -248,6 +261,7 @@ class Seat:
         not_finished(self.out)
         self.party, self._updates = self._party(updates, self._cuts(header)), updates
         self.guard.begin()
+        self.spending.begin()
         self._base_round, self._checkpoints, self._holds = number, [], 0
         if number == 0:
             self.progress.note("the run begins")
@@ -299,19 +313,7 @@ class Seat:
         if self.peers is not None and (trunk := self.peers.hosting.held()) is not None:
             states[TRUNK], told["trunk"] = dict(trunk.state), trunk.noted()
         checkpoint.save(self._kept, number, states, told, spared=spared)
-        self._privacy()
-
-    def _privacy(self) -> list[dict[str, Any]]:
-        """Write what the defenses have spent; the same is given."""
-        defending = self.party.defending
-        if defending is None or defending.releases is None:
-            return []
-        told = defending.told(defending.releases.sends())
-        try:
-            write_text(self.out / "privacy.json", json.dumps(told, indent=1))
-        except OSError as error:
-            raise OutputError(f"{self.out / 'privacy.json'} cannot be written: {error.strerror}.") from error
-        return told
+        self.spending.write()
 
     def _noted(self) -> dict[str, Any]:
         """What of this client's state is no tensor."""
@@ -378,9 +380,9 @@ class Seat:
             with contextlib.suppress(OSError):
                 shutil.rmtree(draft)
             raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from error
-        for told in self._privacy():
-            self.progress.note(spent_in_words(told))
         if self.left is None:
+            for line in self.spending.words():
+                self.progress.note(line)
             self.progress.note(f"the run is done; this client's part of the adapter is in {final}")
         else:
             self.left = replace(self.left, part=final)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -93,6 +93,11 @@ class Defending:
         self.ground = ground
         for defense in self.defenses:
             defense.prepare(ground)
+        self.settings = {
+            "defenses": [_named(n, one) for n, one in zip(self.names, self.defenses, strict=True)],
+            "head_blocks": len(ground.layout.head), "head_trained": ground.head_trained,
+            "tail_trained": ground.tail_trained, "labels_sent": ground.labels_sent, "packed": ground.packed,
+        }  # fmt: skip
 
     def _learning(self) -> Slot | None:
         """A slot of what the defenses train; None: they train nothing."""
@@ -238,9 +243,14 @@ class Defending:
         ((number, defense),) = ((n, defense) for n, defense in enumerate(self.defenses) if defense.by_example)
         return defense.stirred(total, self._noise(number, "sum", step, covers=list(total.values())))
 
-    def told(self, sends: Sends) -> list[dict[str, Any]]:
-        """What each defense has spent when a record left so often, as ``summary.json`` has it."""
+    def told(self, sends: Sends, mixed: str = "") -> list[dict[str, Any]]:
+        """What each defense has spent when a record left so often, as ``summary.json`` has it.
+
+        ``mixed`` says that messages left under other settings than the present ones: then nothing is claimed.
+        """
         spent = [defense.spent(self.ground, sends) for defense in self.defenses]
+        if mixed:
+            spent = [one and replace(one, kind="empirical", epsilon=None, delta=None, why=mixed) for one in spent]
         return [{"defense": n, **(one.told() if one else {})} for n, one in zip(self.names, spent, strict=True)]
 
     def _protected(self, tensor: Tensor, leg: Leg, passing: Passing) -> Tensor:
@@ -249,7 +259,7 @@ class Defending:
                 changed = defense.protect(tensor, self._about(leg, passing, number))
             tensor = self._same(tensor, changed, number)
         if self.releases is not None:
-            self.releases.add(leg, passing.training, passing.records, tensor)
+            self.releases.add(leg, passing.training, passing.records, tensor, self.settings)
         return tensor
 
     def _same(self, before: Tensor, after: Tensor, number: int) -> Tensor:
@@ -280,6 +290,17 @@ class Defending:
 
     def _noise(self, *purpose: object, covers: Sequence[Tensor] = ()) -> Noise:
         return Noise(self.secret, *purpose, covers=covers)
+
+
+def _named(name: str, defense: Defense) -> dict[str, Any]:
+    """A defense with those of its options that are not the method's defaults."""
+    found: dict[str, Any] = {"name": name}
+    options: Sequence[Field[Any]] = fields(defense) if is_dataclass(defense) else ()
+    for field in options:
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.init and (value := getattr(defense, field.name)) != default:
+            found[field.name] = value
+    return found
 
 
 def _covers(example: Example) -> list[Tensor]:

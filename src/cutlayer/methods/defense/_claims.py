@@ -9,13 +9,20 @@ FEEDBACK = (
     "the client's {part} is trained on raw texts, so that later messages carry what earlier texts did to it "
     "(empirical: no epsilon)"
 )
+PACKED = (
+    "rows are packed (data.packing), so that one text of another length moves the texts behind it into other rows, and "
+    "changes more than one of them"
+)
 
 
 def unfounded(ground: Ground, leg: Leg) -> str:
     """Why no epsilon holds for the messages of a step, in words; empty: one does.
 
-    A message is a release of its own record alone only if no part on its way was trained on other records.
+    A message is a release of its own record alone only if no part on its way was trained on other records, and a
+    record is a text only if each has a row of its own.
     """
+    if ground.packed:
+        return PACKED
     if ground.head_trained:
         return FEEDBACK.format(part="head")
     if leg == "send_gradients" and ground.tail_trained:

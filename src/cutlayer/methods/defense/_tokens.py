@@ -207,7 +207,9 @@ def doubt(ground: Ground, labels: Labels) -> str:
 
     Where labels are those of the new text, or classes, all that the client trains on is made of what it has released.
     """
-    return unfounded(ground, "send_activations") if labels == "true" and ground.task == "causal" else ""
+    if labels != "true" or ground.task != "causal":
+        return ""
+    return unfounded(replace(ground, packed=False), "send_activations")  # where a token is changes no other's row
 
 
 def open_still(ground: Ground, labels: Labels) -> str:

@@ -19,7 +19,7 @@ from cutlayer.accounting import gaussian_epsilon, unavailable
 from cutlayer.contracts import Defense
 from cutlayer.defense import Ground, Privacy, Sends
 from cutlayer.errors import MethodError
-from cutlayer.methods.defense._claims import UNCOVERED
+from cutlayer.methods.defense._claims import PACKED, UNCOVERED
 from cutlayer.methods.defense._rows import public_texts
 from cutlayer.noise import Noise
 from cutlayer.registry import method
@@ -108,6 +108,8 @@ class DpsgdClient(Defense):
         why = ""
         if ground.trunk_trained():
             why = "the server trains on the same texts in clear, so that the gradients of other texts depend on them"
+        if ground.packed:
+            why = PACKED
         if not self.cut:
             why = "gradients are not cut to a norm (cut: false)"
         elif not self.multiplier:
