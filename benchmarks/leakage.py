@@ -26,6 +26,7 @@ from cutlayer.config_write import tree_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("llama-tiny-wt2", "gpt2-tiny-wt2")
+ATTACKS = ("causal-search", "label-solve")
 CUTS, TAILS = (0, 1, 2, 4), (0, 1, 2)
 ROWS, EVAL_ROWS = 400, 24
 KEPT = ("attack", "target", "defense", "moment", "token_recovery", "rouge_l", "controls", "utility")
@@ -100,7 +101,8 @@ def made(out: Path, run: dict[str, Any]) -> None:
     if (out / "audit.json").is_file():
         return
     began = time.process_time()
-    audit({key: value for key, value in run.items() if value is not None}, out=out, progress=False)
+    given = {key: value for key, value in run.items() if value is not None}
+    audit(given, out=out, attacks=ATTACKS, progress=False)
     print(f"{out.name}: {time.process_time() - began:.0f} CPU-seconds", flush=True)
 
 

@@ -70,6 +70,28 @@ def whole_batch(rows: int, length: int, *, seed: int = 0, vocabulary: int = 60) 
     return Batch(ids, None, None, ids.clone(), rows * length, rows * (length - 1))
 
 
+def two_gaussians(
+    count: int, size: int, *, share: float = 0.5, spreads: tuple[float, float] = (1.0, 0.5), gap: float = 4.0,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients [N,D] of two classes, of which class each is [N], and the direction [D] between the means.
+
+    Args:
+        count: how many.
+        size: of each.
+        share: of the first class.
+        spreads: the standard deviation of a number in either.
+        gap: between the means.
+        seed: of the draw.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    first = torch.arange(count) < round(share * count)
+    line = torch.randn(size, generator=draw)
+    line /= line.norm()
+    around = torch.where(first, *map(torch.tensor, spreads))[:, None] * torch.randn(count, size, generator=draw)
+    return around + torch.where(first, 0.75, -0.25)[:, None] * gap * line, first, line
+
+
 def head_states(folder: Path, blocks: int, ids: torch.Tensor) -> torch.Tensor:
     """The hidden states [B,T,H] behind so many blocks of a saved causal model."""
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()

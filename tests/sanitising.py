@@ -37,8 +37,7 @@ def toy(tokens: int, width: int = 8, *, seed: int = 0, causal: bool = True, **ch
     found = Ground(
         layout, "causal" if causal else "classification", 16, head_trained=False, tail_trained=False,
         embedding=lambda: embedding, look=lambda ids: embedding[ids], pull=None, guess=lambda ids: after[ids],
-        classes=0,
-        specials=SPECIALS, seed=0,
+        tokens_of=lambda text: (), measured=None, trunk_trained=lambda: True, classes=0, specials=SPECIALS, seed=0,
     )  # fmt: skip
     return replace(found, **changes)
 
@@ -105,7 +104,9 @@ def real_ground() -> Ground:
 
     return Ground(
         layout, "causal", 128, head_trained=False, tail_trained=False, embedding=lambda: embedding,
-        look=lambda ids: public.run_head(CUT, ids), pull=None, guess=guess, classes=0, specials=SPECIALS, seed=0,
+        look=lambda ids: public.run_head(CUT, ids), pull=None, guess=guess,
+        tokens_of=lambda text: (), measured=None, trunk_trained=lambda: True, classes=0,
+        specials=SPECIALS, seed=0,
     )  # fmt: skip
 
 

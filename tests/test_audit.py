@@ -32,6 +32,12 @@ from cutlayer.threat import Threat
 from spine import MOSTLY_TWO, PARTITIONS, TWO, U, model
 
 ROOT = Path(__file__).parents[1]
+ATTACKS = {name: create("attack", name, {}) for name in names("attack")}
+ON_TEXT = {  # what a run on whole texts can have that brings no text of the attacker's own
+    name
+    for name, attack in ATTACKS.items()
+    if attack.threat.classes is None and "auxiliary" not in attack.threat.knows
+}  # fmt: skip
 READS_ALL = Threat(reads=STEPS, knows=("architecture",), target="inputs")
 
 
@@ -43,13 +49,13 @@ def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["audit", str(tmp_path / "run.yaml"), "--out", str(out), "--budget", "quick"])
     assert done.exit_code == 0, done.output
     rows = json.loads((out / "audit.json").read_text())
-    assert {row["attack"] for row in rows} == set(names("attack")) - {"bisr-sip"}  # which needs text of its own
+    assert {row["attack"] for row in rows} == ON_TEXT
     for row in rows:
         assert set(row) == {
-            "attack", "defense", "moment", "target", "token_recovery", "rouge_l", "positions", "controls", "utility",
-            "threat", "notes", "seconds", "examples",
+            "attack", "defense", "moment", "target", "token_recovery", "rouge_l", "auc", "positions", "controls",
+            "utility", "threat", "notes", "seconds", "examples",
         }  # fmt: skip
-        assert set(row["controls"]) == {"constant", "shuffled", "random_weights"}
+        assert set(row["controls"]) == {"constant", "shuffled", "shuffled_auc", "random_weights"}
         assert row["utility"]["bytes_up"] > 0
     first = {row["attack"]: row for row in rows if row["moment"] == "first step"}
     assert first["causal-search"]["token_recovery"] == 1.0
@@ -116,6 +122,11 @@ def test_a_view_has_nothing_that_its_threat_does_not_name(tmp_path: Path) -> Non
         _ = seen.public
     with pytest.raises(MethodError, match="which its threat does not name"):
         _ = seen.auxiliary
+    for name in ("classes", "labelled"):
+        with pytest.raises(MethodError, match="which its threat does not name"):
+            getattr(seen, name)
+    for attack in ATTACKS.values():
+        assert ("labelled" in attack.threat.knows) == (attack.threat.labelled > 0)
     knowing = replace(READS_ALL, knows=("weights", "auxiliary"))
     seen = view_of(knowing, found.read(), layout=layout, public=public, auxiliary=[torch.tensor([1, 2])])
     assert seen.public is public
@@ -255,7 +266,7 @@ def test_what_edges_read_is_not_the_servers(tmp_path: Path) -> None:
 
 def test_labels_that_are_sent_need_no_attack(tmp_path: Path) -> None:
     done = audit(tree(model(), tmp_path, partition=TWO), out=tmp_path / "audit", budget="quick", progress=False)
-    assert set(done.refused) == {"label-solve", "bisr-sip"}
+    assert set(done.refused) == {"bisr-sip", *(n for n, attack in ATTACKS.items() if attack.threat.target == "labels")}
     assert any("needs no attack on the labels" in line and "send them as they are" in line for line in done.verdict)
 
 
@@ -301,13 +312,15 @@ def test_defenses_are_measured_beside_the_run_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     out = tmp_path / "audit"
     settings = "dp-forward(noise=0.01,clip=null),dp-forward(epsilon=8)+clip-noise(multiplier=1)"
+    played = ["causal-search", "label-solve"]
     call = ["audit", str(tmp_path / "run.yaml"), "--out", str(out), "--budget", "quick", "--defenses", settings]
+    call += ["--attacks", ",".join(played)]
     done = CliRunner().invoke(app, call)
     assert done.exit_code == 0, done.output
     rows = json.loads((out / "audit.json").read_text())
     names_ = ["none", "dp-forward(noise=0.01,clip=null)", "dp-forward(epsilon=8)+clip-noise"]
     assert list(dict.fromkeys(row["defense"] for row in rows)) == names_
-    assert len(rows) == 3 * 2 * 2
+    assert len(rows) == 3 * 2 * len(played)
     best = {name: max(row["token_recovery"] for row in rows if row["defense"] == name) for name in names_}
     assert best[names_[0]] == 1.0
     assert best[names_[1]] > 0.9

@@ -111,7 +111,7 @@ def test_who_joins_is_told_and_can_measure_it_with_her_own_text(tmp_path: Path) 
     done = CliRunner().invoke(app, call)
     assert done.exit_code == 0, done.output
     found = json.loads((run.root / "ann/audit/audit.json").read_text())
-    assert {row["attack"] for row in found} == {"causal-search", "label-solve"}
+    assert {row["attack"] for row in found} >= {"causal-search", "label-solve"}
     assert "causal-search" in done.output
     config = load_config(str(run.root / "ann/audit.yaml"))
     assert config.partition.options["head_blocks"] == 2

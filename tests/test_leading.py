@@ -81,7 +81,7 @@ def paired(root: Path, kind: str, **changes: Any) -> Led:
 
 def grouped(root: Path, kind: str, plan: Plan | None = PLAN, **changes: Any) -> Led:
     framework = {**GROUPED, **changes.pop("framework", {})}
-    return Led(root, kind, plan=plan, framework=framework, selection=TOPS, **changes)
+    return Led(root, kind, plan=plan, framework=framework, **{"selection": TOPS, **changes})
 
 
 # ---------------------------------------------------------------- the simulation's numbers

@@ -10,7 +10,7 @@ from functools import partial
 from cutlayer.agreed import AgreedSecret
 from cutlayer.allotting import begin, begin_alone
 from cutlayer.build import Data, check_fit, layouts_of
-from cutlayer.clients import client_party
+from cutlayer.clients import client_party, private_names
 from cutlayer.config import RunConfig
 from cutlayer.contracts import SERVER, SHARED, Example, Framework, Layout, Peft, Planner, Stop
 from cutlayer.errors import ConfigError, MethodError
@@ -242,7 +242,7 @@ def assemble_client(
     ranks = slot_ranks(config.build("peft"), base, names, [layouts[name]])
     start = {**base.initial, **at_ranks(base, ranks)} if ranks else base.initial
     arena = Arena()
-    params = new_params(start, names, arena)
+    params = new_params(start, [*names, *private_names(config, tail)], arena)
     slot = Slot(name, params, make_optimizer(config), learning_rate(config, updates), arena)
     party = client_party(
         config, base, data, kept, name, head=head, tail=tail, slot=slot, frozen=frozen, secret=secret,
@@ -284,10 +284,11 @@ def _assemble(
             users.setdefault(key, [])
             users[key] += [client] if client not in users[key] else []
 
-    def slot(name: str, names: Sequence[str], updates: int, users: Sequence[str]) -> Slot:
+    def slot(name: str, names: Sequence[str], updates: int, users: Sequence[str], private: Sequence[str] = ()) -> Slot:
         ranks = slot_ranks(peft, base, names, [layouts[user] for user in users])
         start = {**base.initial, **at_ranks(base, ranks)} if ranks else base.initial
-        return kind(name, new_params(start, names, arena), make, learning_rate(config, updates), arena)
+        params = new_params(start, [*names, *private], arena)
+        return kind(name, params, make, learning_rate(config, updates), arena)
 
     slots: dict[str, dict[str, Slot]] = {SERVER: {}}
     for (party, name), names in held.items():
@@ -304,7 +305,8 @@ def _assemble(
         own, frozen = own_names(config, head, tail, highest)
         names = own if not others else [n for n in base.initial if n in others | set(own)]
         lines[name] = sum(steps[other] for other in framework.line(name, config.client_names)) // framework.branches
-        clients[name] = seat(name, head=head, tail=tail, slot=slot(name, names, lines[name], [name]), frozen=frozen)
+        made = slot(name, names, lines[name], [name], private_names(config, tail))
+        clients[name] = seat(name, head=head, tail=tail, slot=made, frozen=frozen)
         clients[name].slot.put(
             framework.start(name, config.client_names, {n: base.initial[n].detach() for n in own}, config.seed)
         )

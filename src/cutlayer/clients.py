@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from cutlayer.config import RunConfig
 from cutlayer.defense import Ground, Sends
 from cutlayer.models.loading import load_tokenizer
 from cutlayer.models.segment import Base, Segment
-from cutlayer.models.slots import Slot
+from cutlayer.models.slots import PRIVATE, Slot
 from cutlayer.parties.client import ClientParty, secret_of
 from cutlayer.parties.defending import Defending
 from cutlayer.schedule import batches_of, chunks, told_of
@@ -61,6 +61,13 @@ def client_party(
     )
 
 
+def private_names(config: RunConfig, tail: Segment | None) -> list[str]:
+    """The names of what a client trains that never leaves it: of a second tail, where a defense has one."""
+    if tail is None or not any(registry.load("defense", spec.name).two_tails for spec in config.defense):
+        return []
+    return [PRIVATE + name for name in tail.names]
+
+
 def defending_of(
     config: RunConfig, *, head: Segment, tail: Segment | None, frozen: bool, secret: bytes
 ) -> Defending | None:
@@ -83,7 +90,9 @@ def defending_of(
             _layout(head, tail), task, config.data.max_length, head_trained=bool(head.names) and not frozen,
             tail_trained=tail is not None and bool(tail.names), embedding=lambda: base.embedding, look=_looking(head),
             pull=None if tail is None else _pulling(tail, config.seed),
-            guess=None if tail is None else _guessing(head, tail),
+            guess=None if tail is None else _guessing(head, tail), tokens_of=partial(_tokens_of, config.model),
+            measured=None if tail is None else _measuring(head, tail, frozen, config.seed),
+            trunk_trained=cache(partial(_trained_outside, config, _layout(head, tail))),
             classes=0 if base.anatomy.causal else int(base.model.config.num_labels),
             specials=specials, seed=config.seed,
         )  # fmt: skip
@@ -144,6 +153,53 @@ def _guessing(head: Segment, tail: Segment) -> Callable[[Tensor], Tensor]:
         return logits.float()
 
     return guess
+
+
+def _measuring(head: Segment, tail: Segment, frozen: bool, seed: int) -> Callable[[Tensor], Tensor]:
+    """The norms of single texts' gradients by the weights that everybody has, for labels that are drawn."""
+    base = head.base
+    names = [*([] if frozen else head.names), *tail.names]
+    wanted = list({id(base.initial[name]): base.initial[name] for name in names}.values())
+
+    def measured(input_ids: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(derive("public labels", seed))
+        return torch.tensor([one(ids[None].to(base.device), generator) for ids in input_ids])
+
+    def one(ids: Tensor, generator: torch.Generator) -> float:
+        if base.anatomy.causal:
+            labels = torch.randint(base.model.config.vocab_size, ids.shape, generator=generator)
+        else:
+            labels = torch.randint(base.model.config.num_labels, ids.shape[:1], generator=generator)
+        with torch.enable_grad():
+            hidden = head.forward(base.initial, input_ids=ids)
+            entering = hidden.detach().requires_grad_()
+            loss = tail.forward(base.initial, hidden=entering, labels=labels.to(base.device)).loss
+            loss = loss * (ids.shape[1] - 1 if base.anatomy.causal else 1)
+            with tail.entered(base.initial):
+                found = torch.autograd.grad(loss, [entering, *wanted], allow_unused=True)
+            with head.entered(base.initial):
+                pulled = (
+                    torch.autograd.grad(hidden, wanted, found[0], allow_unused=True) if hidden.requires_grad else []
+                )
+        sums = [sum(g for g in pair if g is not None) for pair in zip(found[1:], pulled or found[1:], strict=True)]
+        return float(torch.stack([g.double().square().sum() for g in sums if isinstance(g, Tensor)]).sum().sqrt())
+
+    return measured
+
+
+def _trained_outside(config: RunConfig, layout: Layout) -> bool:
+    """Whether a run trains something that the client does not hold."""
+    from cutlayer.preflight import check_model
+
+    _, model, anatomy = check_model(config)
+    whole = config.build("peft").prepare(model, anatomy, task=task_of(config), seed=config.seed)
+    owners = {whole.owner(name) for name in whole.initial}
+    return any(owner in layout.trunk or (owner == "top" and not layout.tail_at_client) for owner in owners)
+
+
+def _tokens_of(model: str, text: str) -> Sequence[int]:
+    found: Sequence[int] = load_tokenizer(model)(text, add_special_tokens=False)["input_ids"]
+    return found
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cutlayer.assembly import own_names
 from cutlayer.build import Data, collating, layouts_of, load_base, open_model
-from cutlayer.clients import client_party
+from cutlayer.clients import client_party, private_names
 from cutlayer.config import load_config
 from cutlayer.contracts import SERVER, Example, Layout
 from cutlayer.errors import CutlayerError
@@ -95,7 +95,7 @@ class Crew:
         tail = base.segment("tail", layout.tail, top=True) if layout.tail_at_client else None
         names, frozen = own_names(config, head, tail, highest)
         slot = Slot(
-            name, new_params(base.initial, names, self._arena), make_optimizer(config),
+            name, new_params(base.initial, [*names, *private_names(config, tail)], self._arena), make_optimizer(config),
             learning_rate(config, int(header.value("updates"))), self._arena,
         )  # fmt: skip
         slot.put(state, version=int(header.value("version")), resize=True)

@@ -40,6 +40,10 @@ class Ground:
             labels; None where the client has no tail.
         guess: gives logits [B,T,V] of tokens [B,T] by the public head and tail with nothing between them: a poor
             language model, but one that the client has and everybody knows; None where the client has no tail.
+        tokens_of: gives the tokens of a piece of text, without special ones.
+        measured: gives the norms [B] of single texts' [B,T] gradients at all that the client trains, of the summed loss
+            of random labels by the public head and tail with nothing between them; None where it has no tail.
+        trunk_trained: says whether something is trained between head and tail, or above the head.
         classes: of a classifier.
         specials: tokens with a task of their own (end of text and the like), and rows of the embedding that are of no
             token.
@@ -55,6 +59,9 @@ class Ground:
     look: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor], Tensor] | None
     guess: Callable[[Tensor], Tensor] | None
+    tokens_of: Callable[[str], Sequence[int]]
+    measured: Callable[[Tensor], Tensor] | None
+    trunk_trained: Callable[[], bool]
     classes: int
     specials: Sequence[int]
     seed: int
@@ -75,6 +82,7 @@ class Shown:
         training: whether it is trained with; else it is evaluated.
         to_sum: what a gradient is multiplied by to be that of the sum, not the mean, over label tokens.
         noise: private randomness that covers these tensors; the same for the same ones.
+        noise_of: private randomness of the record in this row; the same in each step that it is in.
         updates: how many optimizer steps what the defenses learn has had.
         gradient: for a penalty at step 10 what came back [B,T,H] for what was shown.
     """
@@ -84,6 +92,7 @@ class Shown:
     training: bool
     to_sum: float
     noise: Callable[..., Noise]
+    noise_of: Callable[[int], Noise]
     updates: int = 0
     gradient: Tensor | None = None
 
@@ -168,6 +177,8 @@ class Defense(Protocol):
     """
 
     protects: ClassVar[tuple[Target, ...]]  # what it is there to hide
+    two_tails: ClassVar[bool] = False  # a second tail learns the true labels, never leaves the client, and predicts
+    by_example: ClassVar[bool] = False  # what the client trains is updated by gradients of single examples
     learning: ClassVar[bool] = False  # it has ``learns``, or a penalty: it needs a step 10 to learn in
 
     def problems(self, config: RunConfig) -> Iterator[str]:
@@ -176,6 +187,9 @@ class Defense(Protocol):
 
     def prepare(self, ground: Ground) -> None:
         """Before the first batch: take norms and tables from what is public."""
+
+    def know(self, examples: Sequence[Example]) -> None:
+        """Before the first batch, after ``prepare``: what the client trains with, which is private."""
 
     def learns(self, ground: Ground) -> Learned | None:
         """After ``prepare``, once: what it trains, with its first weights; None: nothing.
@@ -217,6 +231,24 @@ class Defense(Protocol):
     def coefficients(self, logits: Tensor, labels: Tensor, about: Shown) -> Tensor | None:
         """Step 6: what is backpropagated at the logits in place of the loss's own gradient, of the sum; None: that."""
         return None
+
+    def learned(self, labels: Tensor, about: Shown) -> Tensor | None:
+        """Step 6: with ``two_tails``, what the tail that is seen learns, and nothing else, in place of labels.
+
+        Of [B,T], or a classifier's [B], as many for each as one likes: [B,T,M], [B,M]. Each counts alike.
+        """
+        return None
+
+    def shares(self, norms: Tensor) -> Tensor:
+        """Step 10: with ``by_example``, what each example's gradient [B] is multiplied by before they are summed.
+
+        The norms [B] are of all that the client trains, of the sum over an example's labels.
+        """
+        return torch.ones_like(norms)
+
+    def stirred(self, total: Mapping[str, Tensor], noise: Noise) -> Mapping[str, Tensor]:
+        """Step 10: with ``by_example``, the sum of a step's gradients, as it is to be used."""
+        return total
 
     @abstractmethod
     def spent(self, ground: Ground, sends: Sends) -> Privacy | None:

@@ -28,6 +28,7 @@ from cutlayer.pace import Paces, workers
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.federated import FederatedServer
 from cutlayer.parties.hops import Hosted, ServerTail, TrunkHop
+from cutlayer.parties.tails import predicting
 from cutlayer.presence import Lost, Presence
 from cutlayer.report.progress import Reporter
 from cutlayer.step import Tally, split_evaluate, split_step, tallied
@@ -77,7 +78,8 @@ class Run(Updating):
     @property
     def personal(self) -> bool:
         """Whether the clients keep parts of their own, or their clusters do, so that there are as many models."""
-        return self._keeps_parts or bool(self.arrangement.clusters)
+        tails = not self.framework.travels and any(predicting(party.slot) for party in self.parts.clients.values())
+        return self._keeps_parts or bool(self.arrangement.clusters) or tails
 
     @property
     def _keeps_parts(self) -> bool:
@@ -332,6 +334,7 @@ class Run(Updating):
         party = self.parts.clients[client]
         parts = (party.head, *([party.tail] if party.tail else []))
         found = {name: party.params[name].detach() for part in parts for name in part.names}
+        found |= predicting(party.slot)
         for place, stop in zip(
             places_of(self.parts.base, self.parts.layouts[client], self.parts.routes[client]),
             self.parts.routes[client],

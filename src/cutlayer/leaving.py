@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cutlayer.errors import PolicyRefused
-from cutlayer.models.slots import parameter_of
+from cutlayer.models.slots import PRIVATE, parameter_of
 from cutlayer.parties.client import ClientParty
 from cutlayer.wire import Header, frame_length
 
@@ -75,7 +75,7 @@ class Held:
 
     head: frozenset[str]  # names of trained tensors
     tail: frozenset[str]
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # all of the slot
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # all of the slot that may be told or given
     has_tail: bool
     evaluations: int  # batches
 
@@ -85,7 +85,11 @@ def held_by(party: ClientParty) -> Held:
     return Held(
         frozenset(party.head.names),
         frozenset(party.tail.names if party.tail is not None else ()),
-        {name: (tuple(one.shape), one.dtype) for name, one in party.slot.params.items()},
+        {
+            name: (tuple(one.shape), one.dtype)
+            for name, one in party.slot.params.items()
+            if not name.startswith(PRIVATE)
+        },
         party.tail is not None,
         len(party.evaluation) + len(party.validation),
     )

@@ -41,6 +41,7 @@ from cutlayer.models.loading import load_config as load_model_config
 from cutlayer.models.segment import Base
 from cutlayer.parties.client import ClientParty
 from cutlayer.parties.releases import Releases
+from cutlayer.parties.tails import predicting
 from cutlayer.parties.verbs import VERB_STEPS
 from cutlayer.parties.verbs import answer as answer_step
 from cutlayer.peers import peers_of
@@ -364,6 +365,7 @@ class Seat:
         if not self.config.build("framework").merges:  # then nobody else has what it trained for others
             own = self.party.names("all")
         state = {name: tensor for name, tensor in self.party.slot.get().items() if name in own}
+        state |= predicting(self.party.slot)
         try:
             shutil.rmtree(draft, ignore_errors=True)
             save_part(self.base, state, draft, base_name=self.base_name)

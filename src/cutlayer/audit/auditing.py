@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cutlayer import registry
-from cutlayer.audit.messages import STEPS, Exchange, Key, exchanges
+from cutlayer.audit.messages import STEPS
 from cutlayer.audit.public import PublicModel, load_public
 from cutlayer.audit.recording import (
     EFFORTS,
@@ -32,8 +32,9 @@ from cutlayer.audit.recording import (
     record,
     recorded,
 )
-from cutlayer.audit.scores import Guesses, Score, Truth, score
+from cutlayer.audit.scores import Score
 from cutlayer.audit.settings import Setting, named, with_defense
+from cutlayer.audit.truths import WHOLE, promised, read_by, scored
 from cutlayer.audit.verdict import verdict
 from cutlayer.audit.view import View
 from cutlayer.config import load_config, resolved
@@ -44,7 +45,6 @@ from cutlayer.errors import ConfigError, MethodError, suggest
 from cutlayer.files import write_text
 from cutlayer.models.loading import device_named
 from cutlayer.report.progress import Reporter, reporter
-from cutlayer.threat import Threat
 
 CONTROL_POSITIONS = 64
 CONTROLS = {"standard": 2, "full": 4, "quick": 1}  # rows that controls are played on: they cost as much as the attack
@@ -113,7 +113,10 @@ def audit(
     refused, playing = {}, []
     for attack in chosen:
         name = registry.card(type(attack)).id
-        why = attack.threat.unmet(layout, task=found.task, auxiliary=auxiliary is not None)
+        kinds = found.classes if attack.threat.classes is not None else None
+        why = attack.threat.unmet(
+            layout, task=found.task, auxiliary=auxiliary is not None, classes=None if kinds is None else len(kinds)
+        )
         if why is None:
             playing.append((name, attack))
         elif attacks is not None:
@@ -126,8 +129,9 @@ def audit(
     if aux is not None and not any("auxiliary" in attack.threat.knows for _, attack in playing):
         shown.note("none of the attacks uses text of the attacker's own, so --aux changes nothing")
     public = load_public(
-        found.config.model, task=found.task, precision=found.config.precision, device=device_named(found.config.device)
-    )
+        found.config.model, task=found.task, precision=found.config.precision, device=device_named(found.config.device),
+        labels=found.data.labels, seed=found.config.seed,
+    )  # fmt: skip
     rows: list[dict[str, Any]] = []
     for number, setting in enumerate([None, *settings]):
         one, of = found, named(found.config.defense)
@@ -189,52 +193,43 @@ def _played(
     layout = found.layouts[found.config.client_names[0]]
     empty = View(
         threat, [], layout, found.config.seed, public if "weights" in threat.knows else None,
-        auxiliary if "auxiliary" in threat.knows else None,
+        auxiliary if "auxiliary" in threat.knows else None, found.classes if "classes" in threat.knows else None,
     )  # fmt: skip
     attack.prepare(empty)
-    wanted: dict[Key, Exchange] = {}
-    keys = {key for moment in found.moments.values() for key in moment}
-    for one in exchanges(found.read(), reads=threat.reads):
-        if one.key in keys and one.key not in wanted:
-            wanted[one.key] = one
-    for moment, of in found.moments.items():
-        read = limited([wanted[key] for key in of if key in wanted], rows)
+    for moment, every in read_by(found, threat).items():
+        whole = moment == WHOLE
+        read = every if whole else limited(every, rows)
+        seen = replace(empty, exchanges=read, _labelled=promised(found, read, threat))
         began = time.monotonic()
-        guesses = attack.finish(replace(empty, exchanges=read))
+        guesses = attack.finish(seen)
         seconds = time.monotonic() - began
-        scored = _scored(guesses, read, found, threat)
-        short = limited(read, control_rows)
+        got = scored(guesses, seen, found)
+        short = read if whole else limited(read, control_rows)
         if threat.causal and threat.reads == STEPS[:1]:  # what fails at the beginning of a text fails behind it
             short = [only_positions(one, CONTROL_POSITIONS) for one in short]
-        few = replace(empty, exchanges=short)
-        other = _recovery(attack, few.with_other_weights(), found) if "weights" in threat.knows else None
+        few = replace(seen, exchanges=short)
+        other = _control(attack, few.with_other_weights(), found).token_recovery if "weights" in threat.knows else None
+        shuffled = _control(attack, few.shuffled(), found)
         yield {
             "attack": name, "defense": named(found.config.defense), "moment": moment, "target": threat.target,
-            "token_recovery": scored.token_recovery, "rouge_l": scored.rouge_l, "positions": scored.positions,
+            "token_recovery": got.token_recovery, "rouge_l": got.rouge_l, "auc": got.auc,
+            "positions": got.positions,
             "controls": {
-                "constant": scored.constant,
-                "shuffled": _recovery(attack, few.shuffled(), found),
+                "constant": got.constant,
+                "shuffled": shuffled.token_recovery,
+                "shuffled_auc": shuffled.auc,
                 "random_weights": other,
             },
             "utility": _utility(found), "threat": threat.told(), "notes": dict(guesses.notes), "seconds": seconds,
-            "examples": [{"true": true, "recovered": said} for true, said in scored.examples],
+            "examples": [{"true": true, "recovered": said} for true, said in got.examples],
         }  # fmt: skip
 
 
-def _recovery(attack: Attack, view: View, found: Recording) -> float:
-    """The token recovery of an attack on a control."""
+def _control(attack: Attack, view: View, found: Recording) -> Score:
+    """How an attack does on a control."""
     fresh = copy.deepcopy(attack)  # what the attack itself has prepared stays as it is
     fresh.prepare(replace(view, exchanges=[]))
-    return _scored(fresh.finish(view), view.exchanges, found, attack.threat).token_recovery
-
-
-def _scored(guesses: Guesses, read: Sequence[Exchange], found: Recording, threat: Threat) -> Score:
-    truths: dict[Key, Truth] = {}
-    for one in read:
-        whole = found.truth(one.key, threat.target)
-        rows, length = next(found["hidden"].shape[:2] for found in one.tensors.values() if "hidden" in found)
-        truths[one.key] = Truth(whole.tokens[:rows, :length], whole.counts[:rows, :length])
-    return score(guesses, truths, found.tokenizer.decode)
+    return scored(fresh.finish(view), view, found)
 
 
 def _utility(found: Recording) -> dict[str, Any]:

@@ -7,6 +7,7 @@ size, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,10 +84,21 @@ class PublicModel:
         return logits.float()
 
 
-def load_public(model: str, *, task: str = "causal", precision: str = "float32", device: str = "cpu") -> PublicModel:
-    """The base model of a run, from its checkpoint."""
-    loaded, anatomy = load_model(model, task=task, precision=precision, device=device)
+def load_public(
+    model: str, *, task: str = "causal", precision: str = "float32", device: str = "cpu",
+    labels: Sequence[str] | None = None, seed: int = 0,
+) -> PublicModel:  # fmt: skip
+    """The base model of a run, from its checkpoint.
+
+    A classifier's head that the checkpoint lacks is drawn from the run's seed, which the server has, too.
+    """
+    loaded, anatomy = load_model(model, task=task, precision=precision, device=device, labels=labels, seed=seed)
     return PublicModel(Base(loaded, anatomy), task)
+
+
+def copied(public: PublicModel) -> PublicModel:
+    """A copy that may be trained."""
+    return PublicModel(Base(copy.deepcopy(public.model), public.base.anatomy), public.task)
 
 
 def reinitialised(public: PublicModel, seed: int) -> PublicModel:

@@ -6,7 +6,8 @@ Also the truth, which is made anew from the run's own data and never from frames
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from cutlayer.audit.scores import Truth, truth_of
 from cutlayer.build import Data, layouts_of, prepare_data, task_of, tokenizer_of
 from cutlayer.config import RunConfig, load_config
 from cutlayer.config_write import tree_of
-from cutlayer.contracts import Layout
+from cutlayer.contracts import IGNORE, Layout
 from cutlayer.errors import DataError, OutputError
 from cutlayer.models.families import number_of_blocks
 from cutlayer.models.loading import load_config as load_model_config
@@ -90,6 +91,20 @@ class Recording:
         Raises:
             DataError: no training step was recorded.
         """
+        keys = self.every
+        last = max(key[1] for key in keys)
+        found = {"first step": [key for key in keys if key[1] == min(k[1] for k in keys)]}
+        if last:
+            found["last step"] = [key for key in keys if key[1] == last]
+        return found
+
+    @cached_property
+    def every(self) -> Sequence[Key]:
+        """All training micro-batches of the clients that hold what the first of them holds.
+
+        Raises:
+            DataError: none was recorded.
+        """
         first = self.layouts[self.config.client_names[0]]
         keys = [
             one.key
@@ -102,11 +117,43 @@ class Recording:
                 "another run, or the clients' messages go to other parties (edges, other clients), whom the audit "
                 "does not play yet."
             )
-        last = max(key[1] for key in keys)
-        found = {"first step": [key for key in keys if key[1] == min(k[1] for k in keys)]}
-        if last:
-            found["last step"] = [key for key in keys if key[1] == last]
-        return found
+        return list(dict.fromkeys(keys))
+
+    @cached_property
+    def classes(self) -> Mapping[int, float] | None:
+        """The labels of a run whose rows have one each, with the share of each, the most frequent first; else None."""
+        found: Counter[int] = Counter()
+        if self.config.data.packing:
+            return None
+        for example in (one for examples in self.data.train.values() for one in examples):
+            labels = (
+                [example.label] if example.labels is None else [one for one in example.labels[1:] if one != self.ending]
+            )
+            own = [label for label in labels if label is not None and label != IGNORE]
+            if len(own) > 1 or own != labels[-1:]:
+                return None
+            found.update(own)
+        return {label: count / found.total() for label, count in found.most_common()}
+
+    @property
+    def ending(self) -> int | None:
+        """The token that every row of a language model ends with, if there is one."""
+        end: int | None = self.tokenizer.eos_token_id
+        return end if self.task == "causal" and self.config.data.append_eos else None
+
+    @property
+    def behind_label(self) -> int | None:
+        """How many positions of a row stand behind the one at which its only label is predicted; None: it is the
+        first."""
+        return None if self.task == "classification" else 1 + (self.ending is not None)
+
+    def decoder(self, target: str) -> Callable[[Sequence[int]], str]:
+        """What makes text of inputs, or of labels, which of a classifier are its classes."""
+        names = self.data.labels
+        if target == "inputs" or names is None:
+            decode: Callable[[Sequence[int]], str] = self.tokenizer.decode
+            return decode
+        return lambda ids: " ".join(names[number] for number in ids)
 
     def truth(self, key: Key, target: str) -> Truth:
         """What was private in a micro-batch."""

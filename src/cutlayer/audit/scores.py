@@ -23,8 +23,8 @@ class Guesses:
     """What an attack says was private, by micro-batch.
 
     ``tokens`` [B,T]: the token that stands at each position (of an attack on labels: the label of each position, which
-    in a causal model is the next token), ``MISSING`` where it says nothing. ``scores`` [B] or [B,T]: higher where a
-    binary label is more likely to be true. ``notes``: what it found out besides, for the report.
+    in a causal model is the next token), ``MISSING`` where it says nothing. ``scores``, of the same shape: higher where
+    the rarer of two labels is more likely. ``notes``: what it found out besides, for the report.
     """
 
     tokens: Mapping[Key, Tensor] = field(default_factory=dict)
@@ -64,7 +64,8 @@ class Score:
     """How much came back.
 
     ``token_recovery``: the share of positions that were right; ``rouge_l``: the mean F-measure over rows;
-    ``constant``: the token recovery of the best constant prediction; ``positions``: how many were scored.
+    ``constant``: the token recovery of the best constant prediction; ``positions``: how many were scored; ``auc``: of
+    its scores, against which of two labels it is.
     """
 
     token_recovery: float
@@ -72,11 +73,13 @@ class Score:
     constant: float
     positions: int
     examples: Sequence[tuple[str, str]] = ()
+    auc: float | None = None
 
 
 def score(
-    guesses: Guesses, truths: Mapping[Key, Truth], decode: Callable[[Sequence[int]], str], *, examples: int = 3
-) -> Score:
+    guesses: Guesses, truths: Mapping[Key, Truth], decode: Callable[[Sequence[int]], str], *, examples: int = 3,
+    positive: int | None = None,
+) -> Score:  # fmt: skip
     """Score guesses of tokens; what an attack said nothing about counts as wrong.
 
     Args:
@@ -84,6 +87,7 @@ def score(
         truths: by micro-batch; all of them count.
         decode: makes text of token ids.
         examples: of how many rows to give the true text beside the guessed one.
+        positive: the label that higher scores stand for; None: there are not two.
     """
     right = total = 0
     pairs: list[tuple[str, str]] = []
@@ -103,7 +107,19 @@ def score(
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     rouge = [scorer.score(true, said)["rougeL"].fmeasure for true, said in pairs]
     most = counted.most_common(1)[0][1] if counted else 0
-    return Score(right / max(1, total), sum(rouge) / max(1, len(rouge)), most / max(1, total), total, pairs[:examples])
+    ranked = _auc(guesses, truths, positive) if guesses.scores and positive is not None else None
+    return Score(
+        right / max(1, total), sum(rouge) / max(1, len(rouge)), most / max(1, total), total, pairs[:examples], ranked
+    )
+
+
+def _auc(guesses: Guesses, truths: Mapping[Key, Truth], positive: int) -> float:
+    """Of the scores of what counts."""
+    scores, right = [], []
+    for key, truth in truths.items():
+        scores += guesses.scores[key].cpu()[truth.counts].tolist()
+        right += (truth.tokens == positive)[truth.counts].tolist()
+    return auc(scores, right)
 
 
 def auc(scores: Sequence[float], truths: Sequence[bool]) -> float:
@@ -111,7 +127,7 @@ def auc(scores: Sequence[float], truths: Sequence[bool]) -> float:
     return float(roc_auc_score(truths, scores)) if len(set(truths)) > 1 else 0.5
 
 
-def auc_error(positives: int, negatives: int) -> float:
+def auc_error(positives: float, negatives: float) -> float:
     """The standard error of an AUC of 0.5 with so many of each kind."""
     m, n = positives, negatives
     return math.sqrt((m + n + 1) / (12 * m * n))

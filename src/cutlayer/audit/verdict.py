@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cutlayer.audit.scores import auc_error
 from cutlayer.config import RunConfig
 
 READS, MUCH, SOME = 0.9, 0.5, 0.05  # of the tokens, over what a constant guess has
@@ -43,10 +44,16 @@ def _about(what: str, of: Sequence[Row], config: RunConfig) -> list[str]:
     """What was found of one target."""
     if not of:
         return [f"Nothing was measured on {what}."]
-    best = max(of, key=lambda row: row["token_recovery"])
+    best = max(of, key=_over)
+    thing, when = ("label", "over") if best["threat"]["classes"] else ("token", "at")
+    if _ranked(best) > best["token_recovery"] - best["controls"]["constant"]:
+        return [
+            f"{_strength(best)} {what}: '{best['attack']}' tells two labels apart with an AUC of {best['auc']:.3f} "
+            f"{when} the {best['moment']} (guessing: 0.5)."
+        ]
     said = [
-        f"{_strength(best)} {what}: '{best['attack']}' got back {best['token_recovery']:.1%} of the tokens at the "
-        f"{best['moment']} (guessing always the most frequent token: {best['controls']['constant']:.1%})."
+        f"{_strength(best)} {what}: '{best['attack']}' got back {best['token_recovery']:.1%} of the {thing}s {when} "
+        f"the {best['moment']} (guessing always the most frequent {thing}: {best['controls']['constant']:.1%})."
     ]
     if "weights" in best["threat"]["knows"] and best["token_recovery"] > READS:
         said.append(
@@ -96,16 +103,26 @@ def _utility(rows: Sequence[Row], setting: str) -> Mapping[str, Any]:
 
 
 def _over(row: Row) -> float:
-    """How much more an attack got back than a constant guess would."""
-    return float(row["token_recovery"] - row["controls"]["constant"])
+    """How much more an attack got back than a guess would: of tokens, or of the order of two labels."""
+    return float(max(row["token_recovery"] - row["controls"]["constant"], _ranked(row)))
+
+
+def _ranked(row: Row) -> float:
+    """How far the AUC is above chance, from 0 to 1, less what chance alone makes of so few labels."""
+    more = row["positions"] * row["controls"]["constant"]
+    less = row["positions"] - more
+    if row["auc"] is None or less < 1:
+        return 0.0
+    return max(0.0, 2 * (float(row["auc"]) - 2 * auc_error(less, more)) - 1)
 
 
 def _strength(row: Row) -> str:
-    if row["token_recovery"] > READS:
+    over = _over(row)
+    if row["token_recovery"] > READS and over > 0:
         return "An honest-but-curious server reads"
-    if _over(row) > MUCH:
+    if over > MUCH:
         return "An honest-but-curious server reads most of"
-    if _over(row) > SOME:
+    if over > SOME:
         return "An honest-but-curious server reads part of"
     return "The attacks that were played did not read"
 

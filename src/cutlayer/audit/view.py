@@ -6,14 +6,15 @@ scorer. What the threat does not claim to read or to know is not in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from cutlayer.audit.messages import Exchange, exchanges
+from cutlayer.audit.classes import mixed
+from cutlayer.audit.messages import Exchange, Key, exchanges
 from cutlayer.audit.public import PublicModel, reinitialised
 from cutlayer.contracts import Layout
 from cutlayer.errors import MethodError
@@ -41,6 +42,8 @@ class View:
     seed: int = 0
     _public: PublicModel | None = None
     _auxiliary: Sequence[Tensor] | None = None
+    _classes: Mapping[int, float] | None = None
+    _labelled: Mapping[Key, Tensor] | None = None
 
     @property
     def public(self) -> PublicModel:
@@ -61,6 +64,24 @@ class View:
         return _named(self._auxiliary, "text of the attacker's own")
 
     @property
+    def classes(self) -> Mapping[int, float]:
+        """The labels that there are, with the share of each; the most frequent first.
+
+        Raises:
+            MethodError: the threat does not claim to know them.
+        """
+        return _named(self._classes, "the classes")
+
+    @property
+    def labelled(self) -> Mapping[Key, Tensor]:
+        """The labels [B,1] that it was told, ``MISSING`` where it was not.
+
+        Raises:
+            MethodError: the threat does not claim to have any.
+        """
+        return _named(self._labelled, "labelled samples")
+
+    @property
     def cut(self) -> int:
         """How many blocks a client's head has."""
         return len(self.layout.head)
@@ -75,7 +96,9 @@ class View:
         return torch.Generator().manual_seed(derive("attack", self.seed, *purpose))
 
     def shuffled(self) -> View:
-        """The control in which the order of positions is lost."""
+        """The control in which the order of positions is lost; of samples with one label each, which is whose."""
+        if self.threat.classes is not None:
+            return replace(self, exchanges=mixed(self.exchanges, self.generator("shuffled")))
         moved = [one.shuffled(self.generator("shuffled", *one.key)) for one in self.exchanges]
         return replace(self, exchanges=moved)
 

@@ -20,6 +20,7 @@ from cutlayer.models.importance import Importance
 Key = tuple[str, int, int]  # client, step, micro-batch
 MakeOptimizer = Callable[[list[Parameter]], torch.optim.Optimizer]
 LARGEST = 1e12  # norm of a tensor's gradient, so that sums of squares, as of optimizers, stay finite
+PRIVATE = "private/"  # begins the names of what stays at its client, whatever else leaves, and is in no norm
 NUMBER = "#number"  # marks optimizer state that is a plain number, carried as a float64 scalar
 
 
@@ -77,13 +78,25 @@ class Slot:
 
     def collect(self, names: Iterable[str], key: Key, *, weight: float = 1.0) -> None:
         """Take the ``.grad`` of ``names`` (left there by a backward) as the contribution of ``key``."""
+        self.add(self._left(names), key=key, weight=weight)
+
+    def taken(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The ``.grad`` of ``names``, which are not the slot's yet; of a tied weight under one name."""
+        found: dict[str, Tensor] = {}
+        for name, grad in self._left(names).items():
+            own = self._own[name]
+            found[own] = found[own] + grad if own in found else grad
+        return found
+
+    def _left(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """What a backward left at these parameters, taken away from there."""
         grads: dict[str, Tensor] = {}
         for name in names:
             parameter = self.params[name]
             if parameter.grad is not None:
                 grads[name] = parameter.grad
                 parameter.grad = None
-        self.add(grads, key=key, weight=weight)
+        return grads
 
     def add(self, grads: Mapping[str, Tensor], *, key: Key, weight: float = 1.0) -> None:
         """Add ``weight`` times ``grads`` to the contribution of ``key``.
@@ -173,7 +186,11 @@ class Slot:
         for key in sorted(self._pending):
             first |= dict.fromkeys(self._pending[key].keys() - first.keys(), key)
         total = self._total(weights, by_tensor=by_tensor)
-        return [(first.get(name), torch.linalg.vector_norm(grad).item()) for name, grad in total.items()]
+        return [
+            (first.get(name), torch.linalg.vector_norm(grad).item())
+            for name, grad in total.items()
+            if not name.startswith(PRIVATE)
+        ]
 
     def update(
         self, *, scale: float = 1.0, weights: Mapping[str, float] | None = None, rate: float = 1.0,
@@ -333,15 +350,19 @@ def parameter_of(name: str) -> str:
 def new_params(
     initial: Mapping[str, Parameter], names: Iterable[str], arena: Arena | None = None
 ) -> dict[str, Parameter]:
-    """Fresh Parameters with the values of ``initial``; names that share a Parameter there share one here."""
-    made: dict[int, Parameter] = {}
+    """Fresh Parameters with the values of ``initial``; names that share a Parameter there share one here.
+
+    A private name has the value of the other, and a Parameter of its own.
+    """
+    made: dict[tuple[int, bool], Parameter] = {}
     out = {}
     for name in names:
-        source = initial[name]
-        if id(source) not in made:
+        source = initial[name.removeprefix(PRIVATE)]
+        key = id(source), name.startswith(PRIVATE)
+        if key not in made:
             value = source.detach().clone() if arena is None else arena.keep(source)
-            made[id(source)] = Parameter(value, requires_grad=True)
-        out[name] = made[id(source)]
+            made[key] = Parameter(value, requires_grad=True)
+        out[name] = made[key]
     return out
 
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cutlayer.errors import NonFinite
-from cutlayer.models.segment import Seed, Segment
-from cutlayer.models.slots import Slot
+from cutlayer.models.segment import Params, Seed, Segment
+from cutlayer.models.slots import Key
 from cutlayer.parties.memory import Watch
 from cutlayer.values import IGNORE
+
+
+class Held(Protocol):
+    """A slot, or what stands for one: the tail's parameters, and where their gradients go."""
+
+    @property
+    def params(self) -> Params:
+        """By name."""
+
+    def collect(self, names: Iterable[str], key: Key, *, weight: float = 1.0) -> None:
+        """Take the gradients that a backward left at these."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class TailResult:
 
 
 def run_tail(
-    segment: Segment, slot: Slot, work: TailWork, *, seed: Seed | None, slot_weight: float, watch: Watch,
+    segment: Segment, slot: Held, work: TailWork, *, seed: Seed | None, slot_weight: float, watch: Watch,
     instead: Callable[[Tensor, Tensor], Tensor | None] | None = None,
     entering: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None,
 ) -> TailResult:  # fmt: skip

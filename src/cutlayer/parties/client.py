@@ -15,10 +15,12 @@ from cutlayer.data.batches import Batches
 from cutlayer.errors import WireError
 from cutlayer.models.segment import Segment
 from cutlayer.models.slots import Slot
-from cutlayer.parties._tail import TailWork, run_tail
+from cutlayer.parties._tail import TailWork
+from cutlayer.parties.by_example import ByExample
 from cutlayer.parties.defending import Defending, Passing
 from cutlayer.parties.helping import chosen, histogram, wanted
 from cutlayer.parties.holder import Answer, Holder
+from cutlayer.parties.tails import client_tail
 from cutlayer.seeds import derive, segment_seed
 from cutlayer.sketches import Teller
 from cutlayer.wire import Header, Value
@@ -81,6 +83,7 @@ class ClientParty(Holder):
         self.params = {**(frozen or {}), **slot.params}
         self.batches, self.evaluation, self.validation = batches, evaluation, validation
         self.sizes, self.seed, self.teller = sizes, seed, teller
+        self.examples = ByExample(slot, defending) if defending is not None and defending.by_example else None
         self._open: dict[tuple[int, int, bool], _Open] = {}
         self._drawn: tuple[int, list[Batch]] | None = None
         self._tells_step_tokens = self._cached = False
@@ -119,12 +122,16 @@ class ClientParty(Holder):
     def _look(self, batch: Batch) -> Tensor:
         """What the head makes of a batch: hidden states [B,T,H], without a graph."""
         with torch.no_grad():
-            hidden: Tensor = self.head.forward(
-                self.slot.params,
-                input_ids=batch.input_ids.to(self.device),
-                attention_mask=_to(batch.attention_mask, self.device),
-                position_ids=_to(batch.position_ids, self.device),
-            )
+            return self._run_head(self.slot.params, batch)
+
+    def _run_head(self, params: Mapping[str, Parameter], batch: Batch, seed: int | None = None) -> Tensor:
+        hidden: Tensor = self.head.forward(
+            params,
+            input_ids=batch.input_ids.to(self.device),
+            attention_mask=_to(batch.attention_mask, self.device),
+            position_ids=_to(batch.position_ids, self.device),
+            seed=seed,
+        )
         return hidden
 
     def on_head_forward(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
@@ -157,14 +164,17 @@ class ClientParty(Holder):
         """The head's output [B,T,H]: with dropout and a graph, or without."""
         seed = segment_seed(self.seed, "head", self.name, header.step, header.micro) if training else None
         with torch.set_grad_enabled(training), self.watch:
-            hidden: Tensor = self.head.forward(
-                self.params,
-                input_ids=batch.input_ids.to(self.device),
-                attention_mask=_to(batch.attention_mask, self.device),
-                position_ids=_to(batch.position_ids, self.device),
-                seed=seed,
+            if self.examples is None or seed is None:
+                return self._run_head(self.params, batch, seed)
+            own = seed  # of the first row; no two rows have the same dropout
+            return self.examples.head(
+                self._key(header),
+                batch,
+                lambda one, row: self._run_head(self.params, one, derive(own, row) if row else own),
             )
-        return hidden
+
+    def _key(self, header: Header) -> tuple[str, int, int]:
+        return self.name, header.step, header.micro
 
     def _passing(self, header: Header, training: bool, batch: Batch, weight: float) -> Passing:
         records = self.batches.rows(header.step)[header.micro] if training else [header.step]
@@ -200,12 +210,7 @@ class ClientParty(Holder):
         params = {name: Parameter(tensor.to(self.device)) for name, tensor in tensors.items()}
         batch = self.batches.collate(rows)
         with torch.no_grad():
-            hidden = self.head.forward(
-                params,
-                input_ids=batch.input_ids.to(self.device),
-                attention_mask=_to(batch.attention_mask, self.device),
-                position_ids=_to(batch.position_ids, self.device),
-            )
+            hidden = self._run_head(params, batch)
         return self._reply(header, "send_activations", "activations", told, self._shown(batch, hidden, labels=True))
 
     def on_tail_step(self, header: Header, tensors: Mapping[str, Tensor]) -> Answer:
@@ -231,13 +236,13 @@ class ClientParty(Holder):
         seed = segment_seed(self.seed, "tail", self.name, header.step, header.micro) if training else None
         weight = float(header.value("head_weight")) if training else 1.0
         passing = self._passing(header, training, batch, held.weight)
-        instead = self.defending.coefficients(passing) if self.defending is not None else None
-        entering = self.defending.entering(passing) if self.defending is not None else None
         with torch.set_grad_enabled(training):
-            done = run_tail(
-                self.tail, self.slot, work, seed=seed, slot_weight=weight, watch=self.watch, instead=instead,
-                entering=entering,
-            )  # fmt: skip
+            if self.examples is not None and seed is not None:
+                done = self.examples.tail(self.tail, work, passing, seed=seed, watch=self.watch)
+            else:
+                done = client_tail(
+                    self.tail, self.slot, work, passing, self.defending, seed=seed, slot_weight=weight, watch=self.watch
+                )
         held.loss = done.loss
         if done.gradient is None:
             del self._open[_place(header)]
@@ -255,14 +260,13 @@ class ClientParty(Holder):
         """Step 10: backward through the head, and the optimizer step of the client's part if it is the last."""
         held = self._held(header)
         del self._open[_place(header)]
-        key = (self.name, header.step, header.micro)
+        key, weight = self._key(header), float(header.value("head_weight"))
         if self.tail is None:
             held.loss = float(header.value("loss"))
         if header.kind == "gradient":
             if held.hidden is None:
                 raise WireError(f"Client '{self.name}' got a gradient that it has no use for, at step {header.step}.")
             roots, grads = [held.hidden], [tensors["hidden"].to(self.device)]
-            weight = float(header.value("head_weight"))
             with self.head.entered(self.slot.params):
                 if self.defending is not None and held.raw is not None:
                     passing = self._passing(header, True, held.batch, held.weight)
@@ -270,9 +274,15 @@ class ClientParty(Holder):
                     if penalty is not None and penalty.requires_grad:
                         roots, grads = [*roots, penalty], [*grads, torch.ones_like(penalty)]
                 torch.autograd.backward(roots, grads)
+                if self.examples is not None:
+                    self.examples.head_backward(key, self.head.names)
             self.slot.collect(self.head.names, key, weight=weight)
             if self.defending is not None:
                 self.defending.collect(key, weight=weight)
+        if self.examples is not None:
+            to_sum = held.batch.label_tokens / held.weight if held.batch.label_tokens else 1.0
+            tokens = self._step_tokens(header.step)
+            self.examples.close(key, to_sum=to_sum, tokens=tokens, last=held.last, weight=weight)
         for slot in self.slots.values():
             slot.close(key)
         self.watch.next()
@@ -325,6 +335,8 @@ class ClientParty(Holder):
         """Forget every open micro-batch and gradient in waiting."""
         super().abort()
         self._open.clear()
+        if self.examples is not None:
+            self.examples.abort()
 
     def _draw(self, step: int, micro: int) -> tuple[Batch, float, bool]:
         if self._drawn is None or self._drawn[0] != step:

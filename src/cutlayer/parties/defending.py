@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ class Passing:
     batch: Batch
     weight: float = 1.0
     records: Sequence[int] = ()  # which of the client's examples are in it (of evaluation data: which batch)
+    part: int = 0  # of the micro-batch, where it is taken in parts
 
 
 class Defending:
@@ -52,8 +53,37 @@ class Defending:
     ) -> None:  # fmt: skip
         self.defenses, self.secret, self.names, self._grounds = list(defenses), secret, list(names), grounds
         self.releases: Releases | None = None  # counts what leaves, where a process may be killed
+        self._fit()
         self._prepare(ground)
         self.aside = self._learning()
+
+    def _fit(self) -> None:
+        """Refuse defenses that are in each other's way.
+
+        Raises:
+            MethodError: two of them say what the tail that is seen learns, or one takes examples one by one and another
+                all of them together.
+        """
+        single = [name for name, defense in zip(self.names, self.defenses, strict=True) if defense.by_example]
+        joint = [
+            name
+            for name, defense in zip(self.names, self.defenses, strict=True)
+            if defense.two_tails or defense.learning or type(defense).penalty is not Defense.penalty
+        ]
+        if single and (len(single) > 1 or joint):
+            raise MethodError(
+                f"The defense '{single[0]}' takes the gradient of each example by itself, which "
+                f"'{[*single[1:], *joint][0]}' cannot be on with. Keep one."
+            )
+        saying = [
+            name
+            for name, defense in zip(self.names, self.defenses, strict=True)
+            if defense.two_tails or type(defense).coefficients is not Defense.coefficients
+        ]
+        if len(saying) > 1 and self.two_tails:
+            raise MethodError(
+                f"The defenses {' and '.join(repr(name) for name in saying)} each say what the tail learns. Keep one."
+            )
 
     def moved(self, head: Segment) -> None:
         """The cut is another from now on."""
@@ -105,6 +135,8 @@ class Defending:
 
     def defended(self, batches: Batches) -> None:
         """Have a client's schedule give examples as they are to be trained with."""
+        for defense in self.defenses:
+            defense.know(batches.examples)
         batches.change = lambda example, row, epoch: self.example(example, "train", row, epoch=epoch)
 
     def evaluated(
@@ -176,6 +208,36 @@ class Defending:
 
         return given
 
+    @property
+    def two_tails(self) -> bool:
+        """Whether the tail that is seen is not the one that predicts."""
+        return any(defense.two_tails for defense in self.defenses)
+
+    def learned(self, labels: Tensor, passing: Passing) -> Tensor:
+        """Step 6: what the tail that is seen learns, of the first defense that has two."""
+        number = next(number for number, defense in enumerate(self.defenses) if defense.two_tails)
+        found = self.defenses[number].learned(labels, self._about("send_gradients", passing, number))
+        if found is None or found.shape[:-1] != labels.shape:
+            raise MethodError(
+                f"The defense '{self.names[number]}' has two tails, but nothing for one of them to learn."
+            )
+        return found
+
+    @property
+    def by_example(self) -> bool:
+        """Whether what the client trains is updated by gradients of single examples."""
+        return any(defense.by_example for defense in self.defenses)
+
+    def shares(self, norms: Tensor) -> Tensor:
+        """Step 10: what each example's gradient counts, by its norm [B]."""
+        (defense,) = (defense for defense in self.defenses if defense.by_example)
+        return defense.shares(norms)
+
+    def stirred(self, total: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
+        """Step 10: the sum of a step's gradients, as it is to be used."""
+        ((number, defense),) = ((n, defense) for n, defense in enumerate(self.defenses) if defense.by_example)
+        return defense.stirred(total, self._noise(number, "sum", step, covers=list(total.values())))
+
     def told(self, sends: Sends) -> list[dict[str, Any]]:
         """What each defense has spent when a record left so often, as ``summary.json`` has it."""
         spent = [defense.spent(self.ground, sends) for defense in self.defenses]
@@ -201,9 +263,20 @@ class Defending:
 
     def _about(self, leg: Leg, passing: Passing, number: int) -> Shown:
         tokens = passing.batch.label_tokens
-        noise = partial(self._noise, number, leg, passing.training, passing.step, passing.micro)
+        part = [passing.part] if passing.part else []
+        noise = partial(self._noise, number, leg, passing.training, passing.step, passing.micro, *part)
+        whose = partial(self._noise_of, number, passing)
         to_sum, updates = tokens / passing.weight if tokens else 1.0, self.aside.version if self.aside else 0
-        return Shown(leg, passing.batch, passing.training, to_sum, noise, updates)
+        return Shown(leg, passing.batch, passing.training, to_sum, noise, whose, updates)
+
+    def _noise_of(self, number: int, passing: Passing, row: int) -> Noise:
+        """That of a row's record, which other text in the same place does not have."""
+        batch, ids = passing.batch, passing.batch.input_ids[row]
+        real = torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask[row]
+        labels = batch.labels[row].reshape(-1)
+        covers = [ids[real.bool()], labels[real.bool()] if len(labels) == len(ids) else labels]
+        which = passing.records[row] if passing.records else row
+        return self._noise(number, "record", passing.training, which, covers=covers)
 
     def _noise(self, *purpose: object, covers: Sequence[Tensor] = ()) -> Noise:
         return Noise(self.secret, *purpose, covers=covers)

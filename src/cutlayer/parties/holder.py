@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from cutlayer.errors import WireError
 from cutlayer.models.importance import UNKNOWN
 from cutlayer.models.segment import Base, Segment
-from cutlayer.models.slots import Slot, parameter_of
+from cutlayer.models.slots import PRIVATE, Slot, parameter_of
 from cutlayer.parties.defending import Defending
 from cutlayer.parties.marking import Marker
 from cutlayer.parties.memory import Watch
@@ -64,8 +64,11 @@ class Holder:
             slot.drop(self.name)
 
     def names(self, part: str) -> set[str]:
-        """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``."""
-        everything = set(self.slot.params)
+        """The trained tensors of the client's ``own`` part of its model, ``hosted`` ones for others, or ``all``.
+
+        What is private is in none of them: no verb gives it out or takes it.
+        """
+        everything = {name for name in self.slot.params if not name.startswith(PRIVATE)}
         own = everything & {*self.head.names, *(self.tail.names if self.tail else [])}
         return {"own": own, "hosted": everything - own, "all": everything}[part]
 

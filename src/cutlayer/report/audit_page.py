@@ -14,13 +14,15 @@ from cutlayer.report.comparison_page import COLOURS, STYLE
 
 Row = Mapping[str, Any]
 HEADS = (
-    "attack", "on", "moment", "defense", "recovered", "ROUGE-L", "constant", "shuffled", "other weights", "perplexity"
+    "attack", "on", "moment", "defense", "recovered", "ROUGE-L", "AUC", "constant", "shuffled", "other weights",
+    "perplexity",
 )  # fmt: skip
 LEGEND = (
-    "Recovered: the share of private positions whose token was guessed right. Constant: the best that guessing one "
-    "token for all positions gives. Shuffled: the same attack on messages whose positions were mixed. Other weights: "
-    "with a model of another start in place of the public one; an attack that falls to the constant there needs the "
-    "public weights."
+    "Recovered: the share of private positions whose token was guessed right. AUC: of an attack that tells two labels "
+    "apart, how often it ranks one of the rarer above one of the other (0.5: chance). Constant: the best that guessing "
+    "one token for all positions gives. Shuffled: the same attack on messages whose positions were mixed. Other "
+    "weights: with a model of another start in place of the public one; an attack that falls to the constant there "
+    "needs the public weights."
 )
 
 
@@ -63,12 +65,13 @@ def page(config: RunConfig, rows: Sequence[Row], refused: Mapping[str, str], ver
 
 def _cells(row: Row) -> list[str]:
     controls = row["controls"]
-    numbers = [row["token_recovery"], row["rouge_l"], controls["constant"], controls["shuffled"]]
-    shown = [f"{number:.3f}" for number in numbers]
-    other = controls["random_weights"]
+    numbers = [
+        row["token_recovery"], row["rouge_l"], row["auc"], controls["constant"], controls["shuffled"],
+        controls["random_weights"],
+    ]  # fmt: skip
+    shown = ["-" if number is None else f"{number:.3f}" for number in numbers]
     return [
-        row["attack"], row["target"], row["moment"], row["defense"], *shown, "-" if other is None else f"{other:.3f}",
-        _number(row["utility"].get("perplexity")),
+        row["attack"], row["target"], row["moment"], row["defense"], *shown, _number(row["utility"].get("perplexity")),
     ]  # fmt: skip
 
 

@@ -9,8 +9,7 @@ import torch
 from scipy import stats
 
 from cutlayer.errors import MethodError
-from cutlayer.methods.defense._tokens import Vocabulary
-from cutlayer.methods.defense.dchi_embedding import displacement
+from cutlayer.methods.defense._tokens import Vocabulary, displacement
 from cutlayer.noise import Noise
 from cutlayer.registry import create
 from sanitising import made, sanitised, toy

@@ -29,7 +29,7 @@ def about(key: object = 0) -> Shown:
     def noise(covers: Any = ()) -> Noise:
         return Noise(b"secret", key, covers=covers)
 
-    return Shown("send_gradients", whole_batch(1, 2), True, 1.0, noise)
+    return Shown("send_gradients", whole_batch(1, 2), True, 1.0, noise, lambda row: noise())
 
 
 def test_the_mean_of_many_draws_is_the_true_gradient() -> None:

@@ -15,7 +15,7 @@ from dp_accounting.privacy_accountant import NeighboringRelation
 from attacking import record, scored, view
 from cutlayer.defense import Sends
 from cutlayer.errors import ConfigError
-from cutlayer.methods.defense.label_dp_rr import kept_with
+from cutlayer.methods.defense._flips import flipped, kept_with, with_prior
 from cutlayer.noise import Noise
 from cutlayer.registry import create
 from defending import client, defending, trained
@@ -33,9 +33,8 @@ def noise(key: object = 0) -> Noise:
 @pytest.mark.parametrize(("epsilon", "classes"), [(0.5, 2), (2.0, 4), (6.0, 50)])
 def test_the_channel(epsilon: float, classes: int) -> None:
     """Kept as often as the formula says, else any other alike; the log-ratio of two labels is epsilon."""
-    made = create("defense", NAME, {"epsilon": epsilon})
     labels = torch.full((DRAWS,), 1)
-    counts = torch.bincount(made.flipped(labels, classes, noise()), minlength=classes) / DRAWS
+    counts = torch.bincount(flipped(labels, classes, epsilon, noise()), minlength=classes) / DRAWS
     keep = math.exp(epsilon) / (math.exp(epsilon) + classes - 1)
     assert keep == pytest.approx(kept_with(epsilon, classes))
     assert float(counts[1]) == pytest.approx(keep, abs=3 * (keep * (1 - keep) / DRAWS) ** 0.5)
@@ -51,11 +50,10 @@ def test_the_channel(epsilon: float, classes: int) -> None:
 def test_with_a_prior_the_channel_is_bounded_too() -> None:
     """Any two labels of a vocabulary, by the shares of many draws; few candidates where the prior is sure."""
     epsilon = 1.0
-    made = create("defense", NAME, {"epsilon": epsilon})
     prior = torch.tensor([0.5, 0.3, 0.1, 0.05, 0.05])
     shares = []
     for label in range(5):
-        found = made.with_prior(torch.full((DRAWS,), label), prior.expand(DRAWS, -1), noise(label))
+        found = with_prior(torch.full((DRAWS,), label), prior.expand(DRAWS, -1), epsilon, 1024, noise(label))
         shares.append(torch.bincount(found, minlength=5) / DRAWS)
     table = torch.stack(shares)
     used = (table > 0).any(0)
@@ -63,7 +61,7 @@ def test_with_a_prior_the_channel_is_bounded_too() -> None:
     assert float((logs.max(0).values - logs.min(0).values).max()) <= epsilon + 0.15, "but for the error of the draws"
     best = max(range(1, 6), key=lambda k: kept_with(epsilon, k) * float(prior.topk(k).values.sum()))
     assert int(used.sum()) == best
-    sure = made.with_prior(torch.tensor([3]), torch.tensor([[1.0, 0.0, 0.0, 0.0]]), noise())
+    sure = with_prior(torch.tensor([3]), torch.tensor([[1.0, 0.0, 0.0, 0.0]]), epsilon, 1024, noise())
     assert sure.tolist() == [0], "a label that the prior knows is not looked at"
 
 

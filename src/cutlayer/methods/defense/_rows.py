@@ -11,17 +11,21 @@ from cutlayer.seeds import derive
 TEXTS, BATCH = 32, 8  # random texts that norms are taken on
 
 
-def public_states(ground: Ground) -> list[Tensor]:
-    """Hidden states [B,T,H] of random tokens, as the public head makes them: nothing of a client's is in them."""
+def public_texts(ground: Ground) -> list[Tensor]:
+    """Random tokens [B,T]: nothing of a client's is in them."""
     vocabulary = len(ground.embedding())
     generator = torch.Generator().manual_seed(derive("public norms", ground.seed))
     allowed = [token for token in range(vocabulary) if token not in set(ground.specials)]
     table = torch.tensor(allowed)
     found = []
     for _ in range(TEXTS // BATCH):
-        ids = table[torch.randint(len(allowed), (BATCH, ground.length), generator=generator)]
-        found.append(ground.look(ids).float())
+        found.append(table[torch.randint(len(allowed), (BATCH, ground.length), generator=generator)])
     return found
+
+
+def public_states(ground: Ground) -> list[Tensor]:
+    """Hidden states [B,T,H] of random tokens, as the public head makes them."""
+    return [ground.look(ids).float() for ids in public_texts(ground)]
 
 
 def row_norms(values: Tensor, real: Tensor, order: float = 2.0) -> Tensor:

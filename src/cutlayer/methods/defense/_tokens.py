@@ -171,6 +171,14 @@ def drawn(vocabulary: Vocabulary, tokens: Tensor, noise: Noise, weights: Callabl
     return torch.cat(found)
 
 
+def displacement(points: Tensor, noise: Noise) -> Tensor:
+    """Noise [N,H] for points [N,H] with density proportional to exp(-length)."""
+    directions = noise.normal(points).double()
+    lengths = torch.from_numpy(noise.gamma(points.shape[1], len(points))).to(points.device)
+    found: Tensor = directions / directions.norm(dim=1, keepdim=True) * lengths[:, None]
+    return found
+
+
 def strength_for(share: float, kept: Callable[[float], float], low: float, high: float) -> float:
     """The strength between two at which a share that rises with it is this one; the nearer end where none is."""
     if kept(low) >= share:

@@ -22,6 +22,7 @@ from cutlayer.methods.defense._tokens import (
     Mode,
     Texts,
     Vocabulary,
+    displacement,
     kept_words,
     label_problems,
     metric,
@@ -92,14 +93,6 @@ class DchiEmbedding(Defense):
         """eta for each version of a text that left."""
         mechanism = f"nearest token to the embedding plus noise of rate eta {self.rate:.4g} ({kept_words(self.stay)})"
         return metric(ground, sends, mechanism, self.rate, labels=self.labels, mode=self.mode)
-
-
-def displacement(points: Tensor, noise: Noise) -> Tensor:
-    """Noise [N,H] for points [N,H] with density proportional to exp(-length)."""
-    directions = noise.normal(points).double()
-    lengths = torch.from_numpy(noise.gamma(points.shape[1], len(points))).to(points.device)
-    found: Tensor = directions / directions.norm(dim=1, keepdim=True) * lengths[:, None]
-    return found
 
 
 def _limits(vocabulary: Vocabulary, seed: int) -> Tensor:

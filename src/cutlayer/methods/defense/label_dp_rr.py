@@ -5,18 +5,17 @@ Warner's randomised response; with a prior: Ghazi et al., Deep Learning with Lab
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from cutlayer.contracts import IGNORE, Defense, Example
 from cutlayer.defense import Ground, Privacy, Sends
 from cutlayer.methods.defense._claims import UNCOVERED
+from cutlayer.methods.defense._flips import flipped, with_prior
 from cutlayer.noise import Noise
 from cutlayer.registry import method
 from cutlayer.threat import Target
@@ -57,40 +56,15 @@ class LabelDpRr(Defense):
         assert self._ground is not None
         if example.label is not None:
             classes = self._ground.classes
-            return replace(example, label=int(self.flipped(torch.tensor([example.label]), classes, noise)[0]))
+            return replace(example, label=int(flipped(torch.tensor([example.label]), classes, self.epsilon, noise)[0]))
         assert example.labels is not None
         assert self._ground.guess is not None
         ids, labels = torch.tensor(example.input_ids), torch.tensor(example.labels)
         at = (labels[1:] != IGNORE).nonzero().flatten() + 1  # a label stands where its token does
         if len(at):
             prior = self._ground.guess(ids[None])[0].cpu().softmax(-1)[at - 1]
-            labels[at] = self.with_prior(labels[at], prior, noise)
+            labels[at] = with_prior(labels[at], prior, self.epsilon, self.most, noise)
         return replace(example, labels=labels.tolist())
-
-    def flipped(self, labels: Tensor, classes: int, noise: Noise) -> Tensor:
-        """Labels [N], each kept or any other of so many classes."""
-        keep = torch.from_numpy(noise.uniform(len(labels))) < kept_with(self.epsilon, classes)
-        other = noise.choice(torch.ones(len(labels), classes - 1))
-        other = other + (other >= labels)
-        return torch.where(keep, labels, other)
-
-    def with_prior(self, labels: Tensor, prior: Tensor, noise: Noise) -> Tensor:
-        """Labels [N] by RR within the tokens that a prior [N,V] finds likeliest, as many as serve it best."""
-        shares, tokens = prior.topk(min(self.most, prior.shape[1]), dim=-1)
-        sizes = torch.arange(1, shares.shape[1] + 1)
-        worth = torch.tensor([kept_with(self.epsilon, int(k)) for k in sizes]) * shares.cumsum(-1)
-        best = worth.argmax(-1) + 1  # [N]: how many candidates each position has
-        inside = sizes[None] <= best[:, None]
-        place = ((tokens == labels[:, None]) & inside).float()
-        there = place.any(-1)
-        uniform = inside.float()
-        keep = torch.where(best > 1, torch.tensor([kept_with(self.epsilon, int(k)) for k in best]), torch.ones(()))
-        others = (uniform - place) / (best - 1).clamp(min=1)[:, None]
-        weights = torch.where(
-            there[:, None], keep[:, None] * place + (1 - keep)[:, None] * others, uniform / best[:, None]
-        )
-        chosen = noise.choice(weights)
-        return tokens.gather(1, chosen[:, None])[:, 0]
 
     def spent(self, ground: Ground, sends: Sends) -> Privacy:
         """Epsilon, once for all: what follows from a flipped label is no further release of it."""
@@ -100,8 +74,3 @@ class LabelDpRr(Defense):
             self.epsilon, 0.0, "", None, None, None,
             f"the inputs, which the activations of step 3 show; {UNCOVERED}",
         )  # fmt: skip
-
-
-def kept_with(epsilon: float, classes: int) -> float:
-    """The probability with which a label among so many is kept."""
-    return 1 / (1 + (classes - 1) * math.exp(-epsilon))
