@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from apart import Apart
 from cutlayer.audit import known
 from cutlayer.audit.known import measured, warnings
+from cutlayer.audit.own import own_run
 from cutlayer.cli.main import app
 from cutlayer.config import load_config
 from defending import run_of
@@ -73,6 +74,28 @@ def test_train_says_it_and_an_audit_does_not(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, call)
     assert done.exit_code == 0, done.output
     assert "the server can read the text" not in " ".join(done.output.split())
+
+
+EXCHANGES: list[tuple[Any, dict[str, Any], str]] = [
+    ({"name": "splitfrozen", "cache": True}, U, "sfl-v2"),
+    ({"name": "splitfrozen", "cache": True}, TWO, "sfl-v2"),
+    ({"name": "mu-splitfed", "perturbations": 2}, TWO, "sfl-v1"),
+]
+
+
+@pytest.mark.parametrize(("exchange", "partition", "framework"), EXCHANGES, ids=["frozen-u", "frozen", "looking"])
+def test_what_a_client_audits_has_the_exchange_of_the_run(
+    exchange: Any, partition: Any, framework: str, tmp_path: Path
+) -> None:
+    tree = run_of(tmp_path, [], exchange=exchange, partition=partition, framework=framework, gradient_accumulation=1)
+    config = load_config(tree)
+    own = own_run(config, 4, config.client_names[0], model=config.model, data=str(config.data.train), held_out=None)
+    (tmp_path / "audit.yaml").write_text(yaml.safe_dump({**own, "steps": 2}))
+    assert load_config(str(tmp_path / "audit.yaml")).exchange == config.exchange
+    call = ["audit", str(tmp_path / "audit.yaml"), "--out", str(tmp_path / "audit"), "--budget", "quick"]
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "audit/audit.json").read_text())
 
 
 def test_who_joins_is_told_and_can_measure_it_with_her_own_text(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from cutlayer.files import write_text
 
 SAME = (  # what of a run decides what the server can read of a client
     "precision", "peft", "optimizer", "batch_size", "gradient_accumulation", "defense", "seed",
-    "attn_implementation",
+    "attn_implementation", "exchange",
 )  # fmt: skip
 STEPS = 40
 
@@ -44,11 +44,12 @@ def own_run(
     partition: dict[str, Any] = {"name": "two-part-split", "head_blocks": len(layout.head)}
     if layout.tail_at_client:
         partition = {"name": "u-shaped-split", "head_blocks": len(layout.head), "tail_blocks": len(layout.tail)}
+    framework = "sfl-v1" if config.build("exchange").probes else "sequential-sl"  # looking around needs an own trunk
     kept = {key: tree[key] for key in SAME if tree[key] is not None}
     text = {"train": _from_anywhere(data), **({"eval": _from_anywhere(held_out)} if held_out else {}), **form}
     return {
         "model": _from_anywhere(model), "data": {key: value for key, value in text.items() if value is not None},
-        "clients": [{"name": name}], "partition": partition, "framework": "sequential-sl", "steps": STEPS, **kept,
+        "clients": [{"name": name}], "partition": partition, "framework": framework, "steps": STEPS, **kept,
     }  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def only_rows(one: Exchange, count: int) -> Exchange:
 def only_positions(one: Exchange, count: int) -> Exchange:
     """The first positions of a micro-batch's activations: of a causal head a batch of shorter texts."""
     cut = {
-        step: {name: tensor[:, :count] for name, tensor in found.items()}
+        step: {name: tensor[:, :count] if tensor.dim() > 1 else tensor for name, tensor in found.items()}
         for step, found in one.tensors.items()
         if step == STEPS[0]
     }
