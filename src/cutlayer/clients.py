@@ -87,6 +87,8 @@ def defending_of(
     base, task = head.base, task_of(config)
     specials = _specials(config.model, len(base.embedding))
 
+    made = [registry.create("defense", spec.name, spec.options) for spec in config.defense]
+
     def ground(head: Segment) -> Ground:
         return Ground(
             _layout(head, tail), task, config.data.max_length, head_trained=bool(head.names) and not frozen,
@@ -97,9 +99,9 @@ def defending_of(
             trunk_trained=cache(partial(_trained_outside, config, _layout(head, tail))),
             classes=0 if base.anatomy.causal else int(base.model.config.num_labels),
             specials=specials, seed=config.seed, packed=config.data.packing,
+            learned=any(one.learning for one in made),
         )  # fmt: skip
 
-    made = [registry.create("defense", spec.name, spec.options) for spec in config.defense]
     return Defending(made, ground(head), secret, [spec.name for spec in config.defense], ground)
 
 

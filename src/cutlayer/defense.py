@@ -49,6 +49,7 @@ class Ground:
             token.
         seed: the run's, for draws that may be known.
         packed: whether a row has several texts, or parts of them (``data.packing``).
+        learned: whether a defense of the run learns at the client.
     """
 
     layout: Layout
@@ -67,6 +68,7 @@ class Ground:
     specials: Sequence[int]
     seed: int
     packed: bool = False
+    learned: bool = False
 
     @property
     def labels_sent(self) -> bool:

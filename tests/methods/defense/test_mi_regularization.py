@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
+from cutlayer.defense import Sends
 from cutlayer.errors import ConfigError
 from cutlayer.methods.defense.mi_regularization import Bottleneck, divergence
 from cutlayer.parties.client import ClientParty
@@ -121,3 +122,14 @@ def test_the_server_is_told_that_a_gradient_is_wanted(tmp_path: Path) -> None:
     ask = Header("head_forward", "control", "head_forward", "server", "c", "c", values={"graph": True})
     told, _ = party.handle(ask, [])
     assert told.values["needs_gradient"] is True
+
+
+def test_noise_on_what_it_has_learned_claims_nothing(tmp_path: Path) -> None:
+    """The bottleneck is trained on raw texts, though no block of the client's is: noise behind it covers one text."""
+    noise, cold = {"name": "dp-forward", "epsilon": 8.0, "clip": 1.0}, {**U, "head_blocks": 0}
+    for defense, claims in (([noise], True), ([NAME, noise], False)):
+        party = client(tmp_path / str(claims), defense, partition=cold)
+        assert party.defending is not None
+        told = party.defending.told(Sends(1, 0))[-1]
+        assert (told["epsilon"] is not None) is claims, told
+    assert "trained on raw texts" in told["why"]

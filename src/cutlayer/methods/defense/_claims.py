@@ -25,6 +25,8 @@ def unfounded(ground: Ground, leg: Leg) -> str:
         return PACKED
     if ground.head_trained:
         return FEEDBACK.format(part="head")
+    if ground.learned:
+        return FEEDBACK.format(part="defense that learns")
     if leg == "send_gradients" and ground.tail_trained:
         return FEEDBACK.format(part="tail")
     if leg == "send_activations" and ground.labels_sent and ground.task == "causal":
