@@ -18,7 +18,7 @@ from cutlayer.errors import ConfigError
 from cutlayer.methods.defense._flips import flipped, kept_with, with_prior
 from cutlayer.noise import Noise
 from cutlayer.registry import create
-from defending import client, defending, trained
+from defending import client, defending, run_of, trained
 from spine import TWO, U, model
 from tiny import write_rows
 
@@ -113,3 +113,6 @@ def test_what_is_spent(tmp_path: Path) -> None:
     assert "the inputs" in told["not_covered"]
     with pytest.raises(ConfigError, match="needs the client's tail for its prior"):
         trained(tmp_path / "x", [NAME], partition=TWO)
+    data = run_of(tmp_path / "left", [])["data"]
+    with pytest.raises(ConfigError, match="a row's first label has padding"):
+        trained(tmp_path / "y", [NAME], data={**data, "padding_side": "left"})

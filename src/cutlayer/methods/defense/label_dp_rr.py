@@ -43,9 +43,14 @@ class LabelDpRr(Defense):
     _ground: Ground | None = field(init=False, default=None, repr=False, compare=False)
 
     def problems(self, config: RunConfig) -> Iterator[str]:
-        """A language model's prior needs the tail at the client."""
+        """A language model's prior needs the tail at the client, and a token before each label."""
         if config.partition.name == "two-part-split" and config.data.format != "classification":
             yield "needs the client's tail for its prior of a language model. Take a u-shaped-split"
+        if config.data.padding_side == "left" and config.data.format != "classification":
+            yield (
+                "flips the labels that have a token before them, and behind data.padding_side: left a row's first label "
+                "has padding. Take padding_side: right"
+            )
 
     def prepare(self, ground: Ground) -> None:
         """Keep what is public."""
