@@ -48,7 +48,7 @@ class LabelDpRr(Defense):
             yield "needs the client's tail for its prior of a language model. Take a u-shaped-split"
         if config.data.padding_side == "left" and config.data.format != "classification":
             yield (
-                "flips the labels that have a token before them, and behind data.padding_side: left a row's first label "
+                "flips the labels that have a token before them, and with data.padding_side: left a row's first label "
                 "has padding. Take padding_side: right"
             )
 
